@@ -1,0 +1,170 @@
+"""What the Prefect UI shows of a run: a card a step, a moving progress artifact, a page for the whole run.
+
+Prefect's database is a view, never the truth: publishing is best effort, and a server that is away costs no result.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tasks.artifacts import Artifact, Model, Report
+from tasks.progress import Bar, Listener
+from tasks.step import Outcome
+
+log = logging.getLogger("treeline.flows")
+EVERY = 5.0  # seconds between two updates of a progress artifact: each is a request
+
+
+def best_effort(publish: Callable[[], Any]) -> Any:
+    """Publish something for the UI; where that fails say so once, and let the run go on."""
+    try:
+        return publish()
+    except Exception as error:  # whatever the server or the network may raise
+        log.warning("prefect: could not publish to the UI: %s", str(error).splitlines()[:1] or type(error).__name__)
+        return None
+
+
+def publish_card(outcome: Outcome) -> None:
+    """Leave a step's card in the run, hit or miss; outside a Prefect run, nothing."""
+    from prefect.artifacts import create_markdown_artifact
+    from prefect.context import TaskRunContext
+
+    if TaskRunContext.get() is not None:
+        best_effort(lambda: create_markdown_artifact(key=f"treeline-{outcome.step}", markdown=card(outcome)))
+
+
+def publish_summary(recipe: str, outcomes: Sequence[Outcome]) -> None:
+    """Leave the page of a whole run."""
+    from prefect.artifacts import create_markdown_artifact
+
+    best_effort(lambda: create_markdown_artifact(key="treeline-run", markdown=summary(recipe, outcomes)))
+
+
+def card(outcome: Outcome) -> str:
+    """Render one step's card: what it made, its counts, and its picture where it has one."""
+    artifact = outcome.artifact
+    state = "cached" if outcome.cached else "made"
+    parts = [
+        f"# {outcome.step}: `{artifact.id}` {state}",
+        f"{safe(outcome.why)}; {outcome.seconds:.1f} s",
+        counts_table(artifact.counts),
+    ]
+    if isinstance(artifact, Report):
+        parts.append(_with_pictures(artifact))
+    if isinstance(artifact, Model):
+        parts.append(_losses(artifact))
+    parts.append(f"Folder: `{safe(str(artifact.path))}`")
+    return "\n\n".join(parts)
+
+
+def summary(recipe: str, outcomes: Sequence[Outcome]) -> str:
+    """Render the page of a run: the chain as a graph, and a row a step."""
+    arrows = " --> ".join(f'{one.step}["{one.artifact.id}"]' for one in outcomes)
+    state = {True: "cached", False: "ran"}
+    rows = [
+        f"| {one.step} | {state[one.cached]} | {one.seconds:.1f} | {safe(one.why)} | `{one.artifact.id}` |"
+        for one in outcomes
+    ]
+    head = "| step | | seconds | why | artifact |\n|---|---|---:|---|---|"
+    return f"# Treeline: {safe(recipe)}\n\n```mermaid\ngraph LR\n{arrows}\n```\n\n{head}\n" + "\n".join(rows)
+
+
+def counts_table(counts: Mapping[str, Any], name: str = "count") -> str:
+    """Render counts as a Markdown table; tables of counts, such as the funnel, follow in their own."""
+    plain = {key: value for key, value in counts.items() if not isinstance(value, dict)}
+    parts = []
+    if plain:
+        rows = [
+            f"| {safe(key)} | {value:,} |"
+            if isinstance(value, int | float)
+            else f"| {safe(key)} | {safe(str(value))} |"
+            for key, value in plain.items()
+        ]
+        parts.append("\n".join([f"| {safe(name)} | |", "|---|---:|", *rows]))
+    parts += [counts_table(value, key) for key, value in counts.items() if isinstance(value, dict) and value]
+    return "\n\n".join(parts)
+
+
+def safe(text: str) -> str:
+    """Make text inert in Markdown and HTML: it may come from the data."""
+    return html.escape(text).replace("|", "&#124;").replace("`", "&#96;").replace("\n", " ")
+
+
+def _with_pictures(report: Report) -> str:
+    """Return the report with its pictures inside: the UI cannot reach files."""
+    page = report.markdown()
+    for name in report.manifest.files:
+        if name.endswith(".svg"):
+            page = page.replace(f"]({name})", f"]({_inline(report, name)})")
+    return page
+
+
+def _inline(artifact: Artifact, name: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode((artifact.path / name).read_bytes()).decode()
+
+
+def _losses(model: Model) -> str:
+    """Return the validation losses as a table: the curve itself comes with the report."""
+    rows = [
+        f"| {entry['step']} | {entry['val_nll']:.4f} |" for entry in model.log() if entry.get("val_nll") is not None
+    ]
+    return "\n".join(["| step | validation nats/token |", "|---:|---:|", *rows])
+
+
+class _Reported:
+    def __init__(self, total: float, shown: Any) -> None:
+        self.total, self.shown, self.done, self.last = total, shown, 0.0, time.monotonic()
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        self.done += amount
+        if time.monotonic() - self.last > EVERY:
+            self.last = time.monotonic()
+            self.update()
+
+    def update(self) -> None:
+        from prefect.artifacts import update_progress_artifact
+
+        percent = min(100.0, 100.0 * self.done / self.total)
+        best_effort(lambda: update_progress_artifact(artifact_id=self.shown, progress=percent))
+
+
+class _Both:
+    def __init__(self, bars: Sequence[Bar]) -> None:
+        self.bars = bars
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        for one in self.bars:
+            one.advance(amount, note)
+
+
+class UiProgress:
+    """Shows the progress of training in the Prefect UI, and passes everything on to another listener."""
+
+    def __init__(self, other: Listener) -> None:
+        self.other = other
+
+    @contextmanager
+    def bar(self, label: str, total: float | None, unit: str) -> Iterator[Bar]:
+        """Open a bar; for training, a progress artifact too."""
+        from prefect.artifacts import create_progress_artifact
+        from prefect.context import TaskRunContext
+
+        with self.other.bar(label, total, unit) as bar:
+            if label != "train" or not total or TaskRunContext.get() is None:
+                yield bar
+                return
+            shown = best_effort(
+                lambda: create_progress_artifact(0.0, key="treeline-training", description=f"{label}, {unit}")
+            )
+            if shown is None:
+                yield bar
+                return
+            reported = _Reported(total, shown)
+            yield _Both([bar, reported])
+            reported.update()

@@ -1,0 +1,139 @@
+"""The chain: the six steps in order, and what a run of them would do, decided without Prefect and without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tasks.encode import encode
+from tasks.evaluate import evaluate
+from tasks.train import train
+
+from flows.recipe import Recipe
+from tasks.artifacts import KINDS, Artifact
+from tasks.curate import curate
+from tasks.download import download
+from tasks.errors import ParameterError, StoreError
+from tasks.parse import parse
+from tasks.step import Step, home
+from tasks.store.canonical import sha256_of
+from tasks.store.check import Fault
+from tasks.store.explain import why_missing
+from tasks.store.folders import Store
+from tasks.store.manifest import Manifest
+
+DATA: tuple[Step[Any, Any], ...] = (download, parse, curate, encode)  # needs no GPU
+MODEL: tuple[Step[Any, Any], ...] = (train, evaluate)
+CHAIN = (*DATA, *MODEL)
+StepName = Literal["download", "parse", "curate", "encode", "train", "evaluate"]
+
+Made = dict[type[Artifact], Artifact]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a run would do with one step: take its artifact, build it, or nobody knows yet."""
+
+    step: str
+    status: Literal["cached", "run", "unknown"]
+    key: str | None
+    why: str
+    artifact: Artifact | None = None
+
+
+def until(last: str | None, chain: Sequence[Step[Any, Any]] = CHAIN) -> tuple[Step[Any, Any], ...]:
+    """Return the steps of a chain up to the one named; all of them for None.
+
+    Raises:
+        ParameterError: If there is no such step.
+    """
+    known = [step.name for step in CHAIN]
+    if last is not None and last not in known:
+        raise ParameterError(f"there is no step {last!r}", do=f"take one of {', '.join(known)}", code="param.step")
+    end = known.index(last) + 1 if last else len(known)
+    return tuple(step for step in chain if known.index(step.name) < end)
+
+
+def settings(step: Step[Any, Any], recipe: Recipe) -> dict[str, Any]:
+    """Return the arguments that a recipe gives to a step: its Params, and its Runtime where it takes one."""
+    given = {step.params_name: getattr(recipe, step.name)}
+    if step.runtime_name:
+        given[step.runtime_name] = getattr(recipe.runtime, step.name)
+    return given
+
+
+def run(recipe: Recipe, steps: Sequence[Step[Any, Any]], made: Mapping[type[Artifact], Artifact] | None = None) -> Made:
+    """Call steps in order, each on what the ones before it made; inside a flow each call is a task run."""
+    have: Made = dict(made or {})
+    for step in steps:
+        inputs = {arg: have[kind] for arg, kind in step.inputs.items()}
+        have[step.makes] = step(**inputs, **settings(step, recipe))
+    return have
+
+
+def plan(
+    recipe: Recipe,
+    steps: Sequence[Step[Any, Any]] = CHAIN,
+    force: frozenset[str] = frozenset(),
+    made: Mapping[type[Artifact], Artifact] | None = None,
+) -> list[Planned]:
+    """Say of each step whether its artifact is there, would be built and why, or cannot be known yet.
+
+    A key needs the content of the inputs, so the steps after one that would run are unknown: equal bytes may come out.
+    """
+    store = Store(home())
+    have: Made = dict(made or {})
+    planned = []
+    for step in steps:
+        missing = next((kind.kind for kind in step.inputs.values() if kind not in have), None)
+        if missing:
+            planned.append(Planned(step.name, "unknown", None, f"depends on {missing}"))
+            continue
+        found = _planned(step, recipe, have, store, step.name in force)
+        if found.artifact:
+            have[step.makes] = found.artifact
+        planned.append(found)
+    return planned
+
+
+def _planned(step: Step[Any, Any], recipe: Recipe, have: Made, store: Store, forced: bool) -> Planned:
+    digests = {arg: have[kind].manifest.digest for arg, kind in step.inputs.items()}
+    preimage = step.recipe(digests, getattr(recipe, step.name))
+    key = sha256_of(preimage)
+    found = store.look(step.makes.kind, key)
+    if forced:
+        return Planned(step.name, "run", key, "forced")
+    if isinstance(found, Manifest):
+        return Planned(step.name, "cached", key, "nothing changed", step.makes(store.folder(found.kind, key), found))
+    if isinstance(found, Fault):
+        return Planned(step.name, "run", key, str(found))
+    return Planned(step.name, "run", key, why_missing(preimage, [old for _, old in store.manifests(step.makes.kind)]))
+
+
+def done(planned: Sequence[Planned]) -> bool:
+    """Tell whether a run would find everything cached."""
+    return all(entry.status == "cached" for entry in planned)
+
+
+def open_artifact(name: str) -> Artifact:
+    """Open an artifact by `kind/hex`, by the first digits of its key, or the youngest of a kind.
+
+    Raises:
+        ParameterError: If nothing, or more than one thing, goes by that name.
+        StoreError: If it is not what was published.
+    """
+    store = Store(home())
+    kind, _, digits = name.rpartition("/")
+    if name in KINDS:
+        found = store.manifests(name)[-1:]
+    else:
+        found = [pair for pair in store.manifests(kind or None) if len(digits) >= 4 and pair[1].key.startswith(digits)]
+    if len(found) != 1:
+        what = "more than one artifact is" if found else "no artifact is"
+        raise ParameterError(f"{what} named {name!r}", do="`python -m flows ls` lists them", code="param.artifact")
+    ((folder, manifest),) = found
+    fault = store.look(manifest.kind, manifest.key)
+    if isinstance(fault, Fault):
+        raise StoreError(str(fault), str(folder), "run its recipe again: it will be rebuilt", code="store.corrupt")
+    return KINDS[manifest.kind](folder, manifest)

@@ -1,0 +1,93 @@
+"""The flows: `treeline-data` (needs no GPU), `treeline-model` (wants one), and `treeline` = both.
+
+Importing this module imports Prefect; a run with nothing to do never does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from prefect import flow
+
+from flows import cards, chain
+from flows.chain import StepName
+from flows.recipe import Recipe
+from tasks.artifacts import Artifact, Tokens
+from tasks.errors import ParameterError
+from tasks.progress import listener, listening
+from tasks.step import Session, home, session
+from tasks.store.folders import Store
+
+
+@contextmanager
+def _run(recipe: Recipe, force: Sequence[str]) -> Iterator[Session]:
+    """Open a session that shows itself in the UI; in a flow of a flow, go on with the outer one."""
+    now = listener()
+    shown = now if isinstance(now, cards.UiProgress) else cards.UiProgress(now)
+    with session(recipe.name, frozenset(force), shown=cards.publish_card) as run, listening(shown):
+        yield run
+
+
+@flow(name="treeline-data", flow_run_name="data {recipe.name}", persist_result=False)
+def data(recipe: Recipe, until: StepName = "encode", force: Sequence[StepName] = ()) -> Artifact:
+    """Make everything that needs no GPU: from the published trees to token ids on disk.
+
+    Args:
+        recipe: All settings; only the sections of the first four steps matter here.
+        until: The last step to run.
+        force: Steps to build even where their artifact is there.
+    """
+    with _run(recipe, force):
+        return list(chain.run(recipe, chain.until(until, chain.DATA)).values())[-1]
+
+
+@flow(name="treeline-model", flow_run_name="model {recipe.name}", persist_result=False)
+def model(recipe: Recipe, tokens: str = "", until: StepName = "evaluate", force: Sequence[StepName] = ()) -> Artifact:
+    """Tune a model on tokens that are there, and measure it.
+
+    Args:
+        recipe: All settings; only the sections of the last two steps matter here.
+        tokens: Id of the tokens to train on, such as tokens/3f2a5c9d01ab; empty: those that the recipe leads to.
+        until: The last step to run.
+        force: Steps to build even where their artifact is there.
+    """
+    with _run(recipe, force):
+        made: dict[type[Artifact], Artifact] = {Tokens: _tokens(recipe, tokens)}
+        return list(chain.run(recipe, chain.until(until, chain.MODEL), made).values())[-1]
+
+
+@flow(name="treeline", flow_run_name="{recipe.name}", persist_result=False)
+def pipeline(recipe: Recipe, until: StepName = "evaluate", force: Sequence[StepName] = ()) -> Artifact:
+    """Turn conversation trees into a tuned GPT-2 and a report, doing only what is not there yet.
+
+    Args:
+        recipe: All settings, one section a step; `runtime` changes no result.
+        until: The last step to run.
+        force: Steps to build even where their artifact is there.
+    """
+    with _run(recipe, force) as run:
+        in_data = until in [step.name for step in chain.DATA]
+        last = data(recipe, until if in_data else "encode", force)
+        if not in_data:
+            last = model(recipe, last.id, until, force)
+        Store(home()).note_run(recipe.name, {outcome.step: outcome.artifact.id for outcome in run.outcomes})
+        cards.publish_summary(recipe.name, run.outcomes)
+        return last
+
+
+def _tokens(recipe: Recipe, name: str) -> Artifact:
+    if name:
+        found = chain.open_artifact(name)
+        if not isinstance(found, Tokens):
+            raise ParameterError(f"expected the id of tokens, found {found.id}", "tokens", code="param.artifact")
+        return found
+    last = chain.plan(recipe, chain.DATA)[-1]
+    if last.artifact is None:
+        raise ParameterError(
+            f"the tokens of recipe {recipe.name} are not in the store: {last.why}",
+            str(home()),
+            "run flow treeline-data first, or copy the artifact's folder here and name its id",
+            code="param.tokens",
+        )
+    return last.artifact

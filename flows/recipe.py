@@ -1,0 +1,162 @@
+"""A recipe: one named TOML file and `--set section.name=value` make one frozen model of all settings of a run."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from tasks.encode import EncodeParams
+from tasks.evaluate import EvaluateParams, EvaluateRuntime
+from tasks.train import TrainParams, TrainRuntime
+
+from tasks.curate import CurateParams
+from tasks.download import DownloadParams, DownloadRuntime
+from tasks.errors import ParameterError
+from tasks.parse import ParseParams
+
+FOLDER = Path(__file__).parent / "recipes"
+
+
+class RuntimeSettings(BaseModel):
+    """How fast the steps work, never what they make: none of these asks for a rerun."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    download: DownloadRuntime = DownloadRuntime()
+    """The download step."""
+    train: TrainRuntime = TrainRuntime()
+    """The train step."""
+    evaluate: EvaluateRuntime = EvaluateRuntime()
+    """The evaluate step."""
+
+
+class Recipe(BaseModel):
+    """All settings of a run, one section a step, and `runtime` for what changes no result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: str = "quickstart"
+    """Name of the recipe; runs are listed under it."""
+    download: DownloadParams = DownloadParams()
+    """Step 1: where the conversation trees come from."""
+    parse: ParseParams = ParseParams()
+    """Step 2: how the published trees are read."""
+    curate: CurateParams = CurateParams()
+    """Step 3: what is kept, and how it is split."""
+    encode: EncodeParams = EncodeParams()
+    """Step 4: how texts become token ids."""
+    train: TrainParams = TrainParams()
+    """Step 5: what is tuned, and how."""
+    evaluate: EvaluateParams = EvaluateParams()
+    """Step 6: what is measured."""
+    runtime: RuntimeSettings = RuntimeSettings()
+    """How fast, never what."""
+
+
+def names() -> list[str]:
+    """List the recipes that come with Treeline."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load(name: str = "quickstart", settings: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and change some of its settings.
+
+    Args:
+        name: One of `names()`, or the path of a TOML file.
+        settings: `section.name=value` each; a value is TOML, or else plain text. `train.device` stands for
+            `runtime.train.device`, where no other setting has that name.
+
+    Raises:
+        ParameterError: If the recipe or a setting is unknown, or a value is out of its range.
+    """
+    data = _read(_find(name))
+    for setting in settings:
+        _put(data, setting)
+    return build(data, where=name)
+
+
+def build(data: dict[str, Any], where: str) -> Recipe:
+    """Validate plain data as a recipe, saying each fault in one line.
+
+    Raises:
+        ParameterError: If it is none.
+    """
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}{_found(fault)}" for fault in error.errors()]
+        raise ParameterError("; ".join(faults), f"recipe {where}", _advice(error), code="param.recipe") from error
+
+
+def _find(name: str) -> Path:
+    if name in names():
+        return FOLDER / f"{name}.toml"
+    path = Path(name)
+    if path.suffix == ".toml" and path.is_file():
+        return path
+    near = difflib.get_close_matches(name, names(), 1)
+    raise ParameterError(
+        f"there is no recipe {name!r}",
+        do=f"did you mean {near[0]}?" if near else f"take one of {', '.join(names())}, or the path of a .toml file",
+        code="param.recipe",
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ParameterError(f"not TOML: {error}", str(path), code="param.recipe") from error
+    return {"name": re.sub(r"[^A-Za-z0-9_-]", "-", path.stem), **data}
+
+
+def _put(data: dict[str, Any], setting: str) -> None:
+    path, equals, text = setting.partition("=")
+    parts = _route(path.strip().split("."))
+    if not equals or not all(parts):
+        raise ParameterError(f"expected section.name=value, found {setting!r}", "--set", code="param.set")
+    for part in parts[:-1]:
+        data = data.setdefault(part, {})
+        if not isinstance(data, dict):
+            raise ParameterError(f"{part!r} holds a value, not settings", f"--set {setting}", code="param.set")
+    data[parts[-1]] = _value(text.strip())
+
+
+def _route(parts: list[str]) -> list[str]:
+    """Lead `train.device` to `runtime.train.device`: who sets it need not know which settings are keyed."""
+    if len(parts) == 2 and parts[0] in RuntimeSettings.model_fields:
+        section, name = parts
+        keyed = Recipe.model_fields[section].default
+        runtime = RuntimeSettings.model_fields[section].default
+        if name not in type(keyed).model_fields and name in type(runtime).model_fields:
+            return ["runtime", *parts]
+    return parts
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _found(fault: Any) -> str:
+    return "" if fault["type"] in {"extra_forbidden", "missing"} else f" (found {str(fault['input'])[:60]!r})"
+
+
+def _advice(error: ValidationError) -> str:
+    """Name the setting that an unknown one was probably meant to be."""
+    for fault in error.errors():
+        if fault["type"] == "extra_forbidden":
+            *sections, unknown = map(str, fault["loc"])
+            model: Any = Recipe
+            for section in sections:
+                model = type(model.model_fields[section].default)
+            near = difflib.get_close_matches(unknown, model.model_fields, 1)
+            return f"did you mean {near[0]}?" if near else f"known are {', '.join(model.model_fields)}"
+    return "see the recipe files in flows/recipes for what can be set"

@@ -1,0 +1,132 @@
+"""What is inside an artifact, for people (text) and for programs (rows)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tasks.artifacts import Artifact, Dialogues, Messages, Model, RawTrees, Report, Tokens
+
+TRAINED = ("«", "»")  # around the text that the loss sees
+
+
+def rows(artifact: Artifact, count: int) -> Any:
+    """Return the first rows of an artifact, or the report, as JSON values."""
+    if isinstance(artifact, Report):
+        return artifact.figures()
+    if isinstance(artifact, Model):
+        return {"training": artifact.json("training.json"), "log": artifact.log()[-count:]}
+    if isinstance(artifact, Tokens):
+        return _documents(artifact, count)
+    if isinstance(artifact, Messages | Dialogues):
+        return [_plain(row) for row in artifact.scan().head(count).collect().to_dicts()]
+    return _raw_lines(artifact, count)
+
+
+def text(artifact: Artifact, count: int) -> str:
+    """Return what a person wants to see of an artifact first."""
+    shown: Mapping[type[Artifact], Callable[[Any, int], str]] = {
+        RawTrees: lambda made, n: "\n".join(line["head"] for line in _raw_lines(made, n)),
+        Messages: _messages,
+        Dialogues: _conversations,
+        Tokens: _marked,
+        Model: _model,
+        Report: lambda made, n: made.markdown(),
+    }
+    head = f"{artifact.id}  {artifact.path}\n{json.dumps(artifact.counts, ensure_ascii=False)}\n"
+    return f"{head}\n{shown[type(artifact)](artifact, count)}"
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what is null: a message has some fifty columns."""
+    return {name: str(value) if name == "created_date" else value for name, value in row.items() if value is not None}
+
+
+def _raw_lines(artifact: Artifact, count: int) -> list[dict[str, Any]]:
+    import gzip
+    from itertools import islice
+
+    assert isinstance(artifact, RawTrees)
+    lines = []
+    for path in artifact.data():
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if packed else path.open("rb") as stream:
+            lines += [
+                {"file": path.name, "line": number, "head": line[:300].decode(errors="replace").rstrip()}
+                for number, line in enumerate(islice(stream, count), 1)
+            ]
+    return lines
+
+
+def _messages(artifact: Messages, count: int) -> str:
+    found = artifact.scan().head(count).collect()
+    return "\n".join(
+        f"{'  ' * min(row['depth'], 8)}{row['role']} {row['message_id']} [{row['lang']}"
+        f"{'' if row['rank'] is None else ', rank ' + str(row['rank'])}] {_line(row['text'])}"
+        for row in found.iter_rows(named=True)
+    )
+
+
+def _conversations(artifact: Dialogues, count: int) -> str:
+    """Render the first trees, each reply under what it answers."""
+    import polars as pl
+
+    trees = artifact.scan().select("message_tree_id").unique(maintain_order=True).head(count)
+    found = artifact.scan().join(trees, on="message_tree_id", how="semi").collect()
+    lines = []
+    for row in found.filter(pl.col("message_tree_id").is_not_null()).iter_rows(named=True):
+        if row["depth"] == 0:
+            lines.append(f"\n── tree {row['message_tree_id']} · {row['split']}")
+        pad = "    " * min(row["depth"], 10)
+        rank = "" if row["rank"] is None else f" (rank {row['rank']})"
+        body = row["text"].replace("\n", f"\n{pad}    ")
+        lines.append(f"{pad}{row['role']}{rank}: {body}")
+    return "\n".join(lines).strip()
+
+
+def _documents(artifact: Tokens, count: int) -> list[dict[str, Any]]:
+    """Decode the messages of the first sequences, with what of each is trained."""
+    import polars as pl
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(artifact.path / "tokenizer.json"))
+    ids, mask = artifact.ids()[:count], artifact.mask()[:count]
+    found = []
+    for row in artifact.index().filter(pl.col("sequence") < len(ids)).collect().iter_rows(named=True):
+        where = slice(row["start"], row["stop"])
+        pieces = _runs(ids[row["sequence"]][where].tolist(), mask[row["sequence"]][where].tolist())
+        decoded = [(tokenizer.decode(run, skip_special_tokens=False), trained) for run, trained in pieces]
+        marked = [TRAINED[0] + part + TRAINED[1] if on else part for part, on in decoded]
+        found.append({**row, "text": "".join(part for part, _ in decoded), "marked": "".join(marked)})
+    return found
+
+
+def _runs(ids: list[int], mask: list[int]) -> list[tuple[list[int], bool]]:
+    runs: list[tuple[list[int], bool]] = []
+    for token, on in zip(ids, mask, strict=True):
+        if not runs or runs[-1][1] != bool(on):
+            runs.append(([], bool(on)))
+        runs[-1][0].append(token)
+    return runs
+
+
+def _marked(artifact: Tokens, count: int) -> str:
+    lines, sequence = [f"text that is trained on stands between {TRAINED[0]} and {TRAINED[1]}"], None
+    for row in _documents(artifact, count):
+        if row["sequence"] != sequence:
+            sequence = row["sequence"]
+            lines.append(f"\n── sequence {sequence} · {row['split']}")
+        lines.append(row["marked"])
+    return "\n".join(lines)
+
+
+def _model(artifact: Model, count: int) -> str:
+    last = "\n".join(json.dumps(entry) for entry in artifact.log()[-count:])
+    return f"{json.dumps(artifact.json('training.json'), indent=1)}\n\nthe log's end:\n{last}"
+
+
+def _line(value: str) -> str:
+    flat = " ".join(value.split())
+    return flat if len(flat) <= 100 else flat[:99] + "…"

@@ -1,0 +1,102 @@
+"""The guard of step versions: digests of all code that a step's files may depend on, against `tasks/versions.lock`.
+
+A person raises a step's version when its files change; this module notices that code changed at all. It follows imports
+through `tasks.*` and ignores comments, docstrings and layout. What cannot change a step's files is left out: errors,
+progress, and the store and `step.py`, which a golden key guards instead.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tasks.step import ROOT, Step
+
+LOCK = ROOT / "tasks" / "versions.lock"
+LEFT_OUT = ("tasks.errors", "tasks.progress", "tasks.step", "tasks.store")
+
+
+def modules_of(module: str, root: Path = ROOT) -> list[str]:
+    """List the `tasks.*` modules that a module imports, itself included, in whatever function the import stands."""
+    found: list[str] = []
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in found and not name.startswith(LEFT_OUT):
+            found.append(name)
+            waiting.extend(_imports(_path(name, root), root))
+    return sorted(found)
+
+
+def _path(module: str, root: Path) -> Path:
+    return root / (module.replace(".", "/") + ".py")
+
+
+def _imports(path: Path, root: Path) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [name for name in names if name.startswith("tasks.") and _path(name, root).is_file()]
+
+
+def digest(path: Path) -> str:
+    """Return a digest of a module's code that comments, docstrings and layout do not touch."""
+    tree = ast.parse(path.read_bytes())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [part for part in body if not _is_text(part)]  # type: ignore[attr-defined]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def current(steps: Sequence[Step[Any, Any]], root: Path = ROOT) -> dict[str, Any]:
+    """Return what the lock should hold: step -> version and module digests."""
+    return {
+        step.name: {
+            "version": step.version,
+            "modules": {name: digest(_path(name, root)) for name in modules_of(step.__module__, root)},
+        }
+        for step in steps
+    }
+
+
+def stale(now: dict[str, Any], locked: dict[str, Any]) -> list[str]:
+    """Say, a line a step, where the code is not what was locked."""
+    lines = []
+    for name, entry in now.items():
+        old = locked.get(name, {"version": None, "modules": {}})
+        changed = sorted(
+            module
+            for module in {*entry["modules"], *old["modules"]}
+            if entry["modules"].get(module) != old["modules"].get(module)
+        )
+        if changed and entry["version"] == old["version"]:
+            lines.append(
+                f"{name}: {', '.join(changed)} changed since version {entry['version']} was locked. "
+                "Other files now? Raise version. Then python -m flows lock"
+            )
+        elif entry["version"] != old["version"]:
+            lines.append(f"{name}: version {entry['version']} is not locked yet. Run python -m flows lock")
+    return lines
+
+
+def locked() -> dict[str, Any]:
+    """Read the lock; empty where there is none."""
+    found: dict[str, Any] = json.loads(LOCK.read_bytes()) if LOCK.exists() else {}
+    return found
+
+
+def write(now: dict[str, Any]) -> None:
+    """Write the lock."""
+    LOCK.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")

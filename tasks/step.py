@@ -1,0 +1,310 @@
+"""A step declares itself by its signature: signature -> key -> store -> Prefect state.
+
+    @step("encode", version=3, makes=Tokens)
+    def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRuntime) -> Counts: ...
+
+`Artifact` arguments are inputs and enter the key by content; the one `Params` enters it whole; the one `Runtime` says
+how fast, never what, and stays out. Calling the step looks its key up and builds only on a miss. Inside a Prefect flow
+the call is a task run, and a hit is shown as state Cached. Prefect is imported there and nowhere else in `tasks/`.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import inspect
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, get_type_hints
+
+from pydantic import BaseModel, ConfigDict
+
+from tasks.artifacts import Artifact, Counts
+from tasks.errors import StoreError
+from tasks.store.canonical import sha256_of
+from tasks.store.check import Fault
+from tasks.store.collect import Lease, lease
+from tasks.store.explain import why_missing
+from tasks.store.folders import SHORT, Store, entries, refusal
+from tasks.store.lock import single_flight
+from tasks.store.manifest import Manifest, content_digest
+
+log = logging.getLogger("treeline.step")
+P = ParamSpec("P")
+A = TypeVar("A", bound=Artifact)
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("numpy", "orjson", "polars", "prefect", "pyarrow", "tiktoken", "tokenizers", "torch", "transformers")
+# What the system says when it is the disk, not the step, that is at fault.
+_NAMES = ("ENOSPC", "EDQUOT", "EROFS", "EIO", "EFBIG", "EMFILE", "EACCES", "EPERM")
+WRITE_ERRORS = {getattr(errno, name) for name in _NAMES if hasattr(errno, name)}
+
+
+class Params(BaseModel):
+    """Settings that decide what a step makes. All of them enter its key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def keyed(self) -> dict[str, Any]:
+        """Return what enters the key: every setting, defaults spelled out; content in place of a path."""
+        return self.model_dump(mode="json")
+
+
+class Runtime(BaseModel):
+    """Settings that decide how fast a step works, never what it makes. None of them enters its key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def home() -> Path:
+    """Return the store's folder: `$TREELINE_ARTIFACTS`, read at each call, or `artifacts/` of this project."""
+    return Path(os.environ.get("TREELINE_ARTIFACTS") or ROOT / "artifacts").absolute()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one step of a run."""
+
+    step: str
+    artifact: Artifact
+    cached: bool
+    seconds: float
+    why: str
+
+
+@dataclass
+class Session:
+    """One run of the chain: what it is to do, and what it did so far.
+
+    Attributes:
+        recipe: Name of the recipe, recorded in manifests.
+        force: Steps to build even where their artifact is there.
+        shown: Called with each outcome, inside the step's task run; must not raise.
+        outcomes: One a step that was called, in order.
+        lease: Keeps what was resolved from being collected meanwhile.
+    """
+
+    recipe: str = ""
+    force: frozenset[str] = frozenset()
+    shown: Callable[[Outcome], None] = lambda outcome: None
+    outcomes: list[Outcome] = field(default_factory=list)
+    lease: Lease | None = None
+
+
+_session: ContextVar[Session] = ContextVar("treeline_session")
+
+
+@contextmanager
+def session(
+    recipe: str = "", force: frozenset[str] = frozenset(), shown: Callable[[Outcome], None] = lambda outcome: None
+) -> Iterator[Session]:
+    """Open a session; inside another one, go on with that."""
+    outer = _session.get(None)
+    if outer is not None:
+        yield outer
+        return
+    with lease(Store(home())) as held:
+        opened = Session(recipe, force, shown, lease=held)
+        token = _session.set(opened)
+        try:
+            yield opened
+        finally:
+            _session.reset(token)
+
+
+def step(
+    name: str, *, version: int, makes: type[A], resumable: bool = False
+) -> Callable[[Callable[Concatenate[Path, P], Counts]], Step[P, A]]:
+    """Turn a function that writes files into a folder into a cached step.
+
+    Args:
+        name: The step's name; it enters the key.
+        version: Raised by a person when the code makes other files than before; `test_versions.py` reminds.
+        makes: The artifact that the files are.
+        resumable: Whether a build may go on from the folder that a failed or killed one left.
+
+    Raises:
+        TypeError: At import, if the signature holds anything but `out: Path`, artifacts, one Params and one Runtime.
+    """
+    return lambda function: Step(name, version, makes, resumable, function)
+
+
+class Step(Generic[P, A]):
+    """A function from artifacts and settings to an artifact, cached by what enters it."""
+
+    def __init__(
+        self, name: str, version: int, makes: type[A], resumable: bool, function: Callable[Concatenate[Path, P], Counts]
+    ) -> None:
+        self.name, self.version, self.makes, self.resumable, self.function = name, version, makes, resumable, function
+        self.__doc__, self.__module__ = function.__doc__, function.__module__
+        hints = get_type_hints(function)
+        hints.pop("return", None)
+        if list(hints)[:1] != ["out"] or hints.pop("out") is not Path:
+            raise TypeError(f"step {name}: the first argument must be `out: Path`")
+        self.inputs = {arg: kind for arg, kind in hints.items() if issubclass(kind, Artifact)}
+        settings = {arg: kind for arg, kind in hints.items() if issubclass(kind, Params)}
+        runtimes = {arg: kind for arg, kind in hints.items() if issubclass(kind, Runtime)}
+        odd = set(hints) - set(self.inputs) - set(settings) - set(runtimes)
+        if odd or len(settings) != 1 or len(runtimes) > 1:
+            raise TypeError(f"step {name}: an argument is an Artifact, the one Params or the one Runtime; odd: {odd}")
+        (self.params_name, self.params_type), *_ = settings.items()
+        self.runtime_name: str = next(iter(runtimes), "")
+        self.runtime_type: type[Runtime] = runtimes.get(self.runtime_name, Runtime)
+
+    def recipe(self, digests: Mapping[str, str], params: Params) -> dict[str, Any]:
+        """Return the key's preimage for inputs given by content digest."""
+        return {
+            "step": self.name,
+            "version": self.version,
+            "params": params.keyed(),
+            "inputs": {arg: digests[arg] for arg in self.inputs},
+        }
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> A:
+        """Return the artifact of these arguments: the one in the store, or a new one."""
+        bound = inspect.signature(self.function).bind(None, *args, **kwargs).arguments
+        bound.pop("out")
+        if self.runtime_name:
+            bound.setdefault(self.runtime_name, self.runtime_type())
+        with session() as run:
+            call = _Call(self, bound, run)
+            outcome = _as_task(call) if _in_flow() else call.resolve()
+            run.outcomes.append(outcome)
+            made: A = outcome.artifact  # type: ignore[assignment]
+            return made
+
+
+class _Call:
+    """One call of a step: its key, and the way from key to artifact."""
+
+    def __init__(self, made_by: Step[Any, Any], bound: dict[str, Any], run: Session) -> None:
+        self.step, self.bound, self.run = made_by, bound, run
+        digests = {arg: bound[arg].manifest.digest for arg in made_by.inputs}
+        self.recipe = made_by.recipe(digests, bound[made_by.params_name])
+        self.key = sha256_of(self.recipe)
+        self.store = Store(home())
+        self.kind = made_by.makes.kind
+        self.forced = made_by.name in run.force
+        self.fault = ""
+
+    def look(self) -> Manifest | None:
+        """Return the manifest of a usable artifact; one that is broken is moved aside, and that is said."""
+        found = None if self.forced else self.store.look(self.kind, self.key)
+        if isinstance(found, Fault):
+            self.fault = str(found)
+            self.store.set_aside(self.store.folder(self.kind, self.key), self.fault)
+            return None
+        return found
+
+    def resolve(self) -> Outcome:
+        """Look the artifact up; build it where it is not there."""
+        started = time.monotonic()
+        if self.run.lease:
+            self.run.lease.hold(f"{self.kind}/{self.key[:SHORT]}")
+        lock = self.store.root / ".locks" / f"{self.kind}-{self.key[:SHORT]}.lock"
+        manifest, cached, why = self.look(), True, "nothing changed"
+        if manifest is None:
+            with single_flight(lock, f"{self.kind}/{self.key[:SHORT]}"):
+                manifest = self.look()  # another process may have made it while we waited
+                if manifest is None:
+                    cached, why = False, self.why()
+                    manifest = self.build()
+        artifact = self.step.makes(self.store.folder(self.kind, self.key), manifest)
+        outcome = Outcome(self.step.name, artifact, cached, time.monotonic() - started, why)
+        self.run.shown(outcome)
+        return outcome
+
+    def why(self) -> str:
+        """Say why this call has no artifact."""
+        if self.forced or self.fault:
+            return self.fault or "forced"
+        return why_missing(self.recipe, [manifest for _, manifest in self.store.manifests(self.kind)])
+
+    def build(self) -> Manifest:
+        """Run the step's function in a scratch folder and publish what it wrote."""
+        started = time.time()
+        with self.store.scratch(self.kind, self.key, self.step.resumable) as out:
+            try:
+                counts = self.step.function(out, **self.bound)
+                files = entries(out)
+            except OSError as error:
+                if error.errno in WRITE_ERRORS:
+                    raise refusal(self.store.root, error) from error
+                raise
+            missing = set(self.step.makes.files) - set(files)
+            if missing:
+                raise StoreError(f"step {self.step.name} did not write {', '.join(sorted(missing))}", code="step.files")
+            digest = content_digest(files, self.step.makes.records)
+            origin = {
+                **_origin(self.run.recipe, self.bound.get(self.step.runtime_name)),
+                "seconds": round(time.time() - started, 3),
+            }
+            manifest = Manifest(self.key, self.kind, self.recipe, files, digest, counts, origin)
+            return self.store.publish(out, manifest, replace=self.forced)[1]
+
+
+def _origin(recipe: str, runtime: Runtime | None) -> dict[str, Any]:
+    loaded = [name for name in PACKAGES if name in sys.modules]
+    return {
+        "recipe": recipe,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in loaded},
+        "revision": _revision(),
+        "runtime": runtime.model_dump(mode="json") if runtime else {},
+    }
+
+
+def _revision() -> str:
+    """Return the git revision of the code, with a `+` where it was changed since; empty outside a checkout."""
+    asked = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _in_flow() -> bool:
+    """Tell whether a Prefect flow is running, without importing Prefect where it is not."""
+    if "prefect" not in sys.modules:
+        return False
+    from prefect.context import FlowRunContext, TaskRunContext
+
+    return FlowRunContext.get() is not None and TaskRunContext.get() is None
+
+
+def _as_task(call: _Call) -> Outcome:
+    """Run a call as a Prefect task, called directly so that a cancellation reaches it; the store decides."""
+    from prefect import task
+    from prefect.cache_policies import NO_CACHE
+    from prefect.states import Completed
+
+    cached = call.look() is not None
+    name = f"{call.step.name} {call.key[:SHORT]}{' cached' if cached else ''}"
+
+    def run(inputs: dict[str, str], params: dict[str, Any]) -> Any:
+        outcome = call.resolve()
+        if not outcome.cached:
+            return outcome
+        return Completed(name="Cached", message=f"{outcome.artifact.id}: {outcome.why}", data=outcome)
+
+    named = task(
+        name=call.step.name,
+        task_run_name=name,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        description=inspect.getdoc(call.step),
+    )
+    inputs = {arg: call.bound[arg].id for arg in call.step.inputs}
+    state = named(run)(inputs, call.recipe["params"], return_state=True)
+    outcome: Outcome = state.result()
+    return outcome

@@ -1,0 +1,97 @@
+"""Finding: is a finished folder still what its manifest says?
+
+No file format of the chain protects itself: one flipped bit is read back silently in most cases. So SHA-256 is checked
+before an artifact is used. A file whose identity (inode, size, mtime, ctime) has not changed since it was hashed is not
+hashed again; `verify` ignores that memory.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tasks.store.canonical import sha256_file
+from tasks.store.manifest import NAME, Manifest, UnreadableManifest, read_manifest
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a folder cannot be used: the file and what is wrong with it."""
+
+    file: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.what}"
+
+
+Identity = list[int]  # inode, size in bytes, mtime and ctime in ns
+
+
+def identity(path: Path) -> Identity:
+    """Return what changes whenever a file's content may have changed."""
+    found = path.lstat()
+    return [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def examine(folder: Path, memory: Path | None = None) -> Manifest | Fault:
+    """Return a folder's manifest if every file is as it was published, else what is wrong.
+
+    Args:
+        folder: The artifact's folder.
+        memory: File that remembers the identities of hashed files; None: hash everything.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except UnreadableManifest as error:
+        return Fault(NAME, str(error).removeprefix("manifest "))
+    known = recall(memory) if memory else {}
+    for name, entry in manifest.files.items():
+        what = _wrong(folder / name, entry.bytes, entry.sha256, known.get(name))
+        if what:
+            return Fault(name, what)
+    if memory:
+        remember(memory, folder, manifest)
+    return manifest
+
+
+def _wrong(path: Path, size: int, sha256: str, known: tuple[str, Identity] | None) -> str | None:
+    try:
+        found = path.lstat()
+    except OSError:
+        return "is missing"
+    if not stat.S_ISREG(found.st_mode):  # a link is never followed: it could point anywhere
+        return "is not a regular file"
+    if found.st_size != size:
+        return f"has {found.st_size:,} bytes, not {size:,}"
+    if known == (sha256, identity(path)):
+        return None
+    try:
+        digest = sha256_file(path)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None if digest == sha256 else f"has sha256 {digest[:12]}, not {sha256[:12]}"
+
+
+def recall(memory: Path) -> dict[str, tuple[str, Identity]]:
+    """Read which file identities were hashed before; nothing, where the memory is missing or broken."""
+    try:
+        found = json.loads(memory.read_bytes())
+        return {str(name): (str(sha256), list(seen)) for name, (sha256, seen) in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def remember(memory: Path, folder: Path, manifest: Manifest) -> None:
+    """Write down the identities of files that were just found right; a store that cannot be written goes without."""
+    seen = {name: (entry.sha256, identity(folder / name)) for name, entry in manifest.files.items()}
+    if recall(memory) == seen:
+        return
+    with suppress(OSError):
+        memory.parent.mkdir(exist_ok=True)
+        new = memory.with_name(f"{memory.name}.{id(seen):x}.tmp")
+        new.write_text(json.dumps(seen), encoding="utf-8")
+        new.replace(memory)

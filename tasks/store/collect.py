@@ -1,0 +1,147 @@
+"""Collecting: which artifacts nobody needs any more, and removing them.
+
+Kept are the artifacts of the last run of each recipe, those that a running program has taken hold of, everything that
+these were made from, and whatever is younger than the grace time. The rest is garbage, as are what was moved aside and
+the scratch folders of dead processes; one that a next try could go on with (a checkpoint) is kept for a week.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tasks.errors import StoreError
+from tasks.store.folders import RESUMABLE, Store, write_whole, writing
+from tasks.store.manifest import Manifest
+from tasks.store.owner import is_alive, mark
+
+RESUME_TIME = 7 * 86_400.0  # seconds that an unfinished, resumable build is kept
+
+
+class Lease:
+    """The artifacts that a running program has resolved, on disk, so that a concurrent `gc` keeps them."""
+
+    def __init__(self, store: Store) -> None:
+        self.path = store.root / ".leases" / f"{mark()}.json"
+        self.ids: list[str] = []
+
+    def hold(self, artifact_id: str) -> None:
+        """Add an artifact; a store that cannot be written is not collected either."""
+        if artifact_id not in self.ids:
+            self.ids.append(artifact_id)
+            with suppress(OSError):
+                write_whole(self.path, json.dumps(self.ids).encode())
+
+
+@contextmanager
+def lease(store: Store) -> Iterator[Lease]:
+    """Keep what the block resolves from being collected while it runs."""
+    held = Lease(store)
+    try:
+        yield held
+    finally:
+        held.path.unlink(missing_ok=True)
+
+
+def garbage(store: Store, grace: float, now: float | None = None) -> list[Path]:
+    """Decide what to remove: folders, in a fixed order. Removes nothing.
+
+    Args:
+        store: The store.
+        grace: Seconds; whatever changed since then is kept.
+        now: Seconds since the epoch; None: the clock's.
+
+    Raises:
+        StoreError: If a file of roots cannot be read: not knowing what is needed, nothing may be removed.
+    """
+    limit = (time.time() if now is None else now) - grace
+    manifests = store.manifests()
+    needed = lineage(manifests, set(_roots(store)))
+    unused = [folder for folder, _ in manifests if f"{folder.parent.name}/{folder.name}" not in needed]
+    aside = sorted((store.root / ".aside").glob("*"))
+    return [path for path in [*unused, *aside, *_dead_scratch(store)] if _newest(path) < limit]
+
+
+def remove(paths: Iterable[Path], store: Store) -> None:
+    """Remove folders; each vanishes from sight by one rename first, so that none is ever seen half empty."""
+    with writing(store.root):
+        bin_ = store.root / ".aside" / f"removed.{mark()}"
+        bin_.mkdir(parents=True, exist_ok=True)
+        for number, path in enumerate(paths):
+            with suppress(FileNotFoundError):
+                path.rename(bin_ / str(number))
+        shutil.rmtree(bin_, ignore_errors=True)
+
+
+def lineage(manifests: list[tuple[Path, Manifest]], ids: set[str]) -> set[str]:
+    """Return the ids and those of everything they were made from, by content digest."""
+    by_digest: dict[str, list[str]] = {}
+    inputs: dict[str, list[str]] = {}
+    for folder, manifest in manifests:
+        name = f"{folder.parent.name}/{folder.name}"
+        by_digest.setdefault(manifest.digest, []).append(name)
+        inputs[name] = list(manifest.recipe.get("inputs", {}).values())
+    needed: set[str] = set()
+    waiting = list(ids)
+    while waiting:
+        name = waiting.pop()
+        if name not in needed:
+            needed.add(name)
+            waiting.extend(made for digest in inputs.get(name, []) for made in by_digest.get(digest, []))
+    return needed
+
+
+def _roots(store: Store) -> Iterator[str]:
+    for path in sorted((store.root / ".refs").glob("*.json")):
+        found = _load(path)
+        yield from _ids(path, list(found.values()) if isinstance(found, dict) else found)
+    for path in sorted((store.root / ".leases").glob("*.json")):
+        if is_alive(path.stem, path):
+            yield from _ids(path, _load(path))
+
+
+def _load(path: Path) -> object:
+    try:
+        found: object = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return []  # a lease that ended meanwhile
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"what is still needed cannot be read: {error}",
+            str(path),
+            "mend or delete that file; nothing was removed",
+            code="store.roots",
+        ) from error
+    return found
+
+
+def _ids(path: Path, found: object) -> list[str]:
+    if isinstance(found, list) and all(isinstance(name, str) for name in found):
+        return found
+    raise StoreError(
+        "expected a list of artifact ids", str(path), "delete that file; nothing was removed", code="store.roots"
+    )
+
+
+def _dead_scratch(store: Store) -> list[Path]:
+    folders = sorted((store.root / ".scratch").glob("*"))
+    return [path for path in folders if not _wanted(path)]
+
+
+def _wanted(path: Path) -> bool:
+    """Tell whether a scratch folder is in use, or holds a checkpoint that may still be gone on with."""
+    resumable = path.name.startswith(RESUMABLE) and time.time() - _newest(path) < RESUME_TIME
+    return resumable or is_alive(path.name.partition(".")[2], path)
+
+
+def _newest(path: Path) -> float:
+    """Return when a folder was last changed, in seconds since the epoch, by either clock that the system keeps."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return 0.0
+    return max(found.st_mtime, found.st_ctime)

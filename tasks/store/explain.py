@@ -1,0 +1,50 @@
+"""Explaining: why does a recipe have no artifact? Because it differs from the nearest one that has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tasks.store.manifest import Manifest
+
+NEW = "nothing like it was made before"
+
+
+def why_missing(recipe: dict[str, Any], made: list[Manifest]) -> str:
+    """Say what sets a recipe apart from the nearest of the artifacts that were made, old value first.
+
+    Args:
+        recipe: The key's preimage that has no artifact.
+        made: Manifests to compare with, oldest first; among equally near ones the youngest is taken.
+    """
+    near = [
+        differences(manifest.recipe, recipe)
+        for manifest in reversed(made)
+        if manifest.recipe.get("step") == recipe["step"]
+    ]
+    if not near:
+        return NEW
+    nearest: list[str] = min(near, key=len)
+    return "; ".join(nearest) or "its files are gone"
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """List where two JSON values differ, as `params.block: 512 -> 1024`; digests are shortened."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [*new, *(name for name in old if name not in new)]
+        below = [(f"{path}.{name}" if path else name, old.get(name, ABSENT), new.get(name, ABSENT)) for name in names]
+        return [line for name, before, after in below for line in differences(before, after, name)]
+    return [] if old == new else [f"{path}: {_shown(old)} -> {_shown(new)}"]
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "(absent)"
+
+
+ABSENT = _Absent()
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return f"{value[:12]}…" if len(value) == 64 and value.isalnum() else (value or '""')
+    return repr(value)

@@ -1,0 +1,225 @@
+"""The store: finished folders named by kind and key, each written once, published whole, checked before use.
+
+<root>/<kind>/<12 hex of the key>/      a finished artifact: manifest.json and files
+<root>/.scratch/<kind>-<12 hex>.<mark>  being built; `.left` in place of the mark: left for the next try
+<root>/.aside/                          what was found broken or was replaced
+<root>/.verified/, .locks/, .leases/    hashes remembered; waits spared; artifacts in use by running programs
+<root>/.refs/<recipe>.json              the artifacts of the last run of each recipe
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tasks.errors import PermissionRefused, StoreError
+from tasks.store.canonical import sha256_file
+from tasks.store.check import Fault, examine, remember
+from tasks.store.manifest import NAME, FileEntry, Manifest, UnreadableManifest, read_manifest, write_manifest
+from tasks.store.owner import is_alive, mark
+
+log = logging.getLogger("treeline.store")
+RESUMABLE = "resume-"  # begins the name of a scratch folder that the next try may go on with
+SHORT = 12  # hex digits of a key that name a folder: 48 bits, enough for any one store
+_KEY = re.compile(r"[0-9a-f]{64}")
+_KIND = re.compile(r"[a-z]{1,20}")
+
+
+class Store:
+    """A folder of artifacts."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, kind: str, key: str) -> Path:
+        """Return where the artifact of a key lies, once it is finished."""
+        if not (_KEY.fullmatch(key) and _KIND.fullmatch(kind)):
+            raise StoreError(f"{kind!r}, {key!r} do not name an artifact", code="name.invalid")
+        return self.root / kind / key[:SHORT]
+
+    def look(self, kind: str, key: str) -> Manifest | Fault | None:
+        """Tell whether a key's artifact can be used: its manifest, what is wrong with it, or None. Changes nothing."""
+        folder = self.folder(kind, key)
+        if not os.path.lexists(folder):
+            return None
+        found = examine(folder, self._memory(folder))
+        if isinstance(found, Manifest) and found.key != key:
+            return Fault(NAME, f"is of key {found.key[:SHORT]}…, not {key[:SHORT]}…")
+        return found
+
+    def set_aside(self, folder: Path, why: str) -> None:
+        """Move a folder that cannot be used out of the way, and say so; nothing is deleted."""
+        place = self.root / ".aside" / f"{folder.parent.name}-{folder.name}.{mark()}"
+        with writing(self.root):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # another process was first
+                folder.rename(place)
+        log.warning("store.aside: %s/%s: %s; moved to .aside", folder.parent.name, folder.name, why)
+
+    @contextmanager
+    def scratch(self, kind: str, key: str, resumable: bool = False) -> Iterator[Path]:
+        """Give an empty folder to build in, on the store's file system; a failed build leaves nothing visible.
+
+        A resumable build gets back what an earlier try left, whether that try failed or was killed. A folder is claimed
+        by one rename, so two processes never share one.
+        """
+        name = f"{RESUMABLE if resumable else ''}{kind}-{key[:SHORT]}"
+        folder = self.root / ".scratch" / f"{name}.{mark()}"
+        left = self.root / ".scratch" / f"{name}.left"
+        with writing(self.root):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if not (resumable and self._claim(left, folder)):
+                folder.mkdir()
+        try:
+            yield folder
+        finally:
+            if folder.exists():  # it was not published
+                if resumable and not left.exists():
+                    with suppress(OSError):
+                        folder.rename(left)
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _claim(self, left: Path, folder: Path) -> bool:
+        """Take over what an earlier try left: by name, or from a process that is gone."""
+        prefix = left.name.removesuffix("left")
+        candidates = [left, *(path for path in left.parent.glob(prefix + "*") if path != left)]
+        for path in candidates:
+            if path != left and is_alive(path.name.removeprefix(prefix), path):
+                continue
+            with suppress(OSError):
+                path.rename(folder)
+                return True
+        return False
+
+    def publish(self, scratch: Path, manifest: Manifest, replace: bool = False) -> tuple[Path, Manifest]:
+        """Make a built folder visible by one rename, after everything in it is on the disk.
+
+        Returns:
+            The finished folder and its manifest; the other's, where another process published the same key first.
+        """
+        folder = self.folder(manifest.kind, manifest.key)
+        with writing(self.root):
+            sync(write_manifest(scratch, manifest))
+            sync(scratch)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if replace and folder.exists():
+                self.set_aside(folder, "replaced by a forced rebuild")
+            winner = self._rename(scratch, folder, manifest)
+            sync(folder.parent)
+        if winner is manifest:
+            remember(self._memory(folder), folder, manifest)
+        elif winner.digest != manifest.digest:
+            log.warning(
+                "store.nondeterministic: %s gave two outputs for key %s; the first one stays",
+                manifest.kind,
+                manifest.key[:SHORT],
+            )
+        return folder, winner
+
+    def _rename(self, scratch: Path, folder: Path, manifest: Manifest) -> Manifest:
+        for _ in range(8):
+            try:
+                scratch.rename(folder)
+            except OSError as error:
+                if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
+                    raise
+            else:
+                return manifest
+            found = self.look(manifest.kind, manifest.key)
+            if isinstance(found, Manifest):
+                return found
+            if found is not None:
+                self.set_aside(folder, str(found))
+        raise StoreError("something keeps coming back in place of the artifact", str(folder))
+
+    def manifests(self, kind: str | None = None) -> list[tuple[Path, Manifest]]:
+        """List the finished artifacts whose manifest can be read, oldest first; odd files are passed over."""
+        found = []
+        for folder in self.folders(kind):
+            with suppress(UnreadableManifest):
+                found.append((folder, read_manifest(folder)))
+        return sorted(found, key=lambda pair: (pair[1].created, pair[0].stat().st_mtime_ns))
+
+    def folders(self, kind: str | None = None) -> list[Path]:
+        """List every folder that is named like an artifact, readable or not."""
+        kinds = [self.root / kind] if kind else [path for path in self.root.glob("*") if _KIND.fullmatch(path.name)]
+        return sorted(path for place in kinds for path in place.glob("[0-9a-f]" * SHORT) if path.is_dir())
+
+    def note_run(self, recipe: str, ids: dict[str, str]) -> None:
+        """Write down which artifacts the last run of a recipe ended with, step -> id; `gc` keeps them."""
+        with writing(self.root):
+            write_whole(self.root / ".refs" / f"{recipe}.json", json.dumps(ids, indent=1).encode())
+
+    def _memory(self, folder: Path) -> Path:
+        return self.root / ".verified" / f"{folder.parent.name}-{folder.name}.json"
+
+
+def entries(folder: Path) -> dict[str, FileEntry]:
+    """Hash every file of a built folder and flush it to the disk.
+
+    Raises:
+        StoreError: If there is something else than plain files in it.
+    """
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() or not path.is_file():
+            raise StoreError("an artifact holds plain files only", str(path))
+        sync(path)
+        found[path.name] = FileEntry(path.stat().st_size, sha256_file(path))
+    return found
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file so that a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{mark()}")
+    new.write_bytes(content)
+    sync(new)
+    new.replace(path)
+
+
+@contextmanager
+def writing(root: Path) -> Iterator[None]:
+    """Turn the system's refusals to write into errors that say what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise refusal(root, error) from error
+
+
+def refusal(root: Path, error: OSError) -> StoreError | PermissionRefused:
+    """Say why the store could not be written, and how much room there is."""
+    what = f"cannot write to the store: {error.strerror or error}"
+    if error.errno in {errno.EACCES, errno.EPERM}:
+        return PermissionRefused(
+            what, str(error.filename or root), "check who owns it, or set TREELINE_ARTIFACTS", code="store.permission"
+        )
+    return StoreError(
+        f"{what}, {room(root)} free",
+        str(error.filename or root),
+        "free space or set TREELINE_ARTIFACTS, then rerun; finished steps are kept",
+        code="store.write",
+    )
+
+
+def room(root: Path) -> str:
+    """Return the free space where a folder lies or would lie, in MB."""
+    while not root.exists() and root != root.parent:
+        root = root.parent
+    return f"{shutil.disk_usage(root).free / 1e6:,.0f} MB"

@@ -1,0 +1,102 @@
+"""Laws of collecting: nothing that is needed goes, a dry run tells the truth."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.errors import StoreError
+from tasks.store.canonical import sha256_of
+from tasks.store.check import Fault
+from tasks.store.collect import Lease, garbage, lineage, remove
+from tasks.store.folders import Store, entries
+from tasks.store.manifest import FileEntry, Manifest, content_digest
+
+LATER = time.time() + 86_400
+
+
+def publish(store: Store, kind: str, content: str, inputs: dict[str, str]) -> Manifest:
+    recipe = {"step": kind, "version": 1, "params": {"content": content}, "inputs": inputs}
+    with store.scratch(kind, sha256_of(recipe)) as out:
+        (out / "a.txt").write_text(content)
+        files = entries(out)
+        return store.publish(out, Manifest(sha256_of(recipe), kind, recipe, files, content_digest(files)))[1]
+
+
+def name(manifest: Manifest) -> str:
+    return f"{manifest.kind}/{manifest.key[:12]}"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+def test_the_last_run_of_a_recipe_and_what_it_was_made_from_stay(store: Store) -> None:
+    raw = publish(store, "raw", "trees", {})
+    old = publish(store, "messages", "old", {"raw": raw.digest})
+    new = publish(store, "messages", "new", {"raw": raw.digest})
+    store.note_run("quickstart", {"parse": name(new)})
+    assert [path.name for path in garbage(store, 0, LATER)] == [old.key[:12]]
+    remove(garbage(store, 0, LATER), store)
+    assert {name(made) for _, made in store.manifests()} == {name(raw), name(new)}
+
+
+def test_what_a_running_program_holds_stays(store: Store) -> None:
+    held, loose = publish(store, "raw", "held", {}), publish(store, "raw", "loose", {})
+    lease = Lease(store)
+    lease.hold(name(held))
+    assert [path.name for path in garbage(store, 0, LATER)] == [loose.key[:12]]
+
+
+def test_what_a_dead_program_held_goes(store: Store) -> None:
+    held = publish(store, "raw", "held", {})
+    lease = Lease(store)
+    lease.hold(name(held))
+    host = lease.path.stem.rsplit(".", 3)[0]
+    lease.path.rename(lease.path.with_name(f"{host}.4194305.1.dead.json"))  # above the largest process number
+    assert [path.name for path in garbage(store, 0, LATER)] == [held.key[:12]]
+
+
+def test_what_is_younger_than_the_grace_time_stays(store: Store) -> None:
+    publish(store, "raw", "young", {})
+    assert garbage(store, grace=3600) == []
+    assert len(garbage(store, 3600, now=time.time() + 7200)) == 1
+
+
+@pytest.mark.parametrize("broken", ["", "{", '{"parse": 5}', '"x"'])
+def test_with_unreadable_roots_nothing_is_removed(store: Store, broken: str) -> None:
+    publish(store, "raw", "trees", {})
+    (store.root / ".refs").mkdir()
+    (store.root / ".refs" / "quickstart.json").write_text(broken)
+    pytest.raises(StoreError, garbage, store, 0, LATER)
+
+
+def test_a_checkpoint_is_kept_for_a_week_and_dead_scratch_is_not(store: Store) -> None:
+    for folder in ("resume-model-aaaaaaaaaaaa.left", "tokens-bbbbbbbbbbbb.no.such.process"):
+        (store.root / ".scratch" / folder).mkdir(parents=True)
+    assert [path.name for path in garbage(store, 0, LATER)] == ["tokens-bbbbbbbbbbbb.no.such.process"]
+
+
+def test_a_store_stays_usable_after_collecting(store: Store) -> None:
+    raw = publish(store, "raw", "trees", {})
+    store.note_run("r", {"download": name(raw)})
+    remove(garbage(store, 0, LATER), store)
+    assert not isinstance(store.look("raw", raw.key), Fault)
+    assert json.loads((store.root / ".refs" / "r.json").read_text()) == {"download": name(raw)}
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=20), st.sets(st.integers(0, 9)))
+def test_the_live_set_is_closed_under_what_things_were_made_from(edges: list[tuple[int, int]], roots: set[int]) -> None:
+    def manifest(number: int) -> tuple[Path, Manifest]:
+        inputs = {str(made_of): f"{made_of:064x}" for maker, made_of in edges if maker == number}
+        folder = Path("raw") / f"{number:012x}"
+        return folder, Manifest("", "raw", {"inputs": inputs}, {"a": FileEntry(0, "")}, f"{number:064x}")
+
+    live = lineage([manifest(number) for number in range(10)], {f"raw/{number:012x}" for number in roots})
+    assert {f"raw/{number:012x}" for number in roots} <= live
+    for maker, made_of in edges:
+        assert f"raw/{maker:012x}" not in live or f"raw/{made_of:012x}" in live

@@ -1,0 +1,203 @@
+"""Laws of the store: written once, published whole, checked before use."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.errors import StoreError
+from tasks.store.canonical import sha256_of
+from tasks.store.check import Fault, examine
+from tasks.store.folders import Store, entries
+from tasks.store.manifest import Manifest, UnreadableManifest, content_digest, read_manifest
+
+RECIPE = {"step": "parse", "version": 1, "params": {"max_trees": None}, "inputs": {}}
+KEY = sha256_of(RECIPE)
+
+
+def publish(store: Store, content: bytes = b"hello", recipe: dict[str, Any] = RECIPE) -> tuple[Path, Manifest]:
+    key = sha256_of(recipe)
+    with store.scratch("messages", key) as out:
+        (out / "a.bin").write_bytes(content)
+        (out / "b.bin").write_bytes(b"second file")
+        files = entries(out)
+        return store.publish(out, Manifest(key, "messages", recipe, files, content_digest(files), {"rows": 1}))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "artifacts")
+
+
+def test_what_was_published_is_found_again(store: Store) -> None:
+    folder, manifest = publish(store)
+    assert store.look("messages", KEY) == manifest == read_manifest(folder)
+    assert (folder / "a.bin").read_bytes() == b"hello"
+    assert [made for _, made in store.manifests()] == [manifest]
+
+
+def test_a_build_that_fails_leaves_nothing(store: Store) -> None:
+    def fail() -> None:
+        with store.scratch("messages", KEY) as out:
+            (out / "a.bin").write_bytes(b"half")
+            raise RuntimeError("boom")
+
+    pytest.raises(RuntimeError, fail)
+    assert store.look("messages", KEY) is None
+    assert list((store.root / ".scratch").iterdir()) == []
+
+
+MUTATIONS: dict[str, Callable[[Path], object]] = {
+    "one bit flipped": lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "grown": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "same length, other content": lambda path: path.write_bytes(b"y" * path.stat().st_size),
+    "deleted": lambda path: path.unlink(),
+    "a link to the same bytes": lambda path: path.symlink_to(path.rename(path.parent / "x")),
+    "a folder": lambda path: path.rename(path.parent / "x").with_name(path.name).mkdir(),
+}
+
+
+@pytest.mark.parametrize("name", ["a.bin", "b.bin", "manifest.json"])
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_an_altered_file_is_a_fault_even_where_its_identity_was_remembered(
+    store: Store, mutation: str, name: str
+) -> None:
+    folder, _ = publish(store)
+    assert isinstance(store.look("messages", KEY), Manifest)
+    if name == "manifest.json" and mutation == "a link to the same bytes":
+        pytest.skip("the manifest is sealed by its own hash, wherever it lies")
+    MUTATIONS[mutation](folder / name)
+    fault = store.look("messages", KEY)
+    assert isinstance(fault, Fault)
+    assert fault.file == name
+    assert isinstance(examine(folder), Fault)
+
+
+def test_a_bit_flipped_behind_an_unchanged_identity_is_found_by_a_full_check(store: Store) -> None:
+    folder, _ = publish(store)
+    path = folder / "a.bin"
+    before = path.stat()
+    path.write_bytes(b"jello")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert isinstance(examine(folder), Fault)
+    assert isinstance(store.look("messages", KEY), Fault), "ctime gives it away"
+
+
+def test_what_is_set_aside_can_be_built_again_and_nothing_is_deleted(store: Store) -> None:
+    folder, manifest = publish(store)
+    (folder / "a.bin").write_bytes(b"other")
+    store.set_aside(folder, "test")
+    assert store.look("messages", KEY) is None
+    assert publish(store)[1].digest == manifest.digest
+    (aside,) = (store.root / ".aside").iterdir()
+    assert (aside / "a.bin").read_bytes() == b"other"
+
+
+def test_the_first_of_two_builds_wins_and_a_different_second_one_is_said(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, first = publish(store, b"one")
+    _, winner = publish(store, b"two")
+    assert winner == first
+    assert "store.nondeterministic" in caplog.text
+    assert list((store.root / ".scratch").iterdir()) == []
+
+
+def test_a_broken_artifact_in_the_way_is_replaced(store: Store) -> None:
+    folder, _ = publish(store, b"one")
+    (folder / "a.bin").unlink()
+    _, winner = publish(store, b"two")
+    assert store.look("messages", KEY) == winner
+    assert (folder / "a.bin").read_bytes() == b"two"
+
+
+def test_eight_writers_of_one_key_leave_one_whole_artifact(store: Store) -> None:
+    found: list[Manifest] = []
+    threads = [threading.Thread(target=lambda: found.append(publish(store)[1])) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({manifest.digest for manifest in found}) == 1
+    assert len(found) == 8
+    assert len(store.folders()) == 1
+    assert isinstance(store.look("messages", KEY), Manifest)
+
+
+def test_a_resumable_build_gets_back_what_a_failed_try_left(store: Store) -> None:
+    def fail() -> None:
+        with store.scratch("model", KEY, resumable=True) as out:
+            (out / "checkpoint").write_text("step 7")
+            raise RuntimeError("boom")
+
+    pytest.raises(RuntimeError, fail)
+    with store.scratch("model", KEY, resumable=True) as out:
+        assert (out / "checkpoint").read_text() == "step 7"
+    with store.scratch("model", "f" * 64, resumable=True) as other:
+        assert list(other.iterdir()) == []
+
+
+def test_a_resumable_build_gets_back_what_a_killed_process_left(store: Store) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from tasks.store.folders import Store\n"
+        f"with Store(Path({str(store.root)!r})).scratch('model', {KEY!r}, resumable=True) as out:\n"
+        "    (out / 'checkpoint').write_text('step 9'); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == -9
+    with store.scratch("model", KEY, resumable=True) as out:
+        assert (out / "checkpoint").read_text() == "step 9"
+
+
+def test_a_living_process_keeps_its_scratch_folder_to_itself(store: Store) -> None:
+    with store.scratch("model", KEY, resumable=True) as first, store.scratch("model", KEY, resumable=True) as second:
+        assert first != second
+
+
+@pytest.mark.parametrize("name", ["..", "/etc", "a/b", "A", "", "x\0", "." * 64, "F" * 64, "f" * 63])
+def test_names_cannot_leave_the_store(store: Store, name: str) -> None:
+    pytest.raises(StoreError, store.folder, "messages", name)
+    if name != "x":
+        pytest.raises(StoreError, store.folder, name, KEY)
+
+
+@pytest.mark.parametrize(
+    "broken", [b"", b"{", b"[]", b"null", b'{"schema": 99, "seal": ""}', b'{"seal": 1, "schema": "x"}', b"\xff\xfe"]
+)
+def test_a_broken_manifest_is_unreadable_and_never_a_crash(store: Store, broken: bytes) -> None:
+    folder, _ = publish(store)
+    (folder / "manifest.json").write_bytes(broken)
+    pytest.raises(UnreadableManifest, read_manifest, folder)
+    assert isinstance(store.look("messages", KEY), Fault)
+    assert store.manifests() == []
+
+
+def test_a_manifest_with_one_altered_number_is_refused(store: Store) -> None:
+    folder, _ = publish(store)
+    body = json.loads((folder / "manifest.json").read_bytes())
+    body["counts"]["rows"] = 2
+    (folder / "manifest.json").write_text(json.dumps(body))
+    pytest.raises(UnreadableManifest, read_manifest, folder)
+
+
+def test_odd_files_in_the_store_are_passed_over(store: Store) -> None:
+    publish(store)
+    for name in ("lost+found", ".DS_Store", ".nfs0001", "messages/.nfs0001", "messages/notes"):
+        path = store.root / name
+        path.mkdir() if name == "lost+found" else path.write_text("x")
+    (store.folders()[0] / ".DS_Store").write_text("x")
+    assert len(store.manifests()) == 1
+    assert isinstance(store.look("messages", KEY), Manifest)
+
+
+def test_a_disk_that_refuses_is_said_with_what_to_do(store: Store) -> None:
+    store.root.parent.mkdir(exist_ok=True)
+    store.root.write_text("a file where the store should be")
+    with pytest.raises(StoreError, match=r"error\[store.write\].*TREELINE_ARTIFACTS"):
+        publish(store)

@@ -1,0 +1,181 @@
+"""Laws of a step: its signature is its key, and the store decides."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tasks.artifacts import Artifact, Counts
+from tasks.errors import StoreError
+from tasks.step import Outcome, Params, Runtime, Step, session, step
+from tasks.store.folders import Store
+
+
+@dataclass(frozen=True)
+class Letters(Artifact):
+    kind = "letters"
+    files = ("text",)
+    records = frozenset({"log"})
+
+
+@dataclass(frozen=True)
+class Shouted(Artifact):
+    kind = "shouted"
+    files = ("text",)
+
+
+class WriteParams(Params):
+    text: str = "hello"
+    case: str = "lower"
+
+
+class ShoutParams(Params):
+    marks: int = 1
+
+
+class ShoutRuntime(Runtime):
+    workers: int = 1
+
+
+ran: list[str] = []
+
+
+@step("write", version=1, makes=Letters)
+def write(out: Path, params: WriteParams) -> Counts:
+    """Write the letters."""
+    ran.append("write")
+    (out / "text").write_text(params.text.lower())
+    (out / "log").write_text(str(len(ran)))
+    return {"letters": len(params.text)}
+
+
+@step("shout", version=1, makes=Shouted)
+def shout(out: Path, letters: Letters, params: ShoutParams, run: ShoutRuntime) -> Counts:
+    """Shout them."""
+    ran.append("shout")
+    (out / "text").write_text((letters.path / "text").read_text().upper() + "!" * params.marks)
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("TREELINE_ARTIFACTS", str(tmp_path))
+    ran.clear()
+    return Store(tmp_path)
+
+
+def chain(text: str = "hello", case: str = "lower", marks: int = 1, workers: int = 1) -> list[Outcome]:
+    with session() as run:
+        letters = write(WriteParams(text=text, case=case))
+        shout(letters, ShoutParams(marks=marks), ShoutRuntime(workers=workers))
+        return run.outcomes
+
+
+def cached(outcomes: list[Outcome]) -> list[bool]:
+    return [outcome.cached for outcome in outcomes]
+
+
+def test_nothing_changed_means_nothing_runs() -> None:
+    assert cached(chain()) == [False, False]
+    assert cached(chain()) == [True, True]
+    assert ran == ["write", "shout"]
+
+
+def test_a_changed_setting_reruns_its_step_and_names_old_and_new() -> None:
+    chain()
+    outcomes = chain(marks=3)
+    assert cached(outcomes) == [True, False]
+    assert outcomes[1].why == "params.marks: 1 -> 3"
+
+
+def test_equal_bytes_from_an_upstream_rerun_leave_everything_after_it_cached() -> None:
+    chain(case="lower")
+    outcomes = chain(case="upper")  # another key, the same file; the log differs, but is no content
+    assert cached(outcomes) == [False, True]
+
+
+def test_runtime_settings_change_no_key() -> None:
+    chain(workers=1)
+    assert cached(chain(workers=8)) == [True, True]
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "delete", "manifest"])
+def test_an_altered_artifact_is_rebuilt_and_said(store: Store, harm: str, caplog: pytest.LogCaptureFixture) -> None:
+    first = chain()
+    path = first[0].artifact.path / ("manifest.json" if harm == "manifest" else "text")
+    path.unlink()
+    if harm != "delete":
+        path.write_text({"flip": "jello", "cut": "hell", "manifest": "{"}[harm])
+    second = chain()
+    assert cached(second) == [False, True]
+    assert path.name in second[0].why
+    assert "store.aside" in caplog.text
+    assert second[0].artifact.manifest.digest == first[0].artifact.manifest.digest
+
+
+def test_a_failed_build_leaves_no_artifact_and_the_next_try_is_a_build(store: Store) -> None:
+    @step("fail", version=1, makes=Letters)
+    def fail(out: Path, params: WriteParams) -> Counts:
+        """Fail."""
+        (out / "text").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(StoreError, match=r"error\[store.write\].*No space left.*MB free"):
+        fail(WriteParams())
+    assert store.manifests() == []
+
+
+def test_a_step_that_forgets_a_file_is_a_bug_that_is_named() -> None:
+    @step("forget", version=1, makes=Letters)
+    def forget(out: Path, params: WriteParams) -> Counts:
+        """Write nothing."""
+        return {}
+
+    with pytest.raises(StoreError, match="did not write text"):
+        forget(WriteParams())
+
+
+def test_forcing_rebuilds_and_replaces() -> None:
+    chain()
+    with session(force=frozenset({"write"})) as run:
+        write(WriteParams())
+    assert [(outcome.cached, outcome.why) for outcome in run.outcomes] == [(False, "forced")]
+    assert cached(chain()) == [True, True]
+
+
+def test_a_version_enters_the_key() -> None:
+    newer: Step[..., Letters] = Step("write", 2, Letters, False, write.function)
+    assert newer.recipe({}, WriteParams()) != write.recipe({}, WriteParams())
+
+
+def test_defaults_are_spelled_out_in_the_key() -> None:
+    assert write.recipe({}, WriteParams())["params"] == {"text": "hello", "case": "lower"}
+
+
+def wrong_first(folder: Path, params: WriteParams) -> Counts:
+    return {}
+
+
+def no_params(out: Path, letters: Letters) -> Counts:
+    return {}
+
+
+def odd_type(out: Path, params: WriteParams, size: int) -> Counts:
+    return {}
+
+
+def two_params(out: Path, params: WriteParams, more: ShoutParams) -> Counts:
+    return {}
+
+
+@pytest.mark.parametrize("function", [wrong_first, no_params, odd_type, two_params])
+def test_a_signature_that_says_too_much_or_too_little_raises_at_import(function: object) -> None:
+    with pytest.raises(TypeError):
+        step("odd", version=1, makes=Letters)(function)  # type: ignore[arg-type]
+
+
+def test_the_manifest_records_where_it_was_made_but_the_key_does_not() -> None:
+    manifest = chain()[1].artifact.manifest
+    assert manifest.origin["runtime"] == {"workers": 1}
+    assert {"host", "python", "seconds", "revision"} <= set(manifest.origin)
+    assert set(manifest.recipe) == {"step", "version", "params", "inputs"}
