@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tasks.encode import encode
 from tasks.evaluate import evaluate
-from tasks.train import train
 
 from flows.recipe import Recipe
 from tasks.artifacts import KINDS, Artifact
 from tasks.curate import curate
 from tasks.download import download
+from tasks.encode import encode
 from tasks.errors import ParameterError, StoreError
 from tasks.parse import parse
 from tasks.step import Step, home
@@ -22,6 +21,7 @@ from tasks.store.check import Fault
 from tasks.store.explain import why_missing
 from tasks.store.folders import Store
 from tasks.store.manifest import Manifest
+from tasks.train import train
 
 DATA: tuple[Step[Any, Any], ...] = (download, parse, curate, encode)  # needs no GPU
 MODEL: tuple[Step[Any, Any], ...] = (train, evaluate)

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from tasks.encode import EncodeParams
 from tasks.evaluate import EvaluateParams, EvaluateRuntime
-from tasks.train import TrainParams, TrainRuntime
 
 from tasks.curate import CurateParams
 from tasks.download import DownloadParams, DownloadRuntime
+from tasks.encode import EncodeParams
 from tasks.errors import ParameterError
 from tasks.parse import ParseParams
+from tasks.train import TrainParams, TrainRuntime
 
 FOLDER = Path(__file__).parent / "recipes"
 

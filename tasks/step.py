@@ -170,16 +170,23 @@ class Step(Generic[P, A]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> A:
         """Return the artifact of these arguments: the one in the store, or a new one."""
-        bound = inspect.signature(self.function).bind(None, *args, **kwargs).arguments
-        bound.pop("out")
-        if self.runtime_name:
-            bound.setdefault(self.runtime_name, self.runtime_type())
+        bound = self._bind(*args, **kwargs)
         with session() as run:
             call = _Call(self, bound, run)
             outcome = _as_task(call) if _in_flow() else call.resolve()
             run.outcomes.append(outcome)
             made: A = outcome.artifact  # type: ignore[assignment]
             return made
+
+    def _bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Name the arguments; a Runtime that is left out takes its defaults."""
+        signature = inspect.signature(self.function)
+        given = signature.bind_partial(None, *args, **kwargs).arguments
+        if self.runtime_name:
+            given.setdefault(self.runtime_name, self.runtime_type())
+        bound = dict(signature.bind(**given).arguments)
+        del bound["out"]
+        return bound
 
 
 class _Call:

@@ -1,0 +1,221 @@
+"""Step 3, curate: keep the messages worth learning from, still as trees, and give each tree a split.
+
+Rules filter message by message, subtrees follow, prompts without a reply go, copies go. Every message ends in exactly
+one of two tables: kept with its split, or dropped with the reason and what the rule saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field, model_validator
+
+from tasks import progress
+from tasks.artifacts import (
+    DETOXIFY,
+    DIALOGUE_COLUMNS,
+    DROPPED_COLUMNS,
+    LABELS,
+    MESSAGE_COLUMNS,
+    Counts,
+    Dialogues,
+    Messages,
+    arrow_schema,
+    parquet_writer,
+)
+from tasks.dialogue.record import PROTECTION, Limits, Share, Verdicts
+from tasks.errors import InputError
+from tasks.step import Params, step
+
+if TYPE_CHECKING:
+    import polars as pl
+    import pyarrow as pa
+
+ROWS = 16_384  # of a row group: some 10 MB of text, so memory stays flat and readers can skip
+TOP_LANGUAGES = 20  # what a summary can show
+
+
+class CurateParams(Params, Limits):
+    """Settings of the curate step."""
+
+    require_reply: bool = True
+    """Whether prompts with no reply anywhere below them are dropped: there is nothing to train on."""
+    dedupe: bool = True
+    """Whether exact copies are dropped: the same said after the same, up to case, width and white space."""
+    separate_splits: bool = True
+    """Whether a first prompt or a long reply that two splits hold goes from the less protected one: train, then val."""
+    leak_chars: int = Field(default=200, ge=1)
+    """Characters from which on a reply that two splits hold counts as a copy; shorter ones answer many questions."""
+    test_share: Share = 0.05
+    """Share of the trees that only the evaluation sees, 0 to 1."""
+    val_share: Share = 0.05
+    """Share of the trees that choose the best checkpoint, 0 to 1."""
+
+    @model_validator(mode="after")
+    def _leaves_some_to_train_on(self) -> CurateParams:
+        if self.test_share + self.val_share >= 1:
+            raise ValueError(f"test_share {self.test_share} and val_share {self.val_share} leave nothing to train on")
+        return self
+
+
+@step("curate", version=1, makes=Dialogues)
+def curate(out: Path, messages: Messages, params: CurateParams) -> Counts:
+    """Write `dialogues.parquet` and `dropped.parquet`, both in the order of the messages.
+
+    Raises:
+        InputError: If nothing is left, with the funnel that says where it went.
+    """
+    from tasks.dialogue.quality import COLUMNS
+    from tasks.dialogue.split import splits
+
+    asked = {"message_tree_id", "message_id", "parent_id", "rank", *COLUMNS}
+    table = messages.scan().select(name for name in MESSAGE_COLUMNS if name in asked).collect()
+    table = table.with_columns(splits(table["message_tree_id"], params.test_share, params.val_share))
+    verdicts = decide(table, params)
+    counts = _counts(messages.scan(), table, verdicts, params)
+    if not counts["messages"]:
+        raise _nothing_left(counts, messages.path)
+    _write(out, messages.scan(), table["split"], verdicts)
+    return counts
+
+
+def decide(table: pl.DataFrame, params: CurateParams) -> Verdicts:
+    """Judge every message.
+
+    Args:
+        table: N messages, parents first, with `split` and the columns that the rules ask for.
+        params: The settings.
+
+    Returns:
+        One verdict a message; a message is kept only if its parent is.
+    """
+    from tasks.dialogue.dedupe import duplicates, leaks, normalised
+    from tasks.dialogue.quality import in_thread, judge, rules_of
+    from tasks.dialogue.threads import parent_rows
+
+    parents, ids = parent_rows(table), table["message_id"].to_list()
+    with progress.bar("curate", 3, "passes") as bar:
+        verdicts = judge(in_thread(table, parents), rules_of(params))
+        _settle(table, parents, verdicts, params)
+        bar.advance(note="filtered")
+        texts = normalised(table["text"]) if params.dedupe or params.separate_splits else []
+        if params.dedupe:
+            twins = duplicates(table, texts, parents, verdicts.kept())
+            verdicts.drop("duplicate", {row: ids[twin] for row, twin in twins.items()})
+        bar.advance(note="deduplicated")
+        for yielding in PROTECTION[1:] if params.separate_splits else ():
+            twins = leaks(table, texts, verdicts.kept(), yielding, params.leak_chars)
+            verdicts.drop("leak", {row: ids[twin] for row, twin in twins.items()})
+            _settle(table, parents, verdicts, params)
+        bar.advance(note="splits separated")
+    return verdicts
+
+
+def _settle(table: pl.DataFrame, parents: list[int], verdicts: Verdicts, params: CurateParams) -> None:
+    """Drop what cannot stay after others were dropped: their descendants, and prompts that no reply is left for."""
+    from tasks.dialogue.threads import holds, nearest_above
+
+    ids, kept = table["message_id"].to_list(), verdicts.kept()
+    above = nearest_above(parents, [not stays for stays in kept])
+    verdicts.drop("parent", {row: ids[gone] for row, gone in enumerate(above) if gone >= 0})
+    if params.require_reply:
+        kept = verdicts.kept()
+        replies = [stays and role == "assistant" for stays, role in zip(kept, table["role"], strict=True)]
+        answered = holds(parents, replies)
+        verdicts.drop("no_reply", {row: "no reply below" for row, found in enumerate(answered) if not found})
+
+
+def _counts(messages: pl.LazyFrame, table: pl.DataFrame, verdicts: Verdicts, params: CurateParams) -> Counts:
+    """Measure what was kept and where the rest went; `trees` and `messages` are the kept ones."""
+    import polars as pl
+
+    kept = table.filter(pl.Series(verdicts.kept(), dtype=pl.Boolean))
+    return {
+        "trees": kept["message_tree_id"].n_unique(),
+        "messages": len(kept),
+        "dropped": len(table) - len(kept),
+        "read": {"trees": table["message_tree_id"].n_unique(), "messages": len(table)},
+        "funnel": _funnel(verdicts, params),
+        "splits": {name: _sizes(kept.filter(pl.col("split") == name)) for name in reversed(PROTECTION)},
+        "label_coverage": _coverage(messages),
+        "languages": _languages(table),
+    }
+
+
+def _funnel(verdicts: Verdicts, params: CurateParams) -> dict[str, int]:
+    """Return messages dropped by each rule that was asked for, in the order of judgement."""
+    stages = {"parent": True, "no_reply": params.require_reply, "duplicate": params.dedupe,
+              "leak": params.separate_splits}  # fmt: skip
+    names = [*params.rules, *(name for name, active in stages.items() if active)]
+    found = dict.fromkeys(names, 0)
+    for reason in verdicts.reasons:
+        if reason is not None:
+            found[reason] += 1
+    return found
+
+
+def _sizes(kept: pl.DataFrame) -> dict[str, int]:
+    replies = int((kept["role"] == "assistant").sum())
+    return {"trees": kept["message_tree_id"].n_unique(), "messages": len(kept), "replies": replies}
+
+
+def _coverage(messages: pl.LazyFrame) -> dict[str, float]:
+    """Return the share of messages with at least one label, and with Detoxify's scores: rules on them see no others."""
+    import polars as pl
+
+    groups = {"labels": [f"label_{name}" for name in LABELS], "detoxify": [f"detoxify_{name}" for name in DETOXIFY]}
+    shares = {
+        name: pl.any_horizontal(pl.col(column).is_not_null() for column in columns).mean()
+        for name, columns in groups.items()
+    }
+    found = messages.select(**shares).collect().row(0, named=True)
+    return {name: round(share or 0.0, 4) for name, share in found.items()}
+
+
+def _languages(table: pl.DataFrame) -> dict[str, int]:
+    """Return messages read of each of the most frequent languages; `unknown` where none is given."""
+    import polars as pl
+
+    table = table.select(pl.col("lang").fill_null("unknown")).group_by("lang").len()
+    return dict(table.sort("len", "lang", descending=[True, False]).head(TOP_LANGUAGES).iter_rows())
+
+
+def _nothing_left(counts: Counts, where: Path) -> InputError:
+    spent = ", ".join(f"{name} {number:,}" for name, number in counts["funnel"].items() if number)
+    return InputError(
+        f"none of {counts['read']['messages']:,} messages is left; dropped by {spent or 'nothing: there were none'}",
+        str(where),
+        "Loosen the rule that took the most, for example --set curate.languages=[] or --set curate.tree_states=[], "
+        "or choose another source",
+        "curate.empty",
+    )
+
+
+def _write(out: Path, messages: pl.LazyFrame, splits: pl.Series, verdicts: Verdicts) -> None:
+    """Write both tables, reading the messages once more, a row group at a time."""
+    import polars as pl
+
+    verdict = pl.DataFrame(
+        {"split": splits, "reason": verdicts.reasons, "evidence": verdicts.evidence},
+        schema={"split": pl.String, "reason": pl.String, "evidence": pl.String},
+    )
+    with (
+        parquet_writer(out / "dialogues.parquet", DIALOGUE_COLUMNS) as kept,
+        parquet_writer(out / "dropped.parquet", DROPPED_COLUMNS) as dropped,
+        progress.bar("curate: write", len(verdict), "messages") as bar,
+    ):
+        for start in range(0, len(verdict), ROWS):
+            part = verdict.slice(start, ROWS)
+            rows = pl.concat([messages.slice(start, ROWS).collect(), part], how="horizontal")
+            for writer, stays, columns in ((kept, True, DIALOGUE_COLUMNS), (dropped, False, DROPPED_COLUMNS)):
+                chosen = rows.filter(pl.col("reason").is_null() == stays)
+                if len(chosen):
+                    writer.write_table(_arrow(chosen, columns))
+            bar.advance(len(part))
+
+
+def _arrow(rows: pl.DataFrame, columns: Mapping[str, str]) -> pa.Table:
+    """Return rows in the Arrow types that the artifact promises; polars has wider ones for text."""
+    return rows.select(list(columns)).to_arrow().cast(arrow_schema(columns))

@@ -1,0 +1,199 @@
+"""The filter rules: each a small function from the limits to what it drops and what it saw.
+
+A rule judges one message by its own row and by two facts of its thread (`in_thread`). What is unknown never drops a
+message: older exports have no labels, and a missing vote is no evidence. Descendants of a dropped message are not the
+rules' business.
+
+Source of the limits: the reference loader of Open-Assistant (states, review, deleted, synthetic), and the recipe that
+this project starts from.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import polars as pl
+
+from tasks.dialogue.record import Limits, RuleName, Verdicts
+from tasks.dialogue.threads import is_below
+
+COLUMNS = (
+    "tree_state", "text", "role", "lang", "deleted", "synthetic", "review_result", "label_spam", "label_lang_mismatch",
+    "label_pii", "label_not_appropriate", "label_hate_speech", "label_sexual_content", "label_quality",
+    "detoxify_toxicity",
+)  # fmt: skip
+
+# A character that a reader sees. Default-ignorable ones (zero-width space, joiners, BOM, Hangul filler) are not.
+_VISIBLE = r"[^\s\p{Default_Ignorable_Code_Point}\p{Cc}]"
+# What chat services say of themselves; `as a language model` alone is their phrase, too.
+_BOILERPLATE = r"(?i)\bas an? (?:(?:ai|artificial intelligence|large|trained) )*language model\b"
+_MAKER = r"(?i)\b(?:chatgpt|openai)\b"
+_PRODUCT = r"(?i)\bopenai(?:[ ]gym\b|\.\w)"  # a library and its calls in code: no paste
+_COMPARE: dict[str, Callable[[pl.Expr, pl.Expr], pl.Expr]] = {">": operator.gt, ">=": operator.ge, "<": operator.lt}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One filter rule.
+
+    Attributes:
+        name: The reason that a dropped message gets.
+        drops: bool; null counts as no.
+        evidence: string, what the rule saw; never null where it drops.
+    """
+
+    name: RuleName
+    drops: pl.Expr
+    evidence: pl.Expr
+
+
+def tree_state(limits: Limits) -> Rule:
+    """Drop messages of trees that were not finished."""
+    state, wanted = pl.col("tree_state"), limits.tree_states
+    seen = pl.format("tree_state {} is not {}", state, pl.lit(" or ".join(wanted)))
+    return Rule("tree_state", pl.lit(bool(wanted)) & ~state.is_in(list(wanted)), seen)
+
+
+def language(limits: Limits) -> Rule:
+    """Drop messages in other languages; the message's own language counts, it can differ from its tree's."""
+    lang, wanted = pl.col("lang"), limits.languages
+    primary = lang.str.to_lowercase().str.extract(r"^\s*([^\s_-]*)")
+    seen = pl.format("lang {} is not {}", lang, pl.lit(" or ".join(wanted)))
+    return Rule("language", pl.lit(bool(wanted)) & ~primary.is_in(list(wanted)), seen)
+
+
+def deleted(_: Limits) -> Rule:
+    """Drop what was deleted; ready trees still hold some."""
+    return Rule("deleted", pl.col("deleted"), pl.lit("deleted is true"))
+
+
+def synthetic(_: Limits) -> Rule:
+    """Drop what a model wrote."""
+    return Rule("synthetic", pl.col("synthetic"), pl.lit("synthetic is true"))
+
+
+def rejected(_: Limits) -> Rule:
+    """Drop what reviewers rejected; undecided (null) stays."""
+    return Rule("rejected", ~pl.col("review_result"), pl.lit("review_result is false"))
+
+
+def empty(_: Limits) -> Rule:
+    """Drop texts without a visible character."""
+    text = pl.col("text")
+    seen = pl.format("no visible character among {}", text.str.len_chars())
+    return Rule("empty", ~text.str.contains(_VISIBLE), seen)
+
+
+def role_break(_: Limits) -> Rule:
+    """Drop a message that has its parent's role, and a root that is no prompt: speakers take turns."""
+    role, above = pl.col("role"), pl.col("parent_role")
+    breaks = pl.when(above.is_null()).then(role != "prompter").otherwise(role == above)
+    return Rule("role_break", breaks, pl.format("{} after {}", role, above.fill_null("nothing")))
+
+
+def spam(limits: Limits) -> Rule:
+    """Drop what the voters call spam."""
+    return _measured("spam", "label_spam", ">", limits.spam_above)
+
+
+def lang_mismatch(limits: Limits) -> Rule:
+    """Drop what the voters find in another language than it says."""
+    return _measured("lang_mismatch", "label_lang_mismatch", ">", limits.lang_mismatch_above)
+
+
+def pii(limits: Limits) -> Rule:
+    """Drop what tells of a person who can be identified."""
+    return _measured("pii", "label_pii", ">=", limits.pii_from)
+
+
+def not_appropriate(limits: Limits) -> Rule:
+    """Drop what the voters find not appropriate."""
+    return _measured("not_appropriate", "label_not_appropriate", ">=", limits.not_appropriate_from)
+
+
+def hate_speech(limits: Limits) -> Rule:
+    """Drop hate speech."""
+    return _measured("hate_speech", "label_hate_speech", ">=", limits.hate_speech_from)
+
+
+def sexual_content(limits: Limits) -> Rule:
+    """Drop sexual content."""
+    return _measured("sexual_content", "label_sexual_content", ">=", limits.sexual_content_from)
+
+
+def quality(limits: Limits) -> Rule:
+    """Drop what the voters rate low."""
+    return _measured("quality", "label_quality", "<", limits.quality_below)
+
+
+def toxicity(limits: Limits) -> Rule:
+    """Drop what the Detoxify classifier finds toxic."""
+    return _measured("toxicity", "detoxify_toxicity", ">", limits.toxicity_above)
+
+
+def paste(_: Limits) -> Rule:
+    """Drop replies pasted from another chat service.
+
+    A reply is one where it says "as an AI language model", or where it names ChatGPT or OpenAI though nobody asked:
+    no prompt before it names them, and what it names is no library. Prompts are never pastes, whatever they ask about.
+    (In 288 real trees 27 replies name them, 21 of these because they were asked about them.)
+    """
+    reply, text = pl.col("role") == "assistant", pl.col("text")
+    named = text.str.replace_all(_PRODUCT, "").str.extract(f"({_MAKER})", 1)
+    said = text.str.extract(f"({_BOILERPLATE})", 1)
+    found = pl.coalesce(said, pl.when(~pl.col("asked")).then(named))
+    return Rule("paste", reply & found.is_not_null(), pl.format('says "{}"', found))
+
+
+MAKERS: dict[RuleName, Callable[[Limits], Rule]] = {
+    "tree_state": tree_state, "language": language, "deleted": deleted, "synthetic": synthetic, "rejected": rejected,
+    "empty": empty, "role_break": role_break, "spam": spam, "lang_mismatch": lang_mismatch, "pii": pii,
+    "not_appropriate": not_appropriate, "hate_speech": hate_speech, "sexual_content": sexual_content,
+    "quality": quality, "toxicity": toxicity, "paste": paste,
+}  # fmt: skip
+
+
+def rules_of(limits: Limits) -> list[Rule]:
+    """Return the rules that the limits ask for, in their order."""
+    return [MAKERS[name](limits) for name in limits.rules]
+
+
+def in_thread(messages: pl.DataFrame, parents: Sequence[int]) -> pl.DataFrame:
+    """Add what the rules ask about a message's thread.
+
+    Args:
+        messages: N rows with text and role.
+        parents: (N,) row of each parent, -1 at a root.
+
+    Returns:
+        The messages with `parent_role` (null at a root) and `asked`: a prompt above names ChatGPT or OpenAI.
+    """
+    roles = messages["role"].to_list()
+    names = messages.select((pl.col("role") == "prompter") & pl.col("text").str.contains(_MAKER)).to_series()
+    return messages.with_columns(
+        pl.Series("parent_role", [roles[parent] if parent >= 0 else None for parent in parents], dtype=pl.String),
+        pl.Series("asked", is_below(parents, names.to_list()), dtype=pl.Boolean),
+    )
+
+
+def judge(messages: pl.DataFrame, rules: Sequence[Rule]) -> Verdicts:
+    """Judge each message on its own; the first rule that fires names the reason.
+
+    Args:
+        messages: N rows as `in_thread` returns them, with COLUMNS.
+        rules: The rules, in their order.
+    """
+    nothing = pl.lit(None, dtype=pl.String)
+    reasons = pl.coalesce(*(pl.when(rule.drops).then(pl.lit(rule.name)) for rule in rules), nothing)
+    evidence = pl.coalesce(*(pl.when(rule.drops).then(rule.evidence) for rule in rules), nothing)
+    verdicts = messages.lazy().select("text", reason=reasons, evidence=evidence).collect()
+    return Verdicts(verdicts["reason"].to_list(), verdicts["evidence"].to_list())
+
+
+def _measured(name: RuleName, column: str, sign: str, limit: float) -> Rule:
+    """Return a rule that compares a column of float32 with a limit."""
+    value = pl.col(column).fill_nan(None)  # unknown; polars would have it larger than any number
+    bound = pl.lit(limit, dtype=pl.Float32)  # in the column's own precision: a vote of 0.4 is not below 0.4
+    return Rule(name, _COMPARE[sign](value, bound), pl.format(f"{column} {{}} {sign} {limit}", value))

@@ -1,0 +1,85 @@
+"""What the parts of curation share: names of rules and splits, the limits of the rules, and the verdicts.
+
+Importing this module loads neither polars nor numpy, because the settings of a step are made of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Split = Literal["train", "val", "test"]
+RuleName = Literal[
+    "tree_state", "language", "deleted", "synthetic", "rejected", "empty", "role_break", "spam", "lang_mismatch",
+    "pii", "not_appropriate", "hate_speech", "sexual_content", "quality", "toxicity", "paste",
+]  # fmt: skip
+RULES: tuple[RuleName, ...] = get_args(RuleName)  # in the order in which they judge: the first that fires is the reason
+PROTECTION: tuple[Split, ...] = ("test", "val", "train")  # a copy in two of them is kept in the one that stands first
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Limits(BaseModel):
+    """Which rules filter the messages, and what they compare with. What is unknown (null) never drops a message."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    rules: tuple[RuleName, ...] = RULES
+    """Rules that judge each message. Their order is fixed; the first that fires names the reason. Empty: no filter."""
+    tree_states: tuple[str, ...] = ("ready_for_export",)
+    """States of the trees that are kept. Empty: every state."""
+    languages: tuple[str, ...] = ("en",)
+    """Languages that are kept, as primary subtags: `en` keeps `en-US`, too. Empty: every language."""
+    spam_above: Share = 0.5
+    """Share of votes for `spam`, 0 to 1, above which a message is dropped."""
+    lang_mismatch_above: Share = 0.5
+    """Share of votes for `lang_mismatch`, 0 to 1, above which a message is dropped."""
+    pii_from: Share = 0.5
+    """Share of votes for `pii`, 0 to 1, from which on a message is dropped."""
+    not_appropriate_from: Share = 0.5
+    """Share of votes for `not_appropriate`, 0 to 1, from which on a message is dropped."""
+    hate_speech_from: Share = 0.5
+    """Share of votes for `hate_speech`, 0 to 1, from which on a message is dropped."""
+    sexual_content_from: Share = 0.5
+    """Share of votes for `sexual_content`, 0 to 1, from which on a message is dropped."""
+    quality_below: Share = 0.4
+    """Mean vote for `quality`, 0 to 1, below which a message is dropped."""
+    toxicity_above: Share = 0.9
+    """Detoxify's toxicity, 0 to 1, above which a message is dropped."""
+
+    @field_validator("rules")
+    @classmethod
+    def _in_order(cls, chosen: tuple[RuleName, ...]) -> tuple[RuleName, ...]:
+        return tuple(name for name in RULES if name in chosen)  # one set of rules, one key
+
+    @field_validator("languages")
+    @classmethod
+    def _primary(cls, chosen: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted({tag.strip().lower().replace("_", "-").split("-")[0] for tag in chosen}))
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Why each message is dropped, by its row; None where it is kept. A message gets one reason, the first.
+
+    Attributes:
+        reasons: (N,) name of the rule.
+        evidence: (N,) what the rule saw.
+    """
+
+    reasons: list[str | None]
+    evidence: list[str | None]
+
+    def kept(self) -> list[bool]:
+        """Return whether each message is kept so far: (N,)."""
+        return [reason is None for reason in self.reasons]
+
+    def drop(self, reason: str, found: Mapping[int, str]) -> None:
+        """Drop the rows of `found`, row -> evidence, unless an earlier rule did."""
+        for row, seen in found.items():
+            if self.reasons[row] is None:
+                self.reasons[row], self.evidence[row] = reason, seen

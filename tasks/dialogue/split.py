@@ -1,0 +1,32 @@
+"""The split of a tree: a hash of its id decides, so that new data never moves an old tree."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+import polars as pl
+
+from tasks.dialogue.record import Split
+
+_SALT = "treeline-split:"  # other programs hash tree ids, too; a draw of our own is independent of theirs
+
+
+def draw(tree: str) -> float:
+    """Return the number that decides a tree's split, uniform in [0, 1)."""
+    head = sha256((_SALT + tree).encode("utf-8", "surrogatepass")).digest()[:8]
+    return (int.from_bytes(head, "big") >> 11) / 2**53  # 53 bits: all that a float holds, so it never rounds to 1
+
+
+def split_of(tree: str, test_share: float, val_share: float) -> Split:
+    """Return the split of a tree; a larger share takes trees in and lets none go."""
+    number = draw(tree)
+    if number < test_share:
+        return "test"
+    return "val" if number < test_share + val_share else "train"
+
+
+def splits(trees: pl.Series, test_share: float, val_share: float) -> pl.Series:
+    """Return the split of each message from its tree's id: (N,) string, named `split`."""
+    names = trees.unique().to_list()
+    chosen = [split_of(name, test_share, val_share) for name in names]
+    return trees.replace_strict(names, chosen, return_dtype=pl.String).rename("split")

@@ -1,0 +1,64 @@
+"""Relations in trees of messages that are laid out as a table, parents before their children.
+
+A table of N messages becomes `parents`, the row of each one's parent and -1 at a root. One pass forwards sees every
+message after its ancestors, one pass backwards after its descendants: no recursion, so depth costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import polars as pl
+
+from tasks.errors import InputError
+
+
+def parent_rows(messages: pl.DataFrame) -> list[int]:
+    """Return the row of each message's parent, -1 at a root: (N,).
+
+    Args:
+        messages: message_tree_id, message_id and parent_id, parents first.
+
+    Raises:
+        InputError: If a parent does not stand before its child in the same tree.
+    """
+    row_of: dict[tuple[str, str], int] = {}
+    parents = []
+    rows = messages.select("message_tree_id", "message_id", "parent_id").iter_rows()
+    for row, (tree, message, parent) in enumerate(rows):
+        above = -1 if parent is None else row_of.get((tree, parent))
+        if above is None:
+            raise InputError(
+                f"the parent {parent} of message {message} does not stand before it",
+                f"tree {tree}, row {row:,}",
+                "Rebuild the messages: python -m flows run --force parse",
+                "curate.order",
+            )
+        row_of[tree, message] = row
+        parents.append(above)
+    return parents
+
+
+def is_below(parents: Sequence[int], marked: Sequence[bool]) -> list[bool]:
+    """Return whether an ancestor of each message, itself not counted, is marked: (N,)."""
+    below: list[bool] = []
+    for parent in parents:
+        below.append(parent >= 0 and (below[parent] or marked[parent]))
+    return below
+
+
+def nearest_above(parents: Sequence[int], marked: Sequence[bool]) -> list[int]:
+    """Return the row of each message's nearest marked ancestor, itself not counted, or -1: (N,)."""
+    nearest: list[int] = []
+    for parent in parents:
+        nearest.append(parent if parent < 0 or marked[parent] else nearest[parent])
+    return nearest
+
+
+def holds(parents: Sequence[int], marked: Sequence[bool]) -> list[bool]:
+    """Return whether the subtree of each message, itself counted, holds a marked one: (N,)."""
+    found = list(marked)
+    for row in range(len(parents) - 1, -1, -1):
+        if found[row] and parents[row] >= 0:
+            found[parents[row]] = True
+    return found

@@ -1,0 +1,255 @@
+"""Published files -> trees and faults, one by one: nested trees as JSONL, or flat messages as JSONL or Parquet.
+
+Nested trees stream by. Flat messages of a tree may lie anywhere, so their rows are held in memory until the last file
+was read (OASST2's 135,174 messages: about 0.6 GB), and their trees come then, in the order of their first messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.errors import InputError
+from tasks.oasst.fields import Fault, wrong
+from tasks.oasst.lines import Limits, Line, Lines
+from tasks.oasst.tree import TREE, Layout, Row, arrange, flat_tree_id, messages_in
+
+PARQUET = b"PAR1"
+BATCH = 1_000  # Parquet rows turned into Python objects at a time
+NEEDED = ("message_id", "text", "role")  # columns that a flat table must have
+
+
+class Place(NamedTuple):
+    """Where something was published: index of the file, line (or Parquet row) from 1, byte offset (-1: Parquet)."""
+
+    file: int
+    line: int
+    offset: int
+
+
+class Found(NamedTuple):
+    """A tree that can be taken: rows arranged, and how many of its messages were left out as exact repeats."""
+
+    place: Place
+    tree_id: str
+    rows: list[Row]
+    repeats: int
+
+
+class Bad(NamedTuple):
+    """A line or a tree that cannot be taken.
+
+    Attributes:
+        place: Where.
+        code: A dotted name for machines.
+        message: Expected and found, in words.
+        tree_id: The tree, where known.
+        trees: Trees lost with it.
+        messages: Messages lost with it, as far as they could be counted.
+        raw: The line; None: `Dump.recall` finds it.
+    """
+
+    place: Place
+    code: str
+    message: str
+    tree_id: str | None
+    trees: int
+    messages: int
+    raw: bytes | None = None
+
+
+@dataclass
+class _Group:
+    """The rows of one tree of a flat dump."""
+
+    place: Place
+    rows: list[Row] = field(default_factory=list)
+    messages: int = 0
+    fault: tuple[Place, Fault] | None = None
+
+
+class Dump:
+    """The trees of some files, nested or flat.
+
+    Attributes:
+        bytes: Decompressed bytes read so far; of Parquet, the file's.
+        lines: Lines that are not blank, or Parquet rows, read so far.
+        unreadable: Lines so far that no tree is known of.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        layout: Layout,
+        limits: Limits | None = None,
+        advance: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        """Prepare to read `files` in this order; `advance` is told of every byte of them that was read."""
+        self._files, self._layout, self._limits, self._advance = files, layout, limits, advance
+        self._groups: dict[str, _Group] = {}
+        self.bytes, self.lines, self.unreadable = 0, 0, 0
+
+    def __iter__(self) -> Iterator[Found | Bad]:
+        """Yield each tree once it is complete, and each fault.
+
+        Raises:
+            InputError: If a file as a whole cannot be read.
+        """
+        if not self._files:
+            raise InputError("there is no file to parse", code="input.empty")
+        for index, path in enumerate(self._files):
+            yield from self._of_parquet(index, path) if is_parquet(path) else self._of_jsonl(index, path)
+        while self._groups:
+            tree_id = next(iter(self._groups))
+            yield _gathered(tree_id, self._groups.pop(tree_id))
+
+    def _of_jsonl(self, index: int, path: Path) -> Iterator[Found | Bad]:
+        lines, before = Lines(path, self._limits, self._advance), self.bytes
+        flat = False  # so far in this file
+        for line in lines:
+            self.lines, self.bytes = self.lines + 1, before + lines.bytes
+            place = Place(index, line.number, line.offset)
+            try:
+                value = loads(line.raw)
+            except Fault as fault:
+                self.unreadable += 1
+                # a published file holds one tree a line; among flat messages nobody knows whose line this was
+                yield Bad(place, fault.code, fault.message, None, 0 if flat else 1, 0, line.raw)
+                continue
+            if "prompt" in value:
+                yield self._nested(place, value, line)
+            elif bad := self._gather(place, value, line.raw):
+                yield bad
+            else:
+                flat = True
+        self.bytes = before + lines.bytes
+
+    def _nested(self, place: Place, tree: Mapping[str, Any], line: Line) -> Found | Bad:
+        try:
+            rows = self._layout.rows_of(tree)
+            arranged = arrange(rows)
+        except Fault as fault:
+            tree_id = tree.get("message_tree_id")
+            named = tree_id if type(tree_id) is str else None
+            return Bad(place, fault.code, fault.message, named, 1, messages_in(tree), line.raw)
+        return Found(place, rows[0][TREE], arranged, len(rows) - len(arranged))
+
+    def _gather(self, place: Place, message: Mapping[str, Any], raw: bytes | None) -> Bad | None:
+        """Put a flat message to its tree; one that names no tree is bad by itself."""
+        try:
+            tree_id = flat_tree_id(message)
+        except Fault as fault:
+            self.unreadable += 1
+            return Bad(place, fault.code, fault.message, None, 0, 1, raw)
+        group = self._groups.setdefault(tree_id, _Group(place))
+        group.messages += 1
+        try:
+            group.rows.append(self._layout.row_of(message))
+        except Fault as fault:
+            group.fault = group.fault or (place, fault)
+        return None
+
+    def _of_parquet(self, index: int, path: Path) -> Iterator[Bad]:
+        for number, message in parquet_rows(path):
+            self.lines += 1
+            bad = self._gather(Place(index, number, -1), message, None)
+            if bad:
+                yield bad
+        size = path.stat().st_size
+        self.bytes += size
+        self._advance(size)
+
+    def recall(self, places: Collection[Place]) -> Iterator[tuple[Place, bytes]]:
+        """Read the files once more for the lines at some places; of Parquet, the row as JSON. In the dump's order."""
+        for index, path in enumerate(self._files):
+            wanted = {place for place in places if place.file == index}
+            lines = _raw_lines(index, path, self._limits) if wanted else iter(())
+            while wanted:
+                place, raw = next(lines)
+                if place in wanted:
+                    wanted.discard(place)
+                    yield place, raw
+
+
+def _gathered(tree_id: str, group: _Group) -> Found | Bad:
+    place, fault = group.fault or (group.place, None)
+    try:
+        if fault:
+            raise fault
+        arranged = arrange(group.rows)
+    except Fault as found:
+        return Bad(place, found.code, found.message, tree_id, 1, group.messages)
+    return Found(place, tree_id, arranged, len(group.rows) - len(arranged))
+
+
+def loads(raw: bytes) -> dict[str, Any]:
+    """Read one line of JSON that must hold a tree (`prompt`) or a message (`message_id`).
+
+    Raises:
+        Fault: `utf8.invalid`, `json.depth`, `json.number`, `json.syntax` or `schema.line`.
+    """
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise _unreadable(raw, error) from None
+    if type(value) is not dict:
+        raise wrong("line", "object", value)
+    if "prompt" not in value and "message_id" not in value:
+        raise Fault("schema.line", "expected a tree with `prompt` or a message with `message_id`, got neither")
+    return value
+
+
+def _unreadable(raw: bytes, error: orjson.JSONDecodeError) -> Fault:
+    try:
+        raw.decode()
+    except UnicodeDecodeError as invalid:
+        return Fault("utf8.invalid", f"column {invalid.start + 1}: {invalid.reason}")
+    kinds = {"depth limit": "json.depth", "number is infinity": "json.number"}  # orjson has words, but no codes
+    code = next((code for words, code in kinds.items() if words in error.msg), "json.syntax")
+    return Fault(code, f"column {error.colno}: {error.msg}")
+
+
+def is_parquet(path: Path) -> bool:
+    """Tell a Parquet file by its first bytes."""
+    with path.open("rb") as file:
+        return file.read(len(PARQUET)) == PARQUET
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a flat Parquet file, numbered from 1.
+
+    Raises:
+        InputError: If the file is corrupt, empty or lacks a column.
+    """
+    number = 0
+    try:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        missing = [column for column in NEEDED if column not in file.schema_arrow.names]
+        if missing:
+            raise InputError(f"{path.name} has no column {', '.join(missing)}", code="parquet.schema")
+        for batch in file.iter_batches(BATCH):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path.name} is not a whole Parquet file ({error})", f"Seen after {number:,} rows", "Download it again",
+            "parquet.corrupt",
+        ) from error  # fmt: skip
+    if not number:
+        raise InputError(f"{path.name} has no rows", code="input.empty")
+
+
+def _raw_lines(index: int, path: Path, limits: Limits | None) -> Iterator[tuple[Place, bytes]]:
+    if is_parquet(path):
+        for number, row in parquet_rows(path):
+            yield Place(index, number, -1), orjson.dumps(row, default=str)
+    else:
+        for line in Lines(path, limits):
+            yield Place(index, line.number, line.offset), line.raw

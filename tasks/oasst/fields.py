@@ -1,0 +1,134 @@
+"""One published field -> one value, or a Fault that says what was expected and what was found."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+
+ROLES = ("prompter", "assistant")
+LARGEST = 2**31 - 1  # the columns are int32
+# datetime.fromisoformat also takes week dates, days alone and any letter for the T: too much for a published instant.
+INSTANT = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)", re.ASCII)
+NAMES = {
+    type(None): "null", bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object",
+}  # fmt: skip
+
+
+class Fault(Exception):
+    """Why a line or a tree cannot be taken: a verdict that becomes a row of the rejected, not an error of the program.
+
+    Args:
+        code: A dotted name for machines, such as `schema.text`.
+        message: Expected and found, in words.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, message)
+        self.code, self.message = code, message
+
+
+def wrong(field: str, expected: str, found: Any) -> Fault:
+    """Return the fault of a field that does not hold what was expected."""
+    return Fault(f"schema.{field}", f"expected {expected}, got {shown(found)}")
+
+
+def shown(value: Any) -> str:
+    """Return a JSON value's type and, where it is short by nature, the value, in ASCII. Never a container: too deep."""
+    kind = NAMES.get(type(value), type(value).__name__)
+    if type(value) is str:
+        return f"{kind} {value[:60]!a}"
+    return f"{kind} {value}" if type(value) in (int, float, bool) else kind
+
+
+def string(field: str, value: Any) -> str:
+    """Take a string."""
+    if type(value) is not str:
+        raise wrong(field, "string", value)
+    return value
+
+
+def name(field: str, value: Any) -> str:
+    """Take a string that is not empty: an id, a language."""
+    if type(value) is not str or not value:
+        raise wrong(field, "string that is not empty", value)
+    return value
+
+
+def role(field: str, value: Any) -> str:
+    """Take one of the two roles."""
+    if value not in ROLES or type(value) is not str:
+        raise wrong(field, "string prompter or assistant", value)
+    return value
+
+
+def flag(field: str, value: Any) -> bool:
+    """Take true or false."""
+    if type(value) is not bool:
+        raise wrong(field, "boolean", value)
+    return value
+
+
+def count(field: str, value: Any) -> int:
+    """Take an integer from 0 that an int32 holds."""
+    if type(value) is not int or not 0 <= value <= LARGEST:
+        raise wrong(field, f"integer from 0 to {LARGEST}", value)
+    return value
+
+
+def share(field: str, value: Any) -> float:
+    """Take a number from 0 to 1."""
+    if type(value) not in (float, int) or not 0 <= value <= 1:
+        raise wrong(field, "number from 0 to 1", value)
+    return float(value)
+
+
+def instant(field: str, value: Any) -> datetime:
+    """Take an ISO 8601 date, time and offset, or a datetime with a zone (Parquet), and return it in UTC."""
+    try:
+        if type(value) is str and INSTANT.fullmatch(value):
+            value = datetime.fromisoformat(value)
+        if isinstance(value, datetime) and value.tzinfo is not None:
+            return value.astimezone(UTC)
+    except (ValueError, OverflowError):  # 30 February; an hour before the year 1
+        pass
+    raise wrong(field, "ISO 8601 date, time and offset", value)
+
+
+def as_json(field: str, value: Any) -> str | None:
+    """Return a value as JSON text, or None for null."""
+    try:
+        return None if value is None else orjson.dumps(value).decode()
+    except TypeError as error:  # orjson writes 254 levels, but reads 1,024
+        raise Fault("json.depth", f"{field} is nested too deep to be kept") from error
+
+
+def by_name(field: str, value: Any, columns: Iterable[str]) -> Mapping[str, Any]:
+    """Take an object of names; also in the hub's form, where each of `columns` is a list beside the list `name`.
+
+    `{"name": ["spam"], "value": [0.0], "count": [3]}` is read as `{"spam": {"value": 0.0, "count": 3}}`, and with
+    `count` alone as `{"spam": 3}`.
+    """
+    if value is None:
+        return {}
+    if type(value) is not dict:
+        raise wrong(field, "object", value)
+    if type(value.get("name")) is not list:
+        return value
+    names = value["name"]
+    lists = {column: value.get(column) for column in columns}
+    for column, found in lists.items():
+        if type(found) is not list or len(found) != len(names):
+            raise wrong(field, f"{column} as long as name", found)
+    if set(map(type, names)) - {str}:
+        raise wrong(field, "names as strings", names)
+    if list(lists) == ["count"]:
+        return dict(zip(names, lists["count"], strict=True))  # type: ignore[arg-type]  # checked to be lists
+    rows = zip(*lists.values(), strict=True)
+    return {key: dict(zip(lists, row, strict=True)) for key, row in zip(names, rows, strict=True)}
+
+
+Reader = Callable[[str, Any], Any]

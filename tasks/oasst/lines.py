@@ -1,0 +1,172 @@
+"""Lines of untrusted bytes: gzip or plain, told apart by their first bytes, split on newline only, within limits.
+
+A fault of the stream (cut, corrupt, a bomb, UTF-16, nothing in it) is an InputError and ends the reading: what came
+before it must not be published. What a line holds is not looked at here.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, NoReturn
+
+from tasks.errors import InputError
+
+GZIP = b"\x1f\x8b"
+UTF8_MARK = b"\xef\xbb\xbf"
+FED = 1 << 16  # bytes read at a time: how closely an error can name its place
+MADE = 1 << 20  # decompressed bytes at a time: all that a bomb can make before the limits are asked
+RATIO_COUNTS_FROM = 16 << 20  # decompressed bytes; below it a high ratio is harmless and sometimes honest
+GZIP_WINDOW = 31  # zlib's word for "a gzip header, and check CRC and size at the end"
+BLANK = b" \t\r"  # what JSON calls white space; a form feed is not
+
+
+class Line(NamedTuple):
+    """One line: its number from 1, where it starts in the decompressed stream, its bytes without the newline."""
+
+    number: int
+    offset: int
+    raw: bytes
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a stream may ask of us.
+
+    Attributes:
+        line: Bytes in one line.
+        ratio: Decompressed bytes for each compressed one, counted from RATIO_COUNTS_FROM on.
+    """
+
+    line: int = 64 << 20
+    ratio: float = 200.0
+
+
+class Lines:
+    """The lines of one file that are not blank, as they stream by.
+
+    Attributes:
+        rows: Lines handed out so far.
+        bytes: Decompressed bytes so far.
+        mark: Bytes of the UTF-8 byte order mark that the file opens with and that is skipped: 0 or 3.
+    """
+
+    def __init__(
+        self, path: Path, limits: Limits | None = None, advance: Callable[[float], None] = lambda _: None
+    ) -> None:
+        """Prepare to read `path`, telling `advance` how many of its (compressed) bytes were read."""
+        self._path, self._limits, self._advance = path, limits or Limits(), advance
+        self._read = 0  # bytes of the file itself
+        self._gzipped = False
+        self.rows, self.bytes, self.mark = 0, 0, 0
+
+    def __iter__(self) -> Iterator[Line]:
+        """Yield the lines.
+
+        Raises:
+            InputError: If the stream is cut, corrupt, over a limit, UTF-16 or empty.
+        """
+        for line in self._split():
+            if line.raw.strip(BLANK):
+                self.rows += 1
+                yield line
+        if not self.rows:
+            self._fail("input.empty", "has nothing in it")
+
+    def _split(self) -> Iterator[Line]:
+        number, start, pieces = 1, 0, list[bytes]()  # of the line under way
+        for chunk in self._text():
+            *ends, rest = chunk.split(b"\n")
+            for end in ends:
+                raw = self._join([*pieces, end], number)
+                yield Line(number, self.mark + start, raw)
+                number, start, pieces = number + 1, start + len(raw) + 1, []
+            pieces.append(rest)
+            self._limit(sum(map(len, pieces)), number)
+        yield Line(number, self.mark + start, self._join(pieces, number))
+
+    def _join(self, pieces: list[bytes], number: int) -> bytes:
+        raw = b"".join(pieces)
+        self._limit(len(raw), number)
+        return raw
+
+    def _limit(self, size: int, number: int) -> None:
+        if size > self._limits.line:
+            self._fail("line.too_long", f"has more than {self._limits.line:,} bytes in line {number}")
+
+    def _text(self) -> Iterator[bytes]:
+        """Yield the decompressed bytes, without a byte order mark, if they can be UTF-8 text at all."""
+        chunks = self._decoded()
+        head = b""
+        for chunk in chunks:
+            head += chunk
+            if len(head) >= 4:  # enough to know an encoding by
+                break
+        self._refuse_disguise(head)
+        self.mark = len(UTF8_MARK) if head.startswith(UTF8_MARK) else 0
+        yield head.removeprefix(UTF8_MARK)
+        yield from chunks
+
+    def _refuse_disguise(self, head: bytes) -> None:
+        mark = head[:2] in (b"\xff\xfe", b"\xfe\xff")
+        zeros = [byte == 0 for byte in head[:4]]  # every other byte of ASCII that is written as UTF-16
+        if mark or zeros in ([False, True] * 2, [True, False] * 2):
+            self._fail("input.utf16", "is UTF-16 text, expected UTF-8", "Convert it: iconv -f UTF-16 -t UTF-8")
+        if self._gzipped and head.startswith(GZIP):
+            self._fail("gzip.nested", "is a gzip file within a gzip file", "Unpack it once")
+
+    def _decoded(self) -> Iterator[bytes]:
+        with self._path.open("rb") as file:
+            first = file.read(FED)
+            self._gzipped = first.startswith(GZIP)
+            for chunk in self._inflated(self._fed(first, file)) if self._gzipped else self._fed(first, file):
+                self.bytes += len(chunk)
+                yield chunk
+
+    def _fed(self, first: bytes, file: BinaryIO) -> Iterator[bytes]:
+        piece = first
+        while piece:
+            self._read += len(piece)
+            self._advance(len(piece))
+            yield piece
+            piece = file.read(FED)
+
+    def _inflated(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """Yield the content of every member. Source: RFC 1952; zero bytes between members are padding, as for gzip."""
+        member = None  # the decompressor of the member under way
+        for fed in pieces:
+            piece = fed
+            while piece or member:
+                if member is None:
+                    piece = piece.lstrip(b"\0")
+                    if not piece:
+                        break
+                    member = zlib.decompressobj(GZIP_WINDOW)
+                made = self._inflate(member, piece)
+                self._limit_ratio(len(made))
+                yield made
+                if member.eof:
+                    piece, member = member.unused_data, None
+                    continue
+                piece = member.unconsumed_tail
+                if len(made) < MADE and not piece:  # all of it went in, and nothing waits inside to come out
+                    break
+        if member is not None:
+            self._fail("gzip.truncated", "ends in the middle of its gzip stream")
+
+    def _inflate(self, member: zlib._Decompress, piece: bytes) -> bytes:
+        try:
+            return member.decompress(piece, MADE)
+        except zlib.error as error:
+            self._fail("gzip.corrupt", f"has a corrupt gzip stream ({error})", cause=error)
+
+    def _limit_ratio(self, size: int) -> None:
+        made = self.bytes + size
+        if made > RATIO_COUNTS_FROM and made > self._limits.ratio * self._read:
+            self._fail("gzip.ratio", f"unpacks to more than {self._limits.ratio:,.0f} times its size")
+
+    def _fail(self, code: str, what: str, do: str = "Download it again", cause: Exception | None = None) -> NoReturn:
+        where = f"Seen after {self.rows:,} rows, at or before byte {self._read:,} of the file"
+        raise InputError(f"{self._path.name} {what}", where, do, code) from cause

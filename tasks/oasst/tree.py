@@ -1,0 +1,287 @@
+"""A published tree or message -> rows of one flat table, checked, parents first. Nothing here recurses.
+
+A row is a list of values in the order of `Layout.columns`. A tree is refused whole (`Fault`) when one of its messages
+is: half a conversation is not what people wrote.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import orjson
+
+from tasks.oasst import fields
+from tasks.oasst.fields import Fault, Reader, as_json, by_name, shown, wrong
+
+Row = list[Any]
+
+PLACE = ("message_tree_id", "message_id", "parent_id", "tree_state", "depth", "sibling")
+TREE, ID, PARENT, STATE, DEPTH, SIBLING = range(len(PLACE))
+FIELDS: Mapping[str, Reader] = {
+    "user_id": fields.string,
+    "created_date": fields.instant,
+    "text": fields.string,
+    "role": fields.role,
+    "lang": fields.name,
+    "review_count": fields.count,
+    "review_result": fields.flag,
+    "deleted": fields.flag,
+    "rank": fields.count,
+    "synthetic": fields.flag,
+    "model_name": fields.string,
+}
+REQUIRED = frozenset({"text", "role"})  # of FIELDS; a message_id is asked for, too
+END = ("events", "origin", "extra")
+ORIGIN, EXTRA = -2, -1  # places of the last two columns
+KNOWN = dict.fromkeys((*PLACE[:4], *FIELDS, "emojis", "labels", "detoxify", "events", "origin", "replies"))
+KNOWN_OF_TREE = dict.fromkeys(("message_tree_id", "tree_state", "prompt", "origin"))
+KNOWN_OF_LABEL = dict.fromkeys(("value", "count"))
+NAMES_COUNTED = 100  # distinct unknown names; a hostile file could have one for each message
+
+
+class Layout:
+    """The columns of a row, and how a published message fills them.
+
+    Attributes:
+        columns: Names of the columns, in the order of a row.
+        unknown: How often a field was met that this program does not know; its value is kept in column `extra`.
+    """
+
+    def __init__(self, labels: Collection[str], detoxify: Collection[str], max_text: int = 1 << 20) -> None:
+        """Lay out a table with these labels and scores; a text has at most `max_text` UTF-8 bytes."""
+        self._labels, self._scored, self._max_text = dict.fromkeys(labels), dict.fromkeys(detoxify), max_text
+        self.columns = (
+            *PLACE, *FIELDS, "emojis", *(f"label_{label}" for label in labels),
+            *(f"label_{label}_count" for label in labels), *(f"detoxify_{score}" for score in detoxify), *END,
+        )  # fmt: skip
+        self.unknown: Counter[str] = Counter()
+
+    def rows_of(self, tree: Mapping[str, Any]) -> list[Row]:
+        """Return a nested tree's messages, depth first, not yet arranged.
+
+        Raises:
+            Fault: If the tree or one of its messages is not of the published form.
+        """
+        prompt, tree_id, state = tree.get("prompt"), _tree_id(tree), tree.get("tree_state")
+        rows: list[Row] = []
+        stack: list[tuple[Any, str | None]] = [(prompt, None)]
+        while stack:
+            node, parent = stack.pop()
+            _check_place(node, tree_id, parent)
+            row = self.row(node, tree_id, state, parent)
+            rows.append(row)
+            stack.extend((reply, row[ID]) for reply in reversed(_replies(node)))
+        self._keep_of_tree(rows[0], tree)
+        return rows
+
+    def row_of(self, message: Mapping[str, Any]) -> Row:
+        """Return a flat message's row, not yet arranged.
+
+        Raises:
+            Fault: If the message is not of the published form.
+        """
+        if message.get("replies"):
+            raise Fault("schema.replies", "expected no replies in a message that stands alone")
+        parent = message.get("parent_id")
+        if parent is not None:
+            fields.name("parent_id", parent)
+        row = self.row(message, flat_tree_id(message), None, parent)
+        row[ORIGIN] = as_json("origin", message.get("origin"))
+        return row
+
+    def row(self, message: Mapping[str, Any], tree_id: str, state: Any, parent: str | None) -> Row:
+        """Return one message's row; depth and sibling are 0 until the tree is arranged.
+
+        Args:
+            message: As published, nested or flat.
+            tree_id: The tree that it belongs to.
+            state: The tree's state, where the message does not say it.
+            parent: The message that it replies to; None for the root.
+
+        Raises:
+            Fault: If a field does not hold what it should; the message is named.
+        """
+        get = message.get
+        try:
+            message_id = fields.name("message_id", get("message_id"))
+            own = get("tree_state")
+            state = state if own is None else own
+            row: Row = [tree_id, message_id, parent, None, 0, 0]
+            if state is not None:
+                row[STATE] = fields.string("tree_state", state)
+            for field, read in FIELDS.items():
+                value = get(field)
+                row.append(None if value is None and field not in REQUIRED else read(field, value))
+            self._limit_text(message["text"])
+            extra = self._strange("", message, KNOWN)
+            row.append(self._emojis(get("emojis")))
+            row.extend(self._votes(get("labels"), extra))
+            row.extend(self._scores(get("detoxify"), extra))
+            row += (as_json("events", get("events")), None, as_json("extra", extra or None))
+        except Fault as fault:
+            raise Fault(fault.code, f"{fault.message}, in message {shown(get('message_id'))}") from None
+        return row
+
+    def _limit_text(self, text: str) -> None:
+        # a character has at most 4 bytes: most texts need not be encoded to know
+        if len(text) * 4 > self._max_text and (size := len(text.encode())) > self._max_text:
+            raise Fault("text.too_long", f"expected at most {self._max_text:,} bytes of text, got {size:,}")
+
+    def _emojis(self, found: Any) -> list[tuple[str, int]] | None:
+        if found is None:
+            return None
+        return [(emoji, fields.count("emojis", n)) for emoji, n in by_name("emojis", found, ("count",)).items()]
+
+    def _votes(self, found: Any, extra: dict[str, Any]) -> list[Any]:
+        """Return each label's mean, then each label's count of votes."""
+        if found is None:
+            return [None] * (2 * len(self._labels))
+        labels = by_name("labels", found, ("value", "count"))
+        strange = self._strange("labels.", labels, self._labels)
+        means: list[float | None] = []
+        counts: list[int | None] = []
+        for label in self._labels:
+            vote = labels.get(label)
+            if vote is None:
+                means.append(None)
+                counts.append(None)
+                continue
+            if type(vote) is not dict:
+                raise wrong("labels", f"{label} as object", vote)
+            mean, votes = vote.get("value"), vote.get("count")
+            means.append(None if mean is None else fields.share("labels", mean))
+            counts.append(None if votes is None else fields.count("labels", votes))
+            if not vote.keys() <= KNOWN_OF_LABEL.keys():
+                strange[label] = self._strange(f"labels.{label}.", vote, KNOWN_OF_LABEL)
+        if strange:
+            extra["labels"] = strange
+        return [*means, *counts]
+
+    def _scores(self, found: Any, extra: dict[str, Any]) -> list[float | None]:
+        if found is None:
+            return [None] * len(self._scored)
+        scores = by_name("detoxify", found, ("value",))
+        if strange := self._strange("detoxify.", scores, self._scored):
+            extra["detoxify"] = strange
+        values = map(scores.get, self._scored)
+        return [None if value is None else fields.share("detoxify", value) for value in values]
+
+    def _keep_of_tree(self, root: Row, tree: Mapping[str, Any]) -> None:
+        """Keep on the root what is said of the whole tree."""
+        prompt = tree["prompt"]
+        origin = tree.get("origin")
+        root[ORIGIN] = as_json("origin", prompt.get("origin") if origin is None else origin)
+        if strange := self._strange("tree.", tree, KNOWN_OF_TREE):
+            own = {} if root[EXTRA] is None else orjson.loads(root[EXTRA])
+            root[EXTRA] = as_json("extra", {**own, **{f"tree.{field}": value for field, value in strange.items()}})
+
+    def _strange(self, prefix: str, found: Mapping[str, Any], known: Mapping[str, None]) -> dict[str, Any]:
+        """Return and count the fields that this program does not know."""
+        if found.keys() <= known.keys():
+            return {}
+        strange = {field: value for field, value in found.items() if field not in known}
+        for field in strange:
+            full = f"{prefix}{field}"[:80]
+            self.unknown[full if full in self.unknown or len(self.unknown) < NAMES_COUNTED else "(others)"] += 1
+        return strange
+
+
+def _tree_id(tree: Mapping[str, Any]) -> str:
+    """Return a nested tree's id: its own, or else its prompt's."""
+    prompt, own = tree.get("prompt"), tree.get("message_tree_id")
+    if type(prompt) is not dict:
+        raise wrong("prompt", "object", prompt)
+    return fields.name("message_tree_id", prompt.get("message_id") if own is None else own)
+
+
+def flat_tree_id(message: Mapping[str, Any]) -> str:
+    """Return the tree that a flat message names; a root without that field is its own.
+
+    Raises:
+        Fault: If a reply does not name its tree.
+    """
+    own = message.get("message_tree_id")
+    if own is None and message.get("parent_id") is None:
+        own = message.get("message_id")
+    return fields.name("message_tree_id", own)
+
+
+def _check_place(node: Any, tree_id: str, parent: str | None) -> None:
+    """Refuse a nested message that claims another place than the one where it stands."""
+    if type(node) is not dict:
+        raise wrong("replies", "objects", node)
+    claimed, owner = node.get("parent_id"), node.get("message_tree_id")
+    if claimed is not None and claimed != parent:
+        code, expected = ("tree.root", "null") if parent is None else ("tree.parent", shown(parent))
+        raise Fault(code, f"expected parent_id {expected}, got {shown(claimed)}")
+    if owner is not None and owner != tree_id:
+        raise Fault("tree.id", f"expected message_tree_id {shown(tree_id)}, got {shown(owner)}")
+
+
+def _replies(node: Mapping[str, Any]) -> list[Any]:
+    found = node.get("replies")
+    if found is not None and type(found) is not list:
+        raise wrong("replies", "array", found)
+    return found or []
+
+
+def messages_in(tree: Mapping[str, Any]) -> int:
+    """Count the messages of a nested tree as far as it can be walked, whatever else is wrong with it."""
+    found, stack = 0, [tree.get("prompt")]
+    while stack:
+        node = stack.pop()
+        if type(node) is dict:
+            found += 1
+            replies = node.get("replies")
+            stack.extend(replies if type(replies) is list else ())
+    return found
+
+
+def arrange(rows: list[Row]) -> list[Row]:
+    """Return a tree's rows depth first, parents before replies, replies in the order given; fills depth and sibling.
+
+    A row that is there twice, equal in every field, is taken once.
+
+    Raises:
+        Fault: `id.duplicate`, `tree.orphan`, `tree.root` or `tree.cycle`, naming the message.
+    """
+    by_id: dict[str, Row] = {}
+    replies: dict[str | None, list[Row]] = {}
+    for row in rows:
+        first = by_id.setdefault(row[ID], row)
+        if first is row:
+            replies.setdefault(row[PARENT], []).append(row)
+        elif first != row:
+            raise Fault("id.duplicate", f"expected each message once, got two that differ as {shown(row[ID])}")
+    _check_links(by_id, replies)
+    arranged: list[Row] = []
+    stack = replies[None][::-1]
+    while stack:
+        row = stack.pop()
+        arranged.append(row)
+        below = replies.get(row[ID], ())
+        for sibling, reply in enumerate(below):
+            reply[DEPTH], reply[SIBLING] = row[DEPTH] + 1, sibling
+        stack.extend(reversed(below))
+    if len(arranged) < len(by_id):
+        reached = {row[ID] for row in arranged}
+        raise _cycle(next(row for row in by_id.values() if row[ID] not in reached))
+    return arranged
+
+
+def _check_links(by_id: Mapping[str, Row], replies: Mapping[str | None, list[Row]]) -> None:
+    for parent, below in replies.items():
+        if parent is not None and parent not in by_id:
+            reply = shown(below[0][ID])
+            raise Fault("tree.orphan", f"expected a parent in this tree, got {shown(parent)} as that of {reply}")
+    roots = replies.get(None, [])
+    if len(roots) > 1:
+        raise Fault("tree.root", f"expected one message without a parent, got {len(roots):,}")
+    if not roots:  # each message has a parent that is there: somewhere they go round
+        raise _cycle(next(iter(by_id.values())))
+
+
+def _cycle(row: Row) -> Fault:
+    return Fault("tree.cycle", f"expected a way to the root, got parents that go round from {shown(row[ID])}")

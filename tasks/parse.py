@@ -1,0 +1,260 @@
+"""Step 2, parse: lay the published trees out as one flat table of messages, and set aside what cannot be read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import Field
+
+from tasks.artifacts import (
+    DETOXIFY,
+    LABELS,
+    MESSAGE_COLUMNS,
+    REJECTED_COLUMNS,
+    Counts,
+    Messages,
+    RawTrees,
+    arrow_schema,
+    parquet_writer,
+)  # fmt: skip
+from tasks.errors import InputError, TreelineError
+from tasks.progress import bar
+from tasks.step import Params, step
+
+if TYPE_CHECKING:
+    from tasks.oasst.dump import Bad, Dump, Found, Place
+    from tasks.oasst.seen import Version
+
+GROUP = 20_000  # rows of a row group: what is held in memory, and what a reader can skip
+MB = 1 << 20
+HEAD = 200  # bytes of a bad line that are shown
+NAMED = 3  # bad lines that an error names
+WAYS = ("in", "rejected", "repeated")  # in = out + rejected + repeated, of trees and of messages
+
+
+class ParseParams(Params):
+    """Settings of the parse step."""
+
+    max_trees: int | None = Field(default=None, ge=1)
+    """Trees to take, from the start of the dump; empty: all of them. A small number makes a smoke run."""
+
+    max_bad: float = Field(default=0.01, ge=0, le=1)
+    """Share of trees, or of lines, from 0 to 1, that may be unusable before the step fails."""
+
+    max_line_mb: float = Field(default=64, gt=0)
+    """Longest line, in MiB; a longer one fails the step."""
+
+    max_text_mb: float = Field(default=1, gt=0)
+    """Longest text of a message, in MiB of UTF-8; a tree with a longer one is rejected."""
+
+    max_ratio: float = Field(default=200, gt=0)
+    """Bytes that one byte of a gzip file may unpack to, counted after 16 MiB; more is a bomb and fails the step."""
+
+
+@step("parse", version=1, makes=Messages)
+def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
+    """Write `messages.parquet`, trees in the order of the dump, and `rejected.parquet`.
+
+    The messages of a tree lie together, depth first, so parents come first; replies in the order published. A tree
+    whose id came before is a repeat if its known fields are equal, else it takes the place of the earlier version.
+
+    Raises:
+        InputError: If a file is cut, corrupt or empty, or more than `max_bad` of the trees or lines are unusable.
+    """
+    from tasks.oasst.dump import Dump, Found
+    from tasks.oasst.lines import Limits
+    from tasks.oasst.tree import Layout
+
+    files = raw.data()
+    layout = Layout(LABELS, DETOXIFY, int(params.max_text_mb * MB))
+    limits = Limits(int(params.max_line_mb * MB), params.max_ratio)
+    with bar("parse", sum(file.stat().st_size for file in files), "bytes") as shown, _Intake(out, files) as intake:
+        dump = Dump(files, layout, limits, shown.advance)
+        for found in dump:
+            intake.take(found) if isinstance(found, Found) else intake.reject(found)
+            if intake.trees == params.max_trees:
+                break
+        intake.finish(dump)
+    intake.refuse_if_bad(params.max_bad, dump)
+    return intake.counts(dump, layout.unknown)
+
+
+class _Intake:
+    """Takes each tree or rejects it, and keeps the books."""
+
+    def __init__(self, out: Path, files: Sequence[Path]) -> None:
+        from tasks.oasst.seen import Seen
+
+        self._path, self._files, self._seen = out / "messages.parquet", files, Seen()
+        self._messages = _Table(self._path, MESSAGE_COLUMNS)
+        self._rejected = _Table(out / "rejected.parquet", REJECTED_COLUMNS)
+        self._late: dict[Place, list[Bad]] = {}  # rejected, but the line is not at hand any more
+        self._replaced: list[range] = []  # rows of versions that a later one took the place of
+        self._named: list[str] = []
+        self._books: Counter[str] = Counter()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._messages.close()
+        self._rejected.close()
+
+    @property
+    def trees(self) -> int:
+        """Trees taken so far."""
+        return len(self._seen)
+
+    def take(self, tree: Found) -> None:
+        """Write a tree's messages, unless it is a repeat or shares an id with another tree."""
+        from tasks.oasst.dump import Bad
+        from tasks.oasst.fields import Fault
+
+        total = len(tree.rows) + tree.repeats
+        try:
+            verdict = self._seen.take(tree, self._messages.rows)
+        except Fault as fault:
+            self.reject(Bad(tree.place, fault.code, fault.message, tree.tree_id, 1, total))
+            return
+        self._books.update(trees_in=1, messages_in=total, trees_repeated=verdict.repeats)
+        self._books["messages_repeated"] += total if verdict.repeats else tree.repeats
+        if verdict.repeats:
+            return
+        if verdict.replaces:
+            self._replace(verdict.replaces, tree)
+        for row in tree.rows:
+            self._messages.add(row)
+
+    def reject(self, bad: Bad) -> None:
+        """Note a line or tree that cannot be taken."""
+        self._books.update(
+            trees_in=bad.trees, messages_in=bad.messages, trees_rejected=bad.trees, messages_rejected=bad.messages
+        )
+        if len(self._named) < NAMED:
+            self._named.append(f"{self._files[bad.place.file].name}:{bad.place.line} {bad.code}: {bad.message}")
+        self._list(bad)
+
+    def _replace(self, earlier: Version, later: Found) -> None:
+        from tasks.oasst.dump import Bad
+
+        self._replaced.append(range(earlier.first, earlier.first + earlier.rows))
+        self._books.update(trees_rejected=1, trees_replaced=1, messages_rejected=earlier.rows)
+        ahead, behind = (f"{self._files[at.file].name}:{at.line}" for at in (earlier.place, later.place))
+        said = f"another version of this tree came later, in {behind}, and was taken"
+        self._list(Bad(earlier.place, "tree.replaced", said, later.tree_id, 1, earlier.rows))
+        said = f"this version was taken; the one in {ahead} differs"
+        self._list(Bad(later.place, "tree.replaces", said, later.tree_id, 0, 0))
+
+    def _list(self, bad: Bad) -> None:
+        if bad.raw is None:
+            self._late.setdefault(bad.place, []).append(bad)
+        else:
+            self._rejected.add(_rejected_row(self._files[bad.place.file].name, bad, bad.raw))
+
+    def finish(self, dump: Dump) -> None:
+        """Find the lines of late rejections, and leave out the versions that were replaced."""
+        for place, raw in dump.recall(self._late):
+            for bad in self._late[place]:
+                self._rejected.add(_rejected_row(self._files[place.file].name, bad, raw))
+        self._messages.close()
+        if self._replaced:
+            _leave_out(self._path, self._replaced)
+
+    def refuse_if_bad(self, most: float, dump: Dump) -> None:
+        """Fail if too much could not be used; versions that were replaced are no fault.
+
+        Raises:
+            InputError: Naming the first bad lines.
+        """
+        books = self._books
+        bad = books["trees_rejected"] - books["trees_replaced"]
+        parts = [(bad, books["trees_in"], "trees"), (dump.unreadable, dump.lines, "lines")]
+        found, total, what = max(parts, key=lambda part: part[0] / max(part[1], 1))
+        if found > most * total:
+            raise InputError(
+                f"{found:,} of {total:,} {what} cannot be used ({found / total:.1%}, at most {most:.1%} may be bad)",
+                "; ".join(self._named),
+                "Mend or download the file again, or raise parse.max_bad",
+                "input.bad",
+            )
+
+    def counts(self, dump: Dump, unknown: Counter[str]) -> Counts:
+        """Return what was measured, the books balanced: in = out + rejected + repeated.
+
+        A message in a line that could not be read is not counted at all: nobody knows how many there were.
+        """
+        books = self._books
+        trees, messages = self.trees, self._messages.rows - sum(map(len, self._replaced))
+        for unit, out in (("trees", trees), ("messages", messages)):
+            if books[f"{unit}_in"] != out + books[f"{unit}_rejected"] + books[f"{unit}_repeated"]:
+                raise TreelineError(f"parse lost count of {unit}: {out} out, {dict(books)}", code="parse.books")
+        return {
+            "trees": trees,
+            "messages": messages,
+            "rejected": self._rejected.rows,  # rows of rejected.parquet
+            **{f"{unit}_{way}": books[f"{unit}_{way}"] for unit in ("trees", "messages") for way in WAYS},
+            "trees_replaced": books["trees_replaced"],  # of the rejected: earlier versions of trees that came again
+            "lines": dump.lines,
+            "bytes": dump.bytes,
+            "unknown_fields": dict(unknown.most_common()),
+        }
+
+
+def _rejected_row(file: str, bad: Bad, raw: bytes) -> tuple[Any, ...]:
+    head = ascii(raw[:HEAD].decode("utf-8", "backslashreplace"))[1:-1]
+    place = bad.place
+    digest = sha256(raw).hexdigest()
+    return file, place.line, place.offset, bad.code, bad.message, digest, head, bad.tree_id, bad.trees, bad.messages
+
+
+class _Table:
+    """A Parquet file that takes row by row and writes by row groups."""
+
+    def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
+        self._writer, self._schema = parquet_writer(path, columns), arrow_schema(columns)
+        self._waiting: list[Sequence[Any]] = []
+        self.rows = 0
+
+    def add(self, row: Sequence[Any]) -> None:
+        """Add a row, in the order of the columns."""
+        self._waiting.append(row)
+        self.rows += 1
+        if len(self._waiting) == GROUP:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what waits, and the end of the file; a second call does nothing."""
+        if self._writer.is_open:
+            self._flush()
+            self._writer.close()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        if self._waiting:
+            columns = zip(zip(*self._waiting, strict=True), self._schema, strict=True)
+            arrays = [pa.array(values, type=field.type) for values, field in columns]
+            self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+            self._waiting.clear()
+
+
+def _leave_out(path: Path, rows: Sequence[range]) -> None:
+    """Write a table again without some of its rows, a row group at a time."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    new = path.with_suffix(".new")
+    with pq.ParquetFile(path) as old, parquet_writer(new, MESSAGE_COLUMNS) as writer:
+        kept = np.ones(old.metadata.num_rows, dtype=bool)
+        for span in rows:
+            kept[span.start : span.stop] = False
+        first = 0
+        for group in range(old.num_row_groups):
+            table = old.read_row_group(group)
+            writer.write_table(table.filter(kept[first : first + len(table)]))
+            first += len(table)
+    new.replace(path)

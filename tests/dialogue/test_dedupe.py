@@ -1,0 +1,151 @@
+import time
+from typing import Any
+
+import polars as pl
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.dialogue.dedupe import duplicates, leaks, normalised, path_keys
+from tasks.dialogue.threads import parent_rows
+
+Row = tuple[str, str | None, str, dict[str, Any]]  # id, parent, text, other fields
+FIELDS = {"split": "train", "rank": None, "label_quality": None}
+
+
+def table(*rows: Row) -> pl.DataFrame:
+    """Lay rows out as one table; whether a message is a prompt follows from its depth, its tree from its root."""
+    tree: dict[str, str] = {}
+    role: dict[str, str] = {}
+    made = []
+    for own, parent, text, fields in rows:
+        tree[own] = tree[parent] if parent else own
+        role[own] = "assistant" if parent and role[parent] == "prompter" else "prompter"
+        made.append({"message_tree_id": tree[own], "message_id": own, "parent_id": parent, "text": text,
+                     "role": role[own], **FIELDS, **fields})  # fmt: skip
+    return pl.DataFrame(made, schema_overrides={"parent_id": pl.String, "rank": pl.Int32, "label_quality": pl.Float32})
+
+
+def gone(messages: pl.DataFrame) -> dict[str, str]:
+    """Return message -> twin that stays."""
+    ids, texts = messages["message_id"], normalised(messages["text"])
+    found = duplicates(messages, texts, parent_rows(messages), [True] * len(messages))
+    return {ids[row]: ids[twin] for row, twin in found.items()}
+
+
+def leaked(messages: pl.DataFrame, yielding: Any, chars: int = 5) -> dict[str, str]:
+    ids, texts = messages["message_id"], normalised(messages["text"])
+    return {
+        ids[row]: ids[twin]
+        for row, twin in leaks(messages, texts, [True] * len(messages), yielding, chars).items()
+    }  # fmt: skip
+
+
+def test_case_width_and_white_space_do_not_tell_texts_apart() -> None:
+    texts = ["Straße  \n１", "STRASSE 1", "strasse 1 ", "strasse1", "ﬁ\u00a0x", "fi x"]
+    found = normalised(pl.Series(texts))
+    assert found[0] == found[1] == found[2] == "strasse 1"
+    assert found[3] != found[0]
+    assert found[4] == found[5] == "fi x"
+
+
+@given(st.text())
+def test_what_is_normalised_stays_as_it_is(text: str) -> None:
+    once = normalised(pl.Series([text]))
+    assert normalised(pl.Series(once)) == once
+
+
+def test_a_long_run_of_combining_marks_takes_no_time() -> None:
+    started = time.perf_counter()
+    normalised(pl.Series(["a" + "\u0301\u0316" * 100_000]))
+    assert time.perf_counter() - started < 5
+
+
+def test_only_the_whole_path_with_its_roles_makes_twins() -> None:
+    keys = path_keys([-1, 0, -1, 2, -1], ["p", "a", "p", "a", "a"], ["x", "y", "z", "y", "x"])
+    assert len(set(keys)) == 5
+    assert path_keys([-1, 0], ["p", "a"], ["x", "y"]) == path_keys([-1, 0], ["p", "a"], ["x", "y"])
+
+
+def test_a_tree_told_twice_is_kept_once() -> None:
+    assert gone(table(("a", None, "Hi", {}), ("b", "a", "Yes", {}), ("c", None, "hi", {}), ("d", "c", "YES ", {}))) == {
+        "c": "a", "d": "b",
+    }  # fmt: skip
+
+
+def test_of_equal_siblings_the_best_rank_then_quality_then_first_stays() -> None:
+    low, high = {"rank": 1, "label_quality": 0.9}, {"rank": 0, "label_quality": 0.1}
+    assert gone(table(("a", None, "Hi", {}), ("b", "a", "x", low), ("c", "a", "x", high))) == {"b": "c"}
+    assert gone(table(("a", None, "Hi", {}), ("b", "a", "x", {}), ("c", "a", "x", {"rank": 3}))) == {"b": "c"}
+    poor, fine = {"label_quality": 0.2}, {"label_quality": 0.7}
+    assert gone(table(("a", None, "Hi", {}), ("b", "a", "x", poor), ("c", "a", "x", fine))) == {"b": "c"}
+    assert gone(table(("a", None, "Hi", {}), ("b", "a", "x", {}), ("c", "a", "x", {}))) == {"c": "b"}
+
+
+def test_the_same_answer_to_another_question_is_no_duplicate() -> None:
+    assert gone(table(("a", None, "1+1?", {}), ("b", "a", "2", {}), ("c", None, "4-2?", {}), ("d", "c", "2", {}))) == {}
+
+
+def test_a_prompt_asked_again_stays_for_its_new_reply_and_lends_it_nothing_twice() -> None:
+    messages = table(
+        ("a", None, "Hi", {}), ("b", "a", "Yes", {"rank": 1}),
+        ("c", None, "Hi", {}), ("d", "c", "Yes", {"rank": 0}), ("e", "c", "No", {}),
+    )  # fmt: skip
+    assert gone(messages) == {"d": "b"}  # the better rank loses: below the prompt that stays anyway, trees stay whole
+
+
+def test_a_reply_said_twice_stays_twice_where_its_followers_differ() -> None:
+    messages = table(
+        ("a", None, "Hi", {}), ("b", "a", "Yes", {}), ("c", "b", "Why?", {}),
+        ("d", "a", "Yes", {}), ("e", "d", "How?", {}), ("f", "d", "why?", {}),
+    )  # fmt: skip
+    assert gone(messages) == {"f": "c"}
+
+
+def test_of_twins_in_two_splits_the_more_protected_stays() -> None:
+    best = {"rank": 0, "split": "train"}
+    messages = table(("a", None, "Hi", best), ("b", None, "Hi", {"split": "val"}), ("c", None, "Hi", {"split": "test"}))
+    assert gone(messages) == {"a": "c", "b": "c"}
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> pl.DataFrame:
+    rows: list[Row] = []
+    for number in range(draw(st.integers(1, 14))):
+        above = draw(st.sampled_from([None, *(row[0] for row in rows)]))
+        fields = {"rank": draw(st.sampled_from([None, 0, 1])), "label_quality": draw(st.sampled_from([None, 0.5]))}
+        rows.append((f"m{number}", above, draw(st.sampled_from("xy")), fields))
+    return table(*rows)
+
+
+@given(forests())
+def test_no_path_is_lost_no_message_is_orphaned_and_a_second_pass_finds_nothing(messages: pl.DataFrame) -> None:
+    parents = parent_rows(messages)
+    keys = path_keys(parents, messages["role"], messages["text"])
+    found = duplicates(messages, normalised(messages["text"]), parents, [True] * len(messages))
+    stays = [row for row in range(len(messages)) if row not in found]
+    assert {keys[row] for row in stays} == set(keys)
+    assert all(parents[row] < 0 or parents[row] not in found for row in stays)
+    assert all(twin not in found and keys[twin] == keys[row] for row, twin in found.items())
+    assert gone(messages[stays]) == {}
+
+
+def test_a_first_prompt_in_two_splits_goes_from_the_less_protected() -> None:
+    messages = table(("a", None, "Hi", {}), ("b", None, "HI", {"split": "val"}), ("c", None, "hi", {"split": "test"}))
+    assert leaked(messages, "val") == {"b": "c"}
+    assert leaked(messages, "train") == {"a": "b"}
+
+
+def test_a_reply_leaks_only_where_it_is_long_and_a_later_prompt_never() -> None:
+    long, test = "a reply of some length", {"split": "test"}
+    messages = table(
+        ("a", None, "1", {}), ("b", "a", long, {}), ("c", "b", long, {}), ("d", "a", "two", {}),
+        ("e", None, "2", test), ("f", "e", long, test), ("g", "f", long, test), ("h", "e", "two", test),
+    )  # fmt: skip
+    assert leaked(messages, "train") == {"b": "f"}
+    assert leaked(messages, "train", chars=3) == {"b": "f", "d": "h"}
+    assert leaked(messages, "train", chars=100) == {}
+
+
+def test_a_prompt_that_is_a_reply_elsewhere_does_not_leak() -> None:
+    messages = table(("a", None, "same words", {}), ("b", None, "2", {"split": "test"}), ("c", "b", "same words", {}))
+    assert leaked(messages, "train") == {}

@@ -1,0 +1,355 @@
+import json
+from collections.abc import Callable
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from tasks.artifacts import (
+    DIALOGUE_COLUMNS,
+    DROPPED_COLUMNS,
+    MESSAGE_COLUMNS,
+    Counts,
+    Dialogues,
+    Messages,
+    RawTrees,
+    arrow_schema,
+    parquet_writer,
+)
+from tasks.curate import ROWS, CurateParams, curate
+from tasks.dialogue.record import RULES
+from tasks.dialogue.split import split_of
+from tasks.errors import InputError
+from tasks.oasst.sample import SAMPLE_NAME, planted, sample_bytes
+from tasks.parse import ParseParams, parse
+from tasks.store.manifest import FileEntry, Manifest
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+ALL_TRAIN = {"test_share": 0.0, "val_share": 0.0}
+MODERN = "oasst1_en_validation.trees.jsonl.gz"  # every field
+OLD = "en_100_tree.jsonl"  # an older export: no labels, no detoxify
+AS_PUBLISHED = CurateParams(rules=(), require_reply=False, dedupe=False, separate_splits=False)
+GOOD = {"lang": "en", "tree_state": "ready_for_export", "deleted": False, "synthetic": False, "review_result": True}
+
+
+def sealed(kind: str, *files: str) -> Manifest:
+    return Manifest("0" * 64, kind, {}, {name: FileEntry(0, "0" * 64) for name in files}, "0" * 64)
+
+
+def messages_of(folder: Path, *rows: dict[str, Any]) -> Messages:
+    """Write rows of id, parent and other fields; roles take turns, texts are the ids, the tree is named by its root."""
+    made: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        above = made.get(row.get("parent") or "", {"role": "assistant", "depth": -1, "message_tree_id": row["id"]})
+        role = "prompter" if above["role"] == "assistant" else "assistant"
+        fields = {name: value for name, value in row.items() if name not in {"id", "parent"}}
+        made[row["id"]] = {
+            **GOOD, "message_tree_id": above["message_tree_id"], "message_id": row["id"], "role": role, "sibling": 0,
+            "parent_id": row.get("parent"), "depth": above["depth"] + 1, "text": row["id"], **fields,
+        }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    with parquet_writer(folder / "messages.parquet", MESSAGE_COLUMNS) as writer:
+        writer.write_table(pa.Table.from_pylist(list(made.values()), schema=arrow_schema(MESSAGE_COLUMNS)))
+    return Messages(folder, sealed("messages"))
+
+
+def curated(messages: Messages, out: Path, params: CurateParams) -> tuple[Dialogues, Counts]:
+    out.mkdir(exist_ok=True)
+    counts = curate.function(out, messages, params)
+    return Dialogues(out, sealed("dialogues")), counts
+
+
+def reasons(tmp: Path, *rows: dict[str, Any], **fields: Any) -> dict[str, tuple[str, str]]:
+    """Return what was dropped of these rows: message -> (reason, evidence)."""
+    made, _ = curated(messages_of(tmp / "in", *rows), tmp / "out", CurateParams(**{**ALL_TRAIN, **fields}))
+    found = made.dropped().select("message_id", "reason", "evidence").collect()
+    return {message: (reason, seen) for message, reason, seen in found.iter_rows()}
+
+
+def chain(*ids: str, **fields: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"id": own, "parent": above, **fields.get(own, {})} for above, own in zip([None, *ids], ids, strict=False)]
+
+
+Open = Callable[[str], Messages]
+
+
+@pytest.fixture(scope="session")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Open:
+    """Return what parses a file of real trees by name, or the embedded sample, once."""
+
+    @cache
+    def messages(name: str) -> Messages:
+        folder = tmp_path_factory.mktemp("curate")
+        raw, out = folder / "raw", folder / "messages"
+        raw.mkdir()
+        out.mkdir()
+        (raw / name).write_bytes(sample_bytes() if name == SAMPLE_NAME else (SHARED / name).read_bytes())
+        parse.function(out, RawTrees(raw, sealed("raw", name)), ParseParams())
+        return Messages(out, sealed("messages"))
+
+    def found(name: str) -> Messages:
+        if name != SAMPLE_NAME and not (SHARED / name).exists():
+            pytest.skip(f"{name} is not here: it lies beside the project, not in it")
+        return messages(name)
+
+    return found
+
+
+@pytest.fixture(params=[MODERN, OLD, SAMPLE_NAME])
+def real(request: pytest.FixtureRequest, opened: Open) -> Messages:
+    """Return the messages of each file in turn."""
+    return opened(request.param)
+
+
+# ---- laws on real trees
+
+
+def assert_whole(messages: Messages, made: Dialogues, counts: Counts) -> None:
+    """Assert what holds of any input: all rows once, in order, unaltered; reasons given; trees closed upwards."""
+    before, kept, dropped = messages.scan().collect(), made.scan().collect(), made.dropped().collect()
+    assert counts["messages"] == len(kept)
+    assert counts["dropped"] == len(dropped) == sum(counts["funnel"].values())
+    assert counts["read"]["messages"] == len(before) == len(kept) + len(dropped)
+    own = ["message_tree_id", "message_id"]
+    for part in (kept, dropped):
+        order = before.with_row_index().join(part.select(own), on=own, how="semi", maintain_order="left")
+        assert order.drop("index").equals(part.select(before.columns))
+    assert kept.join(dropped, on=own, how="semi").is_empty()
+    assert dropped.filter((pl.col("reason") == "") | (pl.col("evidence") == "")).is_empty()
+    orphans = kept.filter(pl.col("parent_id").is_not_null()).join(
+        kept, left_on=["message_tree_id", "parent_id"], right_on=own, how="anti"
+    )
+    assert orphans.is_empty()
+
+
+def test_every_message_ends_in_exactly_one_table_unaltered_and_in_order(real: Messages, tmp_path: Path) -> None:
+    assert_whole(real, *curated(real, tmp_path / "out", CurateParams()))
+
+
+def test_with_everything_off_every_message_is_kept(real: Messages, tmp_path: Path) -> None:
+    made, counts = curated(real, tmp_path / "out", AS_PUBLISHED)
+    assert_whole(real, made, counts)
+    assert counts["dropped"] == 0
+    assert counts["funnel"] == {"parent": 0}
+
+
+def test_two_runs_write_the_same_bytes_in_the_promised_types(real: Messages, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        curated(real, tmp_path / name, CurateParams())
+    for file, columns in (("dialogues.parquet", DIALOGUE_COLUMNS), ("dropped.parquet", DROPPED_COLUMNS)):
+        first, second = ((tmp_path / name / file).read_bytes() for name in ("a", "b"))
+        assert sha256(first).digest() == sha256(second).digest()
+        assert pq.read_schema(tmp_path / "a" / file).equals(arrow_schema(columns))
+
+
+def test_every_kept_path_can_be_trained_on(real: Messages, tmp_path: Path) -> None:
+    made, _ = curated(real, tmp_path / "out", CurateParams())
+    kept = made.scan().collect()
+    leaves = kept.join(
+        kept, left_on=["message_tree_id", "message_id"], right_on=["message_tree_id", "parent_id"], how="anti"
+    )
+    assert set(leaves["role"]) == {"assistant"}
+
+
+def test_a_tree_has_one_split_and_it_is_the_hash_of_its_id(real: Messages, tmp_path: Path) -> None:
+    made, counts = curated(real, tmp_path / "out", CurateParams())
+    kept = made.scan().collect()
+    assert all(
+        split_of(tree, 0.05, 0.05) == split for tree, split in kept.select("message_tree_id", "split").iter_rows()
+    )
+    for name, sizes in counts["splits"].items():
+        assert sizes["messages"] == len(kept.filter(pl.col("split") == name))
+    assert sum(sizes["trees"] for sizes in counts["splits"].values()) == counts["trees"]
+
+
+def test_counts_are_plain_json(real: Messages, tmp_path: Path) -> None:
+    _, counts = curated(real, tmp_path / "out", CurateParams())
+    assert json.loads(json.dumps(counts)) == counts
+    assert list(counts["funnel"]) == [*RULES, "parent", "no_reply", "duplicate", "leak"]
+
+
+def test_188_real_trees_give_1177_messages(opened: Open, tmp_path: Path) -> None:
+    _, counts = curated(opened(MODERN), tmp_path / "out", CurateParams())
+    assert (counts["trees"], counts["messages"], counts["dropped"]) == (164, 1_177, 842)
+    assert counts["label_coverage"] == {"labels": 0.9975, "detoxify": 1.0}
+    assert counts["languages"] == {"en": 2_019}
+    funnel = {name: number for name, number in counts["funnel"].items() if number}
+    assert funnel == {
+        "deleted": 40, "rejected": 43, "lang_mismatch": 1, "pii": 1, "not_appropriate": 14, "sexual_content": 1,
+        "quality": 196, "toxicity": 1, "paste": 19, "parent": 337, "no_reply": 189,
+    }  # fmt: skip
+
+
+def test_the_seeds_333_pairs_are_all_there_without_filters(opened: Open, tmp_path: Path) -> None:
+    messages = opened(OLD)
+    made, counts = curated(messages, tmp_path / "out", CurateParams(rules=()))
+    pairs = made.scan().filter((pl.col("depth") == 1) & (pl.col("role") == "assistant")).collect()
+    assert len(pairs) == 333
+    assert counts["funnel"] == {"parent": 0, "no_reply": 226, "duplicate": 0, "leak": 0}
+
+
+def test_the_rules_find_what_was_planted_in_the_sample_and_nothing_else(opened: Open, tmp_path: Path) -> None:
+    _, counts = curated(opened(SAMPLE_NAME), tmp_path / "out", CurateParams())
+    funnel, known = counts["funnel"], planted()
+    same = {"deleted": "deleted", "synthetic": "synthetic", "rejected": "rejected", "role_break": "role_break",
+            "pii": "pii", "hate_speech": "hate_speech", "not_appropriate": "not_appropriate", "toxicity": "toxic",
+            "quality": "low_quality", "spam": "spam_label", "paste": "ai_paste", "no_reply": "unanswered"}  # fmt: skip
+    assert {rule: funnel[rule] for rule in same} == {rule: known[kind] for rule, kind in same.items()}
+    assert funnel["empty"] == known["empty"] + known["blank"]
+    assert funnel["duplicate"] == 2 * known["duplicate"]  # a prompt and its reply
+
+
+# ---- laws on small trees
+
+
+def test_a_dropped_message_takes_its_subtree_along_and_evidence_names_it(tmp_path: Path) -> None:
+    rows = [*chain("a", "b", "c", "d", b={"deleted": True}), {"id": "e", "parent": "a"}]
+    assert reasons(tmp_path, *rows) == {
+        "b": ("deleted", "deleted is true"), "c": ("parent", "b"), "d": ("parent", "b"),
+    }  # fmt: skip
+
+
+def test_a_descendant_that_a_rule_drops_keeps_its_own_reason_and_is_the_one_named_below_it(tmp_path: Path) -> None:
+    rows = chain("a", "b", "c", "d", b={"deleted": True}, c={"lang": "de"})
+    found = reasons(tmp_path, *rows, {"id": "x"}, {"id": "y", "parent": "x"})
+    assert {message: (reason, seen) for message, (reason, seen) in found.items() if message in "cd"} == {
+        "c": ("language", "lang de is not en"), "d": ("parent", "c"),
+    }  # fmt: skip
+    assert found["a"] == ("no_reply", "no reply below")
+
+
+def test_a_prompt_without_reply_goes_unless_it_is_wanted(tmp_path: Path) -> None:
+    rows = chain("a", "b", "c")
+    assert reasons(tmp_path, *rows) == {"c": ("no_reply", "no reply below")}
+    assert reasons(tmp_path, *rows, require_reply=False) == {}
+
+
+def test_a_duplicate_names_its_twin_and_can_be_allowed(tmp_path: Path) -> None:
+    rows = [*chain("a", "b"), {"id": "c", "parent": "a", "text": "B "}]
+    assert reasons(tmp_path, *rows) == {"c": ("duplicate", "b")}
+    assert reasons(tmp_path, *rows, dedupe=False) == {}
+
+
+def test_a_dropped_message_is_nobodys_twin(tmp_path: Path) -> None:
+    rows = [*chain("a", "b", b={"deleted": True}), {"id": "c", "parent": "a", "text": "b"}]
+    assert set(reasons(tmp_path, *rows)) == {"b"}
+
+
+def two_splits() -> tuple[str, str]:
+    """Return a tree id of the test split and one of the training split, at equal shares of 0.4."""
+    ids = [f"tree {number}" for number in range(100)]
+    return tuple(next(name for name in ids if split_of(name, 0.4, 0.2) == split) for split in ("test", "train"))  # type: ignore[return-value]
+
+
+def test_a_prompt_of_the_test_split_is_not_trained_on(tmp_path: Path) -> None:
+    test, train = two_splits()
+    rows = [
+        {"id": train, "text": "Hi"},
+        {"id": "b", "parent": train},
+        {"id": test, "text": "hi"},
+        {"id": "d", "parent": test},
+    ]
+    assert reasons(tmp_path, *rows, test_share=0.4, val_share=0.2) == {train: ("leak", test), "b": ("parent", train)}
+    assert reasons(tmp_path, *rows, test_share=0.4, val_share=0.2, separate_splits=False) == {}
+
+
+def test_a_prompt_that_loses_its_only_reply_to_the_test_split_goes_with_it(tmp_path: Path) -> None:
+    test, train = two_splits()
+    rows = [
+        {"id": train},
+        {"id": "b", "parent": train, "text": "long"},
+        {"id": test},
+        {"id": "d", "parent": test, "text": "Long"},
+    ]
+    found = reasons(tmp_path, *rows, test_share=0.4, val_share=0.2, leak_chars=4)
+    assert found == {train: ("no_reply", "no reply below"), "b": ("leak", "d")}
+
+
+def test_a_prompt_without_replies_takes_nothing_from_another_split(tmp_path: Path) -> None:
+    test, train = two_splits()
+    rows = [{"id": train, "text": "Hi"}, {"id": "b", "parent": train}, {"id": test, "text": "Hi"}]
+    assert reasons(tmp_path, *rows, test_share=0.4, val_share=0.2) == {test: ("no_reply", "no reply below")}
+
+
+def test_nothing_left_is_an_error_that_says_what_took_it(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"error\[curate\.empty\]: none of 2 .*language 2.*--set curate\.languages="
+    ) as found:
+        reasons(tmp_path, *chain("a", "b", a={"lang": "de"}, b={"lang": "de"}))
+    assert found.value.exit_code == 65
+    with pytest.raises(InputError, match="there were none"):
+        reasons(tmp_path)
+
+
+def test_a_conversation_of_5000_turns_is_curated(tmp_path: Path) -> None:
+    made, counts = curated(
+        messages_of(tmp_path / "in", *chain(*map(str, range(5_000)))), tmp_path / "out", CurateParams()
+    )
+    assert (counts["messages"], counts["trees"]) == (5_000, 1)
+    assert made.scan().collect()["depth"].to_list() == list(range(5_000))
+
+
+def test_emojis_dates_and_row_groups_survive(tmp_path: Path) -> None:
+    rows = [{"id": f"{n}", "emojis": [("+1", n), ("_skip_reply", 1)]} for n in range(ROWS + 1)]
+    messages = messages_of(tmp_path / "in", *rows)
+    _, counts = curated(messages, tmp_path / "out", AS_PUBLISHED)
+    found = pq.ParquetFile(tmp_path / "out" / "dialogues.parquet")
+    assert found.num_row_groups == 2
+    assert found.read(["emojis"])["emojis"].to_pylist()[7] == [("+1", 7), ("_skip_reply", 1)]
+    assert pq.ParquetFile(tmp_path / "out" / "dropped.parquet").num_row_groups == 0
+    assert counts["messages"] == ROWS + 1
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for number in range(draw(st.integers(1, 16))):
+        rows.append({
+            "id": f"m{number}", "parent": draw(st.sampled_from([None, *(row["id"] for row in rows)])),
+            "text": draw(st.sampled_from(["x", "Y", "y ", ""])), "deleted": draw(st.sampled_from([None, False, True])),
+            "rank": draw(st.sampled_from([None, 0, 1])), "role": draw(st.sampled_from(["prompter", "assistant"])),
+        })  # fmt: skip
+    return rows
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(forests(), st.sampled_from([(), ("empty",), RULES]), st.booleans())
+def test_whatever_the_trees_nothing_is_lost_and_nobody_outlives_an_ancestor(
+    tmp_path: Path, rows: list[dict[str, Any]], rules: Any, on: bool
+) -> None:
+    rows.append({"id": "kept", "text": "kept"})  # so that something is left
+    rows.append({"id": "reply", "parent": "kept"})
+    messages = messages_of(tmp_path / "in", *rows)
+    params = CurateParams(rules=rules, require_reply=on, dedupe=on, test_share=0.3, val_share=0.3, leak_chars=1)
+    made, counts = curated(messages, tmp_path / "out", params)
+    assert_whole(messages, made, counts)
+    kept, dropped = made.scan().collect(), made.dropped().collect()
+    assert set(dropped.filter(reason="leak")["evidence"]) <= set(kept["message_id"])
+    assert set(dropped.filter(reason="parent")["evidence"]) <= set(dropped["message_id"])
+    is_reply = pl.col("role") == "assistant"
+    said = kept.filter(pl.when(is_reply).then(pl.col("text") != "").otherwise(pl.col("parent_id").is_null()))
+    texts = said.select("role", pl.col("text").str.to_lowercase().str.strip_chars(), "split").unique()
+    assert texts.select("role", "text").is_unique().all()  # no reply and no first prompt in two splits
+
+
+def test_settings_that_leave_nothing_to_train_on_are_refused() -> None:
+    with pytest.raises(ValidationError, match="nothing to train on"):
+        CurateParams(test_share=0.5, val_share=0.5)
+    with pytest.raises(ValidationError, match="quality_below"):
+        CurateParams(quality_below=1.5)
+    with pytest.raises(ValidationError, match="rules"):
+        CurateParams(rules=("spamm",))  # type: ignore[arg-type]
+
+
+def test_every_setting_is_described_for_the_form() -> None:
+    fields = CurateParams.model_json_schema()["properties"]
+    assert all(field.get("description") for field in fields.values())
+    assert CurateParams().keyed()["rules"] == list(RULES)

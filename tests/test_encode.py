@@ -1,0 +1,173 @@
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pydantic import ValidationError
+
+from tasks.artifacts import DIALOGUE_COLUMNS, Dialogues, Tokens, arrow_schema, parquet_writer
+from tasks.encode import EncodeParams, encode
+from tasks.errors import InputError
+from tasks.store.manifest import Manifest
+from tasks.text.chat import load_dialect
+
+Row = dict[str, Any]
+manifest = partial(Manifest, key="0" * 64, recipe={}, files={}, digest="0" * 64)
+SMALL = EncodeParams(tokenizer="trained", vocab_size=300, block=64)
+
+
+def talk(tree: str, *texts: str, split: str = "train") -> list[Row]:
+    """Make a conversation of texts, a prompt first; ids are the tree's name and the depth."""
+    return [
+        {
+            "message_tree_id": tree, "message_id": f"{tree}{depth}", "depth": depth, "sibling": 0, "text": text,
+            "parent_id": f"{tree}{depth - 1}" if depth else None, "role": ("prompter", "assistant")[depth % 2],
+            "split": split,
+        }
+        for depth, text in enumerate(texts)
+    ]  # fmt: skip
+
+
+def published(path: Path) -> Iterator[Row]:
+    """Flatten a file of nested trees: no filter, 5 % of the trees to each of val and test."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rb") as lines:
+        for line in lines:
+            tree = json.loads(line)
+            share = zlib.crc32(tree["message_tree_id"].encode()) % 20
+            split = {0: "test", 1: "val"}.get(share, "train")
+            todo = [(tree["prompt"], None, 0, 0)]
+            while todo:
+                node, parent, depth, sibling = todo.pop()
+                fields = {name: node.get(name) for name in ("message_id", "text", "role", "rank")}
+                place = {"parent_id": parent, "depth": depth, "sibling": sibling, "split": split}
+                yield {"message_tree_id": tree["message_tree_id"], **fields, **place}
+                replies = list(enumerate(node.get("replies") or []))
+                todo += [(reply, node["message_id"], depth + 1, rank) for rank, reply in reversed(replies)]
+
+
+def dialogues(folder: Path, rows: list[Row]) -> Dialogues:
+    folder.mkdir(parents=True, exist_ok=True)
+    with parquet_writer(folder / "dialogues.parquet", DIALOGUE_COLUMNS) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema=arrow_schema(DIALOGUE_COLUMNS)))
+    return Dialogues(folder, manifest(kind="dialogues"))
+
+
+def encoded(folder: Path, rows: list[Row], params: EncodeParams = SMALL) -> Tokens:
+    out = folder / "tokens"
+    out.mkdir(parents=True)
+    counts = encode.function(out, dialogues(folder / "dialogues", rows), params)
+    return Tokens(out, manifest(kind="tokens", counts=counts))
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def test_the_files_are_those_of_the_artifact_and_the_counts_add_up(tmp_path: Path) -> None:
+    rows = [*talk("a", "Hi", "Hello"), *talk("b", "Who?", "Me", "Why?", "So"), *talk("v", "V", "W", split="val")]
+    made = encoded(tmp_path, rows)
+    counts = made.counts
+    assert set(digest(made.path)) == set(Tokens.files)
+    assert made.ids().shape == (counts["sequences"], 64) == (2, 64)
+    assert counts["sequences"] * 64 == counts["tokens"] + counts["padding"]
+    assert counts["trained"] == made.mask().sum() == made.index().collect()["trained"].sum()
+    for name in ("sequences", "tokens", "trained"):
+        assert sum(split[name] for split in counts["splits"].values()) == counts[name]
+    assert made.encoding().splits == {"train": (0, 1), "val": (1, 2), "test": (2, 2)}
+    assert made.encoding().utf8_bytes == {"train": 9, "val": 1, "test": 0}
+    assert made.ids("test").shape == (0, 64)
+    assert counts["gated"] == len(rows)
+
+
+def test_the_index_leads_from_tokens_to_messages_and_from_a_message_to_its_parent(tmp_path: Path) -> None:
+    made = encoded(tmp_path, [*talk("a", "Hi", "Hello", "What now?", "Bye"), *talk("b", "Yes", "No")])
+    index = made.index().collect()
+    assert index["message_id"].to_list() == ["a0", "a1", "a2", "a3", "b0", "b1"]
+    assert index["parent"].to_list() == [None, 0, 1, 2, None, 4]
+    assert index["start"].to_list() == [0, *index["stop"].to_list()[:-1]]
+    assert index["role"].to_list()[:2] == ["prompter", "assistant"]
+    said = load_dialect(made.path)
+    ids = made.ids()[0].tolist()
+    asked = said.prompt([("user", "Hi"), ("assistant", "Hello"), ("user", "What now?")])
+    assert ids[: len(asked)] == asked
+    assert [said.decode(ids[row["start"] : row["stop"]]) for row in index.iter_rows(named=True)] == [
+        "Hi", "Hello", "What now?", "Bye", "Yes", "No",
+    ]  # fmt: skip
+
+
+def test_replies_that_several_paths_hold_are_counted_in_bytes_as_often_as_they_are_trained(tmp_path: Path) -> None:
+    rows = talk("a", "Hi", "é", "So?", "b")
+    rows.append({**rows[3], "message_id": "x", "sibling": 1, "text": "cc"})
+    assert encoded(tmp_path, rows).encoding().utf8_bytes["train"] == 2 + 1 + 2 + 2
+
+
+def test_a_trained_vocabulary_sees_the_train_split_only(tmp_path: Path) -> None:
+    train = talk("a", "mississippi mississippi", "mississippi")
+    others = [talk("v", "xylophone " * 5, "xylophone", split="val"), talk("w", "zebra " * 5, "zebra", split="test")]
+    first = encoded(tmp_path / "1", [*train, *others[0]])
+    second = encoded(tmp_path / "2", [*train, *others[1]])
+    assert digest(first.path)["tokenizer.json"] == digest(second.path)["tokenizer.json"]
+
+
+@pytest.mark.parametrize("params", [SMALL, SMALL.model_copy(update={"template": "xml", "tokenizer": "gpt2"})])
+def test_the_same_dialogues_give_the_same_bytes(tmp_path: Path, params: EncodeParams) -> None:
+    rows = [row for name in "abcdefgh" for row in talk(name, f"Question {name}?", f"Answer {name * 9}.")]
+    assert digest(encoded(tmp_path / "1", rows, params).path) == digest(encoded(tmp_path / "2", rows, params).path)
+
+
+def test_special_text_in_a_message_stays_text(tmp_path: Path) -> None:
+    text = "Say <|endoftext|><|end|><|assistant|> and </user>\n<assistant>"
+    made = encoded(tmp_path, talk("a", text, text), SMALL.model_copy(update={"block": 256}))
+    first = made.index().collect().row(1, named=True)
+    ids = made.ids()[0].tolist()[first["start"] : first["stop"]]
+    assert load_dialect(made.path).decode(ids) == text
+    assert [token for token in ids if token in made.encoding().specials.values()] == [ids[0], made.encoding().stop]
+
+
+def test_nothing_to_train_on_is_an_error_and_an_empty_split_is_not(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train split.*4 messages came in, 2 of them"):
+        encoded(tmp_path, [*talk("a", "Hi", "Hello " * 99), *talk("v", "Hi", "Ho", split="val")])
+
+
+@pytest.mark.parametrize("wrong", [{"block": 70_000}, {"vocab_size": 259}, {"template": "html"}, {"blok": 3}])
+def test_settings_that_no_array_can_hold_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        EncodeParams(**wrong)
+
+
+@pytest.mark.parametrize("template", ["chat", "xml"])
+def test_real_trees_are_encoded_and_read_back_exactly(
+    tmp_path: Path, shared: Path, template: Literal["chat", "xml"]
+) -> None:
+    rows = list(published(shared / "data/oasst1_en_validation.trees.jsonl.gz"))
+    made = encoded(tmp_path, rows, EncodeParams(template=template))
+    counts, encoding, index = made.counts, made.encoding(), made.index().collect()
+    assert len(rows) == 2_019
+    assert counts["found"] == counts["conversations"] + counts["skipped"] + counts["repeated"]
+    assert counts["padding"] <= counts["tokens"] / 50  # of few documents; a thousandth where there are many
+    assert counts["gated"] == index.height
+    said, text_of = load_dialect(made.path), {row["message_id"]: row["text"] for row in rows}
+    ids, mask = np.array(made.ids()), np.array(made.mask())
+    for row in index.sample(400, seed=1).iter_rows(named=True):
+        span = slice(row["start"], row["stop"])
+        tokens, targets = ids[row["sequence"], span], mask[row["sequence"], span].astype(bool)
+        if row["role"] == "assistant":
+            assert said.decode(tokens[targets].tolist()) == text_of[row["message_id"]]
+            assert tokens[targets][-1] == encoding.stop
+        else:
+            assert not targets.any()
+            assert text_of[row["message_id"]] in said.decode(tokens.tolist())
+
+
+def test_the_first_replies_of_a_real_file_are_the_pairs_of_the_seed(tmp_path: Path, shared: Path) -> None:
+    rows = list(published(shared / "data/en_100_tree.jsonl"))
+    made = encoded(tmp_path, rows, EncodeParams(layout="first-reply", tokenizer="trained", block=4_096))
+    assert made.counts["found"] == made.counts["conversations"] == 333

@@ -1,0 +1,472 @@
+"""Parse: published bytes -> messages.parquet and rejected.parquet, with the books balanced."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from polars.testing import assert_frame_equal
+
+import tasks.parse
+from tasks.artifacts import (
+    DETOXIFY,
+    LABELS,
+    MESSAGE_COLUMNS,
+    REJECTED_COLUMNS,
+    Counts,
+    Messages,
+    RawTrees,
+    arrow_schema,
+)
+from tasks.errors import InputError
+from tasks.oasst.dump import Bad, Dump, loads
+from tasks.oasst.fields import Fault
+from tasks.oasst.tree import Layout
+from tasks.parse import ParseParams, parse
+from tasks.store.manifest import FileEntry, Manifest
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+VALIDATION = SHARED / "data" / "oasst1_en_validation.trees.jsonl.gz"
+EN_100 = SHARED / "data" / "en_100_tree.jsonl"
+JSON_SUITE = sorted((SHARED / "corpora" / "JSONTestSuite" / "test_parsing").glob("*.json"))
+NAUGHTY = SHARED / "corpora" / "big-list-of-naughty-strings" / "blns.json"
+needs_data = pytest.mark.skipif(not VALIDATION.exists(), reason="the real trees (shared/data) are not here")
+needs_corpora = pytest.mark.skipif(not NAUGHTY.exists(), reason="the bad input (shared/corpora) is not here")
+ALL_BAD = ParseParams(max_bad=1)
+
+Parsed = tuple[Counts, pl.DataFrame, pl.DataFrame]
+
+
+def run(out: Path, files: Sequence[Path], params: ParseParams | None = None) -> Parsed:
+    """Run the bare step over files of one folder; give its counts, messages and rejected rows."""
+    out.mkdir(parents=True, exist_ok=True)
+    entries = {file.name: FileEntry(file.stat().st_size, "") for file in files}
+    raw = RawTrees(files[0].parent, Manifest("0" * 64, "raw", {}, entries, "0" * 64))
+    counts = parse.function(out, raw, params or ParseParams())
+    assert {file.name for file in out.iterdir()} == set(Messages.files)
+    check_books(counts, made := Messages(out, raw.manifest))
+    return counts, made.scan().collect(), made.rejected().collect()
+
+
+def check_books(counts: Counts, made: Messages) -> None:
+    """Hold the counts against each other and against the files."""
+    messages, rejected = made.scan().collect(), made.rejected().collect()
+    for unit in ("trees", "messages"):
+        assert counts[f"{unit}_in"] == counts[unit] + counts[f"{unit}_rejected"] + counts[f"{unit}_repeated"]
+        assert counts[f"{unit}_rejected"] == rejected[unit].sum()
+    assert counts["messages"] == len(messages)
+    assert counts["trees"] == messages["message_tree_id"].n_unique()
+    assert counts["rejected"] == len(rejected)
+    assert messages["message_id"].is_unique().all()
+
+
+def parsed(folder: Path, content: bytes, params: ParseParams | None = None) -> Parsed:
+    (folder / "raw").mkdir(exist_ok=True)
+    file = folder / "raw" / "trees.jsonl.gz"
+    file.write_bytes(content)
+    return run(folder / "out", [file], params)
+
+
+def lines(*trees: Any) -> bytes:
+    return b"".join(json.dumps(tree).encode() + b"\n" for tree in trees)
+
+
+def message(name: str, *replies: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"message_id": name, "text": f"text of {name}", "role": "prompter", "replies": list(replies), **fields}
+
+
+def tree(name: str, *replies: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"message_tree_id": name, "tree_state": "growing", "prompt": message(name, *replies, **fields)}
+
+
+def published(path: Path) -> list[dict[str, Any]]:
+    content = path.read_bytes()
+    content = gzip.decompress(content) if path.suffix == ".gz" else content
+    return [json.loads(line) for line in content.splitlines()]
+
+
+def flattened(trees: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The hub's flat form of nested trees, walked by recursion: an independent reference."""
+
+    def walk(node: dict[str, Any], parent: str | None) -> Iterator[dict[str, Any]]:
+        own = {name: value for name, value in node.items() if name != "replies"}
+        place = {"message_tree_id": whole["message_tree_id"], "tree_state": whole["tree_state"], "parent_id": parent}
+        yield {**own, **place}
+        for reply in node["replies"]:
+            yield from walk(reply, node["message_id"])
+
+    for whole in trees:
+        yield from walk(whole["prompt"], None)
+
+
+# ------------------------------------------------------------------------------------------------- real trees
+
+
+@needs_data
+def test_the_real_trees_are_read_whole(tmp_path: Path) -> None:
+    counts, messages, rejected = run(tmp_path, [VALIDATION])
+    assert (counts["trees"], counts["messages"], counts["rejected"]) == (188, 2_019, 0)
+    assert counts["unknown_fields"] == {}
+    assert counts["lines"] == 188
+    assert counts["bytes"] == len(gzip.decompress(VALIDATION.read_bytes()))
+    reference = list(flattened(published(VALIDATION)))
+    for column in ("message_id", "parent_id", "text", "role", "rank", "message_tree_id", "review_result"):
+        assert messages[column].to_list() == [row[column] for row in reference]
+    humor = [(row["labels"] or {}).get("humor", {}).get("value") for row in reference]
+    assert messages["label_humor"].to_list() == pl.Series(humor, dtype=pl.Float32).to_list()
+    assert rejected.is_empty()
+    for file, columns in (("messages.parquet", MESSAGE_COLUMNS), ("rejected.parquet", REJECTED_COLUMNS)):
+        assert pq.read_schema(tmp_path / file) == arrow_schema(columns)
+
+
+@needs_data
+def test_the_older_export_without_nulls_is_read_whole(tmp_path: Path) -> None:
+    counts, messages, _ = run(tmp_path, [EN_100])
+    assert (counts["trees"], counts["messages"]) == (100, 1_167)
+    assert dict(messages["role"].value_counts().iter_rows()) == {"assistant": 687, "prompter": 480}
+    assert messages["label_spam"].null_count() == 1_167
+
+
+@needs_data
+def test_parents_come_first_and_trees_lie_together(tmp_path: Path) -> None:
+    _, messages, _ = run(tmp_path, [VALIDATION])
+    place = {name: row for row, name in enumerate(messages["message_id"])}
+    for row, (parent, depth) in enumerate(messages.select("parent_id", "depth").iter_rows()):
+        assert (parent is None) == (depth == 0)
+        assert parent is None or place[parent] < row
+    assert messages["message_tree_id"].rle().len() == 188
+
+
+@needs_data
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "jsonl apart"])
+def test_the_flat_forms_give_the_same_table_as_the_nested_one(tmp_path: Path, form: str) -> None:
+    _, nested, _ = run(tmp_path / "nested", [VALIDATION])
+    rows = list(flattened(published(VALIDATION)))
+    file = tmp_path / "raw.bin"
+    if form == "parquet":
+        write_as_the_hub(file, rows)
+    elif form == "jsonl":
+        file.write_bytes(lines(*rows))
+    else:  # siblings stay in order, all else is dealt out anew: trees' rows lie apart, replies before parents
+        depth = dict(zip(nested["message_id"], nested["depth"], strict=True))
+        rows.sort(key=lambda row: -depth[row["message_id"]])
+        file.write_bytes(lines(*rows))
+    counts, flat, _ = run(tmp_path / "flat", [file])
+    if form == "jsonl apart":  # then the trees come in another order
+        flat, nested = (table.sort("message_tree_id", maintain_order=True) for table in (flat, nested))
+    assert_frame_equal(flat, nested)
+    assert counts["lines"] == 2_019
+
+
+def write_as_the_hub(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Write flat rows with labels and emojis as {name[], value[], count[]}, in small row groups."""
+
+    def lists(row: dict[str, Any]) -> dict[str, Any]:
+        labels, emojis = row["labels"], row.get("emojis")
+        votes = labels and {
+            "name": list(labels),
+            "value": [vote["value"] for vote in labels.values()],
+            "count": [vote["count"] for vote in labels.values()],
+        }
+        counted = None if emojis is None else {"name": list(emojis), "count": list(emojis.values())}
+        return {**row, "labels": votes, "emojis": counted, "events": None}
+
+    pq.write_table(pa.Table.from_pylist([lists(row) for row in rows]), file, row_group_size=300)
+
+
+@needs_data
+def test_the_same_bytes_give_the_same_files(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        run(tmp_path / name, [EN_100])
+    for file in Messages.files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_bad_line_is_named_with_place_code_and_content(tmp_path: Path) -> None:
+    bad = b'{"message_tree_id": "\xc3\xa4", "prompt": {"message_id": "b", "text": 5, "role": "prompter"}}'
+    content = lines(tree("a")) + b"\n" + bad + b"\n" + b'{"x": NaN}' + b"\n" + lines(tree("c"))
+    counts, messages, rejected = parsed(tmp_path, content, ALL_BAD)
+    assert messages["message_id"].to_list() == ["a", "c"]
+    first, second = rejected.rows(named=True)
+    assert first == {
+        "file": "trees.jsonl.gz",
+        "line": 3,
+        "byte_offset": content.index(bad),
+        "code": "schema.text",
+        "message": "expected string, got integer 5, in message string 'b'",
+        "line_sha256": hashlib.sha256(bad).hexdigest(),
+        "head": ascii(bad.decode())[1:-1],
+        "message_tree_id": "ä",
+        "trees": 1,
+        "messages": 1,
+    }
+    assert (second["line"], second["code"], second["messages"]) == (4, "json.syntax", 0)
+    assert (counts["trees_in"], counts["messages_in"]) == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("bad", "code"),
+    [
+        (b"\xff", "json.syntax utf8.invalid"),
+        (b'{"prompt": "\xed\xa0\x80"}', "utf8.invalid"),
+        (b'{"prompt": "\xc0\xaf"}', "utf8.invalid"),
+        (b'{"prompt": "\\ud83d"}', "json.syntax"),
+        (b'{"prompt": "a\x00b"}', "json.syntax"),
+        (b'{"prompt": 1e400}', "json.number"),
+        (b'{"prompt": ' + b"9" * 10_000 + b"}", "json.number"),
+        (b'{"prompt": ' + b"[" * 100_000, "json.depth"),
+        (b'{"prompt":{"replies":[' * 100_000, "json.depth"),
+        (b'{"prompt": {"message_id": "m"', "json.syntax"),
+        (b"[]", "schema.line"),
+        (b"{}", "schema.line"),
+        (b"null", "schema.line"),
+        (b'{"message_id": "m", "parent_id": "n"}', "schema.message_tree_id"),
+        (b'{"message_id": "m", "text": 1, "role": "prompter"}', "schema.text"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_bad_line_is_rejected_wherever_it_stands_and_the_rest_goes_on(
+    tmp_path: Path, bad: bytes, code: str, place: int
+) -> None:
+    good = [lines(tree("a"))[:-1], lines(tree("c"))[:-1]]
+    content = b"\n".join([*good[:place], bad, *good[place:]])
+    _, messages, rejected = parsed(tmp_path, content, ALL_BAD)
+    assert messages["message_id"].to_list() == ["a", "c"]
+    assert rejected["line"].to_list() == [place + 1]
+    assert rejected["code"][0] in code.split()
+
+
+def test_too_many_bad_lines_fail_the_step_and_the_first_are_named(tmp_path: Path) -> None:
+    content = lines(*(tree(f"t{n}") for n in range(98))) + b"{\n" + lines({"prompt": 1})
+    parsed(tmp_path, content, ParseParams(max_bad=0.02))
+    with pytest.raises(InputError) as caught:
+        parsed(tmp_path, content)
+    said = str(caught.value)
+    assert caught.value.code == "input.bad"
+    assert "2 of 100 trees" in said
+    assert "trees.jsonl.gz:99 json.syntax" in said
+    assert "trees.jsonl.gz:100 schema.prompt" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (gzip.compress(lines(tree("a")))[:-1], "gzip.truncated"),
+        (gzip.compress(lines(tree("a")))[:-8] + b"\1" * 8, "gzip.corrupt"),
+        (b"", "input.empty"),
+        (lines(tree("a")).decode().encode("utf-16"), "input.utf16"),
+        (lines(tree("a" * 2_000)), "line.too_long"),
+        (b"PAR1" + b"\0" * 100, "parquet.corrupt"),
+    ],
+)
+def test_a_fault_of_the_stream_fails_the_step_whatever_may_be_bad(tmp_path: Path, content: bytes, code: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parsed(tmp_path, content, ParseParams(max_bad=1, max_line_mb=0.001))
+    assert caught.value.code == code
+
+
+def test_a_parquet_file_of_another_table_is_refused_by_the_column(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    file = tmp_path / "raw" / "other.parquet"
+    pq.write_table(pa.table({"message_id": ["a"], "role": ["prompter"]}), file)
+    with pytest.raises(InputError, match="no column text"):
+        run(tmp_path / "out", [file])
+
+
+@needs_corpora
+def test_no_file_of_the_json_suite_is_taken_for_a_tree() -> None:
+    assert len(JSON_SUITE) == 318
+    refused = {}
+    for file in JSON_SUITE:
+        try:
+            found = list(Dump([file], Layout(LABELS, DETOXIFY)))
+        except InputError as error:
+            refused[file.stem] = error.code
+        else:
+            assert found, file.name
+            assert all(isinstance(one, Bad) for one in found), file.name
+    assert refused == {
+        "i_string_UTF-16LE_with_BOM": "input.utf16",
+        "i_string_utf16BE_no_BOM": "input.utf16",
+        "i_string_utf16LE_no_BOM": "input.utf16",
+        "n_single_space": "input.empty",
+        "n_structure_no_data": "input.empty",
+        "n_structure_UTF8_BOM_no_data": "input.empty",
+    }
+
+
+@needs_corpora
+def test_what_is_no_json_is_not_read_as_json() -> None:
+    for file in JSON_SUITE:
+        if file.name.startswith("n_"):
+            with pytest.raises(Fault, match=r"json|utf8"):
+                loads(file.read_bytes())
+
+
+@needs_corpora
+def test_no_line_of_the_json_suite_changes_its_neighbours(tmp_path: Path) -> None:
+    content = [piece for file in JSON_SUITE for piece in (*file.read_bytes().split(b"\n"), b"")]
+    good = [f"t{n}" for n in range(len(content))]
+    mixed = b"".join(lines(tree(name)) + bad + b"\n" for name, bad in zip(good, content, strict=True))
+    _, messages, rejected = parsed(tmp_path, mixed, ALL_BAD)
+    assert messages["message_id"].to_list() == good
+    assert len(rejected) == sum(1 for bad in content if bad.strip(b" \t\r"))
+
+
+@needs_corpora
+def test_naughty_strings_come_through_unchanged(tmp_path: Path) -> None:
+    texts = [*json.loads(NAUGHTY.read_bytes()), "\0", "a\0b", "\u2028", "<|endoftext|>", "\ufeff"]
+    _, messages, _ = parsed(tmp_path, lines(*(tree(f"t{n}", text=text) for n, text in enumerate(texts))))
+    assert messages["text"].to_list() == texts
+
+
+# ------------------------------------------------------------------------------------------------- trees again
+
+
+def test_a_tree_that_comes_again_is_counted_and_left_out(tmp_path: Path) -> None:
+    again = {**tree("a", message("b")), "unknown": 1}  # equal in the known fields
+    counts, messages, rejected = parsed(tmp_path, lines(tree("a", message("b")), tree("c"), again))
+    assert messages["message_id"].to_list() == ["a", "b", "c"]
+    assert (counts["trees_repeated"], counts["messages_repeated"], counts["trees_in"]) == (1, 2, 3)
+    assert rejected.is_empty()
+
+
+@pytest.mark.parametrize("group", [1, 3, 20_000])
+def test_a_tree_that_comes_again_changed_takes_the_place_of_the_earlier_one(
+    tmp_path: Path, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks.parse, "GROUP", group)
+    content = lines(tree("a", message("b")), tree("c"), tree("a", message("d")), tree("e"), tree("a", message("b2")))
+    counts, messages, rejected = parsed(tmp_path, content)
+    assert messages["message_id"].to_list() == ["c", "e", "a", "b2"]
+    assert rejected.select("line", "code", "message_tree_id", "trees", "messages").rows() == [
+        (1, "tree.replaced", "a", 1, 2),
+        (3, "tree.replaces", "a", 0, 0),
+        (3, "tree.replaced", "a", 1, 2),
+        (5, "tree.replaces", "a", 0, 0),
+    ]
+    raw = [hashlib.sha256(line).hexdigest() for line in content.splitlines()]
+    assert rejected["line_sha256"].to_list() == [raw[0], raw[2], raw[2], raw[4]]
+    assert counts["trees_replaced"] == 2
+
+
+def test_a_message_id_of_another_tree_rejects_the_later_tree(tmp_path: Path) -> None:
+    content = lines(tree("a", message("x")), tree("b", message("x")), tree("c"))
+    _, messages, rejected = parsed(tmp_path, content, ALL_BAD)
+    assert messages["message_id"].to_list() == ["a", "x", "c"]
+    assert rejected.select("line", "code", "message_tree_id", "messages").rows() == [(2, "id.duplicate", "b", 2)]
+
+
+def test_files_are_read_by_name_and_trees_may_come_again_in_another(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    two, one = tmp_path / "raw" / "2.jsonl", tmp_path / "raw" / "1.jsonl.gz"
+    one.write_bytes(gzip.compress(lines(tree("a"), tree("b"))))
+    two.write_bytes(lines(tree("b"), tree("a", rank=1)))
+    counts, messages, rejected = run(tmp_path / "out", [two, one])
+    assert messages["message_id"].to_list() == ["b", "a"]
+    assert rejected.select("file", "line").rows() == [("1.jsonl.gz", 1), ("2.jsonl", 2)]
+    assert counts["lines"] == 4
+
+
+def test_a_smoke_run_takes_the_first_trees(tmp_path: Path) -> None:
+    counts, messages, _ = parsed(tmp_path, lines(tree("a"), tree("b"), tree("c")), ParseParams(max_trees=2))
+    assert messages["message_id"].to_list() == ["a", "b"]
+    assert counts["lines"] == 2
+
+
+def test_unknown_fields_are_counted_never_fatal(tmp_path: Path) -> None:
+    counts, messages, _ = parsed(tmp_path, lines(tree("a", mood="good"), tree("b", mood="bad")))
+    assert counts["unknown_fields"] == {"mood": 2}
+    assert messages["extra"].to_list() == ['{"mood":"good"}', '{"mood":"bad"}']
+
+
+# ------------------------------------------------------------------------------------------------- flat form
+
+
+def test_a_bad_row_rejects_its_flat_tree_and_an_unreadable_one_makes_orphans(tmp_path: Path) -> None:
+    rows = list(flattened([tree("a", message("b")), tree("c", message("d", message("e"))), tree("f")]))
+    rows[1]["role"] = "system"
+    content = lines(*rows[:3]) + b'{"message_id": "d", \n' + lines(*rows[4:])
+    counts, messages, rejected = parsed(tmp_path, content, ALL_BAD)
+    assert messages["message_id"].to_list() == ["f"]
+    assert rejected.sort("line").select("line", "code", "message_tree_id", "trees", "messages").rows() == [
+        (2, "schema.role", "a", 1, 2),
+        (3, "tree.orphan", "c", 1, 2),
+        (4, "json.syntax", None, 0, 0),
+    ]
+    assert (counts["trees_in"], counts["messages_in"]) == (3, 5)
+
+
+def test_a_flat_row_that_is_there_twice_is_taken_once(tmp_path: Path) -> None:
+    rows = list(flattened([tree("a", message("b"))]))
+    counts, messages, _ = parsed(tmp_path, lines(*rows, rows[1]))
+    assert messages["message_id"].to_list() == ["a", "b"]
+    assert (counts["trees_in"], counts["messages_in"], counts["messages_repeated"]) == (1, 3, 1)
+
+
+# ------------------------------------------------------------------------------------------------- properties
+
+NAMES = st.sampled_from("abcdef")
+REPLIES: st.SearchStrategy[list[Any]] = st.recursive(
+    st.just([]),
+    lambda below: st.lists(st.builds(lambda name, replies: (name, replies), NAMES, below), max_size=3),
+    max_leaves=6,
+)
+TREES = st.builds(lambda name, replies, salt: (name, replies, salt), NAMES, REPLIES, st.integers(0, 1))
+FAULTS = st.sampled_from([b"{", b"\xff", b"[]", b"{}", b'{"prompt": null}', b'{"message_id": "x", "parent_id": "y"}'])
+
+
+def nested(spec: tuple[str, list[Any], int]) -> dict[str, Any]:
+    """A tree whose message ids are its own or, by `*`, shared with other trees."""
+    whole, replies, salt = spec
+
+    def grow(found: list[Any]) -> list[dict[str, Any]]:
+        ids = ((f"*{name}" if name == "f" else f"{whole}.{name}", below) for name, below in found)
+        return [message(name, *grow(below)) for name, below in ids]
+
+    return tree(whole, *grow(replies), rank=salt)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(TREES | FAULTS, min_size=1, max_size=12), st.booleans(), st.randoms(use_true_random=False))
+def test_whatever_comes_in_the_books_balance(
+    tmp_path: Path, found: list[Any], flat: bool, order: random.Random
+) -> None:
+    content: list[bytes] = []
+    for one in found:
+        if isinstance(one, bytes):
+            content.append(one)
+        else:
+            rows = flattened([nested(one)]) if flat else [nested(one)]
+            content += lines(*rows).splitlines()
+    if flat:
+        order.shuffle(content)
+    parsed(tmp_path, b"\n".join(content), ALL_BAD)  # `run` checks the books
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.recursive(st.just([]), lambda below: st.lists(st.tuples(st.text(), below), max_size=4), max_leaves=20))
+def test_what_was_published_is_what_the_table_says(tmp_path: Path, replies: list[Any]) -> None:
+    numbers = iter(range(10_000))
+
+    def grow(text: str, below: list[Any]) -> dict[str, Any]:
+        return message(f"m{next(numbers)}", *(grow(*one) for one in below), text=text)
+
+    whole = {"message_tree_id": "t", "tree_state": None, "prompt": grow("", replies)}
+    _, messages, _ = parsed(tmp_path, json.dumps(whole).encode())
+    columns = ["message_id", "parent_id", "text"]
+    assert messages.select(columns).rows() == [tuple(row[name] for name in columns) for row in flattened([whole])]

@@ -1,0 +1,136 @@
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks.artifacts import Encoding, write_encoding
+from tasks.errors import ParameterError
+from tasks.text.bpe import trained
+from tasks.text.chat import ASSISTANT, END, EOT, SPECIALS, TEMPLATES, USER, XML, Dialect, Document, load_dialect
+
+TURNS = [("user", "Hi there?\n"), ("assistant", '"Hello!"\n\n'), ("user", " `x` …"), ("assistant", "ok")]
+texts = st.text() | st.lists(st.sampled_from([*SPECIALS, *XML.plain(), "\n", " ", "?", "a"])).map("".join)
+talks = st.lists(st.tuples(st.sampled_from(["user", "assistant"]), texts), min_size=1, max_size=5)
+each_template = pytest.mark.parametrize("name", TEMPLATES)
+
+
+@cache
+def dialect(name: str) -> Dialect:
+    words = trained(["How do you do, <user>?", "Well </assistant>"] * 2, 320, TEMPLATES[name].plain())
+    return Dialect(words.exported(), TEMPLATES[name], words.specials, words.size_padded, block=64)
+
+
+def written(name: str, turns: list[tuple[str, str]]) -> Document:
+    return dialect(name).tags.document((role, dialect(name).encode(text)) for role, text in turns)
+
+
+def spelled(name: str, ids: list[int]) -> str:
+    text: str = dialect(name)._tokenizer.decode(ids, skip_special_tokens=False)
+    return text
+
+
+def test_chat_stands_role_tokens_around_the_turns() -> None:
+    assert spelled("chat", written("chat", [("user", "Hi"), ("assistant", "Yo")]).ids) == (
+        f"{EOT}{USER}Hi{END}{ASSISTANT}Yo{END}"
+    )
+
+
+def test_xml_is_the_text_of_the_seed_but_for_the_ends_of_text() -> None:
+    text = spelled("xml", written("xml", [("user", "PROMPT"), ("assistant", "REPLY")]).ids)
+    assert text.replace(EOT, "") == (
+        "<conversation>\n<user>PROMPT</user>\n<assistant>REPLY</assistant>\n</conversation>"
+    )
+    assert text.count(EOT) == 2
+
+
+@each_template
+@given(turns=talks)
+@settings(max_examples=100, deadline=None)
+def test_a_prompt_is_an_exact_prefix_of_the_whole(name: str, turns: list[tuple[str, str]]) -> None:
+    whole = written(name, [*turns, ("assistant", "and a reply")]).ids
+    prompt = dialect(name).prompt(turns)
+    assert whole[: len(prompt)] == prompt
+
+
+@each_template
+@given(turns=talks)
+@settings(max_examples=100, deadline=None)
+def test_the_mask_marks_replies_and_their_ends_and_nothing_else(name: str, turns: list[tuple[str, str]]) -> None:
+    made = written(name, turns)
+    closing = "".join(TEMPLATES[name].closes["assistant"])
+    marked = spelled(name, [token for token, target in zip(made.ids, made.mask, strict=True) if target])
+    assert marked == "".join(text + closing for role, text in turns if role == "assistant")
+    assert sum(made.trained) == sum(made.mask)
+    assert made.stops[-1] == len(made.ids) == len(made.mask)
+
+
+@each_template
+@given(turns=talks)
+@settings(max_examples=100, deadline=None)
+def test_no_text_makes_a_special_id(name: str, turns: list[tuple[str, str]]) -> None:
+    special = set(dialect(name).specials.values())
+    empty = dialect(name).prompt([(role, "") for role, _ in turns])
+    found = dialect(name).prompt(turns)
+    assert [token for token in found if token in special] == [token for token in empty if token in special]
+
+
+@each_template
+@given(text=texts)
+@settings(max_examples=100, deadline=None)
+def test_a_reply_reads_as_it_was_written(name: str, text: str) -> None:
+    made, alone = written(name, [("user", "a"), ("assistant", text)]), dialect(name)
+    reply = [token for token, target in zip(made.ids, made.mask, strict=True) if target]
+    assert reply[-1] == alone.stop
+    assert alone.decode(reply) == text
+    assert alone.decode(alone.encode(text)) == text.removesuffix("</assistant>" if name == "xml" else "\0")
+
+
+def test_ids_that_stand_for_nothing_decode_to_nothing() -> None:
+    assert dialect("chat").decode([*dialect("chat").encode("so"), dialect("chat").vocab_size - 1]) == "so"
+
+
+def test_half_a_surrogate_pair_is_asked_as_a_replacement_character() -> None:
+    assert dialect("chat").encode("a\ud83d") == dialect("chat").encode("a\ufffd")
+
+
+def test_an_unknown_role_is_refused() -> None:
+    with pytest.raises(ParameterError, match="'system'"):
+        dialect("chat").prompt([("system", "Be kind.")])
+
+
+@each_template
+def test_a_dialect_is_loaded_from_a_folder_without_tiktoken(tmp_path: Path, name: str) -> None:
+    here = dialect(name)
+    words = trained(["a b"], 300, TEMPLATES[name].plain())
+    words.exported().save(str(tmp_path / "tokenizer.json"))
+    encoding = Encoding(64, words.size_padded, name, "paths", words.specials, 0, words.specials[EOT], {}, {})
+    write_encoding(tmp_path, encoding)
+    loaded = load_dialect(tmp_path)
+    assert (loaded.block, loaded.vocab_size, loaded.template) == (64, words.size_padded, here.template)
+    assert asdict(encoding)["specials"] == loaded.specials
+    assert loaded.prompt([("user", EOT)]).count(loaded.specials[EOT]) == 1
+
+
+@each_template
+def test_transformers_gives_the_ids_of_training(tmp_path: Path, name: str) -> None:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    here = dialect(name)
+    plain = trained(["How do you do?"], 320, TEMPLATES[name].plain()).exported()
+    plain.save(str(tmp_path / "tokenizer.json"))
+    made = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token=EOT, pad_token=EOT)
+    made.chat_template = TEMPLATES[name].jinja()
+    made.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    ours = Dialect(plain, here.template, {text: loaded.convert_tokens_to_ids(text) for text in SPECIALS}, 384, 64)
+    messages = [{"role": role, "content": text} for role, text in TURNS]
+    whole = loaded.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert whole == ours.tags.document((role, ours.encode(text)) for role, text in TURNS).ids
+    for turns in (1, 3):
+        asked = loaded.apply_chat_template(
+            messages[:turns], tokenize=True, add_generation_prompt=True, return_dict=False
+        )  # fmt: skip
+        assert asked == ours.prompt(TURNS[:turns])

@@ -1,0 +1,266 @@
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from tasks.artifacts import DIALOGUE_COLUMNS, Dialogues, Tokens, arrow_schema, parquet_writer
+from tasks.encode import EncodeParams, encode
+from tasks.errors import GateError
+from tasks.store.manifest import Manifest
+from tasks.text import gate
+from tasks.text.chat import Dialect, load_dialect
+from tasks.text.gate import Said, Written, check
+
+# Two conversations in the one sequence of each split: p0 a0 p1 a1, then q0 b0; in val v0 w0.
+MESSAGES = {
+    "p0": Said("Hello there", "prompter", None, "train"),
+    "a0": Said("Hi, <|end|> you", "assistant", "p0", "train"),
+    "p1": Said("How now?", "prompter", "a0", "train"),
+    "a1": Said("Brown cow.", "assistant", "p1", "train"),
+    "q0": Said("Who?", "prompter", None, "train"),
+    "b0": Said("Me.", "assistant", "q0", "train"),
+    "v0": Said("Where?", "prompter", None, "val"),
+    "w0": Said("There.", "assistant", "v0", "val"),
+}
+SAID = {("t", name): said for name, said in MESSAGES.items()}
+
+
+def tokens_of(folder: Path, template: Literal["chat", "xml"]) -> Tokens:
+    rows = [
+        {
+            "message_tree_id": "t", "message_id": name, "parent_id": said.parent, "depth": 0, "sibling": 0,
+            "text": said.text, "role": said.role, "split": said.split,
+        }
+        for name, said in MESSAGES.items()
+    ]  # fmt: skip
+    manifest = Manifest("0" * 64, "dialogues", {}, {}, "0" * 64)
+    with parquet_writer(folder / "dialogues.parquet", DIALOGUE_COLUMNS) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema=arrow_schema(DIALOGUE_COLUMNS)))
+    out = folder / "tokens"
+    out.mkdir()
+    params = EncodeParams(tokenizer="trained", vocab_size=280, block=256, template=template)
+    encode.function(out, Dialogues(folder, manifest), params)
+    return Tokens(out, manifest)
+
+
+@pytest.fixture(scope="module", params=["chat", "xml"])
+def tokens(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokens:
+    return tokens_of(tmp_path_factory.mktemp("gate"), request.param)
+
+
+@pytest.fixture
+def written(tokens: Tokens) -> Written:
+    return Written(
+        np.array(tokens.ids()), np.array(tokens.mask()), np.array(tokens.positions()), np.array(tokens.ends()),
+        tokens.index().collect(), tokens.encoding().splits,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def dialect(tokens: Tokens) -> Dialect:
+    return load_dialect(tokens.path)
+
+
+def span(written: Written, name: str) -> tuple[int, slice]:
+    """Return where a message lies: its sequence and its tokens."""
+    row = written.index.row(by_predicate=pl.col("message_id") == name, named=True)
+    return row["sequence"], slice(row["start"], row["stop"])
+
+
+def last_trained(written: Written, name: str) -> tuple[int, int]:
+    sequence, tokens = span(written, name)
+    return sequence, tokens.start + int(np.flatnonzero(written.mask[sequence, tokens])[-1])
+
+
+def test_what_the_step_writes_passes(written: Written, dialect: Dialect) -> None:
+    assert check(written, dialect, SAID) == len(MESSAGES)
+    assert written.ids.shape == (2, 256)
+
+
+def test_the_gate_runs_inside_the_step_and_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "RULES", (lambda chunk, dialect: gate._fail("planted", "p0", "is refused"),))
+    with pytest.raises(GateError, match="message p0"):
+        tokens_of(tmp_path, "chat")
+
+
+Plant = Callable[[Written, Dialect], None]
+
+
+def no_target(written: Written, dialect: Dialect) -> None:
+    written.mask[span(written, "w0")] = 0
+
+
+def unknown_id(written: Written, dialect: Dialect) -> None:
+    sequence, tokens = span(written, "p1")
+    written.ids[sequence, tokens.stop - 1] = dialect.used
+
+
+def trained_prompt(written: Written, dialect: Dialect) -> None:
+    sequence, tokens = span(written, "p1")
+    written.mask[sequence, tokens.start + 1] = 1
+
+
+def untrained_end(written: Written, dialect: Dialect) -> None:
+    written.mask[last_trained(written, "a0")] = 0
+
+
+def wrong_end(written: Written, dialect: Dialect) -> None:
+    written.ids[last_trained(written, "a0")] = 7
+
+
+def untrained_reply(written: Written, dialect: Dialect) -> None:
+    written.mask[span(written, "a0")] = 0
+
+
+def hole_in_a_reply(written: Written, dialect: Dialect) -> None:
+    sequence, end = last_trained(written, "a1")
+    written.mask[sequence, end - 2] = 0
+    fewer = pl.col("trained") - (pl.col("message_id") == "a1").cast(pl.Int32)
+    object.__setattr__(written, "index", written.index.with_columns(trained=fewer))
+
+
+def wrong_count(written: Written, dialect: Dialect) -> None:
+    more = pl.col("trained") + (pl.col("message_id") == "b0").cast(pl.Int32)
+    object.__setattr__(written, "index", written.index.with_columns(trained=more))
+
+
+def forged_id(written: Written, dialect: Dialect) -> None:
+    sequence, tokens = span(written, "q0")
+    written.ids[sequence, tokens.stop - 2] = dialect.specials["<|end|>"]
+
+
+def other_prompt(written: Written, dialect: Dialect) -> None:
+    sequence, tokens = span(written, "p1")
+    written.ids[sequence, tokens.start + len(dialect.tags.opens["user"])] ^= 1
+
+
+def other_reply(written: Written, dialect: Dialect) -> None:
+    sequence, end = last_trained(written, "b0")
+    written.ids[sequence, end - len(dialect.tags.closes["assistant"])] ^= 1
+
+
+def trained_padding(written: Written, dialect: Dialect) -> None:
+    written.mask[0, -1] = 1
+
+
+def seeing_padding(written: Written, dialect: Dialect) -> None:
+    written.ends[0, -2] = 256
+
+
+def seen_neighbour(written: Written, dialect: Dialect) -> None:
+    sequence, tokens = span(written, "a0")
+    written.ends[sequence, tokens.start] = span(written, "b0")[1].stop
+
+
+def hidden_prompt(written: Written, dialect: Dialect) -> None:
+    sequence, tokens = span(written, "p0")
+    written.ends[sequence, tokens] = tokens.stop
+
+
+def wrong_position(written: Written, dialect: Dialect) -> None:
+    sequence, tokens = span(written, "q0")
+    written.positions[sequence, tokens] += 1
+
+
+def wrong_parent(written: Written, dialect: Dialect) -> None:
+    object.__setattr__(written, "index", written.index.with_columns(parent=pl.col("parent").replace(2, 0)))
+
+
+def wrong_role(written: Written, dialect: Dialect) -> None:
+    object.__setattr__(written, "index", written.index.with_columns(role=pl.lit("assistant")))
+
+
+def overlap(written: Written, dialect: Dialect) -> None:
+    later = pl.col("stop") + (pl.col("message_id") == "a0").cast(pl.Int32)
+    object.__setattr__(written, "index", written.index.with_columns(stop=later))
+
+
+FAULTS: dict[Plant, tuple[str, str]] = {
+    no_target: ("untrained", "v0"),
+    unknown_id: ("id", "p1"),
+    trained_prompt: ("mask", "p1"),
+    untrained_end: ("stop", "a0"),
+    wrong_end: ("stop", "a0"),
+    untrained_reply: ("stop", "a0"),
+    hole_in_a_reply: ("mask", "a1"),
+    wrong_count: ("mask", "b0"),
+    forged_id: ("special", "q0"),
+    other_prompt: ("prefix", "p1"),
+    other_reply: ("tokenizer", "b0"),
+    trained_padding: ("padding", "b0"),
+    seeing_padding: ("padding", "b0"),
+    seen_neighbour: ("ends", "a0"),
+    hidden_prompt: ("ends", "p0"),
+    wrong_position: ("positions", "q0"),
+    wrong_parent: ("source", "a1"),
+    wrong_role: ("source", "p0"),
+    overlap: ("range", "p1"),
+}
+
+
+@pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: str(plant.__name__))
+def test_a_planted_fault_is_refused_and_its_message_named(plant: Plant, written: Written, dialect: Dialect) -> None:
+    code, name = FAULTS[plant]
+    plant(written, dialect)
+    with pytest.raises(GateError) as caught:
+        check(written, dialect, SAID)
+    assert caught.value.code == f"gate.{code}"
+    assert caught.value.where == f"message {name}"
+
+
+def test_a_first_token_is_never_trained_on(written: Written, dialect: Dialect) -> None:
+    """Planted where roles cannot tell: a conversation that an assistant opens."""
+    opened = {**SAID, ("t", "q0"): replace(SAID["t", "q0"], role="assistant")}
+    role = pl.when(pl.col("message_id") == "q0").then(pl.lit("assistant")).otherwise(pl.col("role"))
+    sequence, tokens = span(written, "q0")
+    written.mask[sequence, tokens.start] = 1
+    with pytest.raises(GateError, match="q0") as caught:
+        check(replace(written, index=written.index.with_columns(role=role)), dialect, opened)
+    assert caught.value.code == "gate.first"
+
+
+def test_a_message_in_the_sequences_of_another_split_is_refused(written: Written, dialect: Dialect) -> None:
+    swapped = replace(written, splits={"train": (0, 0), "val": (0, 2)})
+    with pytest.raises(GateError, match="p0") as caught:
+        check(swapped, dialect, SAID)
+    assert caught.value.code == "gate.split"
+
+
+def test_a_message_that_nobody_wrote_is_refused(written: Written, dialect: Dialect) -> None:
+    with pytest.raises(GateError, match="b0") as caught:
+        check(written, dialect, {key: said for key, said in SAID.items() if key[1] != "b0"})
+    assert caught.value.code == "gate.source"
+
+
+def test_a_sequence_may_lie_in_a_chunk_of_its_own(
+    written: Written, dialect: Dialect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "CHUNK", 1)
+    assert check(written, dialect, SAID) == len(MESSAGES)
+    other_reply(written, dialect)
+    with pytest.raises(GateError, match="b0"):
+        check(written, dialect, SAID)
+
+
+def test_of_much_text_a_sample_is_read_and_of_little_all(
+    written: Written, dialect: Dialect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "CHARS", 30)
+    assert 0 < check(written, dialect, SAID) < len(MESSAGES)
+
+
+def test_the_tokenizer_file_counts_not_the_one_in_memory(tokens: Tokens, written: Written, tmp_path: Path) -> None:
+    """A vocabulary exported wrongly is found, however right the arrays are."""
+    shutil.copytree(tokens.path, tmp_path / "copy")
+    file = tmp_path / "copy" / "tokenizer.json"
+    text = file.read_text(encoding="utf-8")
+    assert '"H"' in text
+    file.write_text(text.replace('"H":', '"\\u0000swap":').replace('"I":', '"H":').replace('"\\u0000swap":', '"I":'))
+    with pytest.raises(GateError):
+        check(written, load_dialect(tmp_path / "copy"), SAID)
