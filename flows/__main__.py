@@ -9,13 +9,15 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
 from flows import chain, recipe
-from tasks.artifacts import KINDS, Artifact, Model
+from flows.chain import STEP_NAMES
+from tasks.artifacts import KINDS, Artifact, Model, Tokens
 from tasks.errors import ParameterError, TreelineError
 from tasks.step import home, session
 from tasks.store import collect
@@ -47,7 +49,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
+    except Exception as error:  # our own bug, or a library's: one line to read, and the whole story in a file
+        print(_unexpected(error), file=sys.stderr)
+        return 70
     return code
+
+
+def _unexpected(error: Exception) -> TreelineError:
+    path = home() / ".crash.log"
+    with suppress(OSError):
+        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    first = next(iter(str(error).splitlines()), "")
+    return TreelineError(
+        f"{type(error).__name__}: {first}",
+        f"the traceback is in {path}",
+        "finished steps are kept; this is a bug: please report it with that file",
+    )
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
@@ -105,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
 
     made = command("run", run, "run a recipe, doing only what is not done yet")
     about_recipe(made)
+    made.add_argument("--tokens", default="", metavar="ID", help="train on these tokens, such as copied ones")
     made.add_argument("--verbose", action="store_true", help="show Prefect's own log, too")
     for name, does, about in (
         ("plan", plan, "say what a run would do, step by step"),
@@ -150,9 +168,12 @@ def run(asked: argparse.Namespace) -> int:
     """Run a recipe; its last line on standard output is the id of what it ends with."""
     from flows.terminal import console, summary_table
 
-    settings, force, steps = _recipe(asked), _force(asked), chain.until(asked.until)
-    started = time.monotonic()
-    planned = chain.plan(settings, steps, force)
+    settings, force, started = _recipe(asked), _force(asked), time.monotonic()
+    given: chain.Made = {Tokens: chain.open_tokens(asked.tokens)} if asked.tokens else {}
+    steps = chain.until(asked.until, chain.MODEL if given else chain.CHAIN)
+    if not steps:
+        raise ParameterError(f"nothing is left to do from tokens to {asked.until}", "--until", code="param.step")
+    planned = chain.plan(settings, steps, force, given)
     if chain.done(planned):
         made = [(entry.step, True, 0.0, entry.why, entry.artifact) for entry in planned if entry.artifact]
         Store(home()).note_run(settings.name, {step: artifact.id for step, _, _, _, artifact in made})
@@ -176,11 +197,15 @@ def _work(
     configure(os.environ)
     print("starting Prefect (the first time, its database takes half a minute) ...", file=sys.stderr)
     from flows.cards import publish_card
-    from flows.pipeline import pipeline
+    from flows.pipeline import model, pipeline
 
-    bars = Bars()
+    bars, until = Bars(), next(step for step in reversed(STEP_NAMES) if step == asked.until or not asked.until)
+    forced = [step for step in STEP_NAMES if step in force]
     with bars.shown(), listening(bars), session(settings.name, force, publish_card) as run:
-        pipeline(settings, asked.until or "evaluate", sorted(force))
+        if asked.tokens:
+            model(settings, asked.tokens, until, forced)
+        else:
+            pipeline(settings, until, forced)
     return [(one.step, one.cached, one.seconds, one.why, one.artifact) for one in run.outcomes]
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from tasks.evaluate import evaluate
+from typing import Any, Literal, get_args
 
 from flows.recipe import Recipe
-from tasks.artifacts import KINDS, Artifact
+from tasks.artifacts import KINDS, Artifact, Tokens
 from tasks.curate import curate
 from tasks.download import download
 from tasks.encode import encode
 from tasks.errors import ParameterError, StoreError
+from tasks.evaluate import evaluate
 from tasks.parse import parse
 from tasks.step import Step, home
 from tasks.store.canonical import sha256_of
@@ -27,6 +26,7 @@ DATA: tuple[Step[Any, Any], ...] = (download, parse, curate, encode)  # needs no
 MODEL: tuple[Step[Any, Any], ...] = (train, evaluate)
 CHAIN = (*DATA, *MODEL)
 StepName = Literal["download", "parse", "curate", "encode", "train", "evaluate"]
+STEP_NAMES: tuple[StepName, ...] = get_args(StepName)
 
 Made = dict[type[Artifact], Artifact]
 
@@ -114,6 +114,18 @@ def _planned(step: Step[Any, Any], recipe: Recipe, have: Made, store: Store, for
 def done(planned: Sequence[Planned]) -> bool:
     """Tell whether a run would find everything cached."""
     return all(entry.status == "cached" for entry in planned)
+
+
+def open_tokens(name: str) -> Tokens:
+    """Open tokens by id.
+
+    Raises:
+        ParameterError: If the id names something else, or nothing.
+    """
+    found = open_artifact(name)
+    if not isinstance(found, Tokens):
+        raise ParameterError(f"expected the id of tokens, found {found.id}", "tokens", code="param.artifact")
+    return found
 
 
 def open_artifact(name: str) -> Artifact:

@@ -27,6 +27,7 @@ def _run(recipe: Recipe, force: Sequence[str]) -> Iterator[Session]:
     shown = now if isinstance(now, cards.UiProgress) else cards.UiProgress(now)
     with session(recipe.name, frozenset(force), shown=cards.publish_card) as run, listening(shown):
         yield run
+        Store(home()).note_run(recipe.name, {outcome.step: outcome.artifact.id for outcome in run.outcomes})
 
 
 @flow(name="treeline-data", flow_run_name="data {recipe.name}", persist_result=False)
@@ -71,17 +72,13 @@ def pipeline(recipe: Recipe, until: StepName = "evaluate", force: Sequence[StepN
         last = data(recipe, until if in_data else "encode", force)
         if not in_data:
             last = model(recipe, last.id, until, force)
-        Store(home()).note_run(recipe.name, {outcome.step: outcome.artifact.id for outcome in run.outcomes})
         cards.publish_summary(recipe.name, run.outcomes)
         return last
 
 
 def _tokens(recipe: Recipe, name: str) -> Artifact:
     if name:
-        found = chain.open_artifact(name)
-        if not isinstance(found, Tokens):
-            raise ParameterError(f"expected the id of tokens, found {found.id}", "tokens", code="param.artifact")
-        return found
+        return chain.open_tokens(name)
     last = chain.plan(recipe, chain.DATA)[-1]
     if last.artifact is None:
         raise ParameterError(

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from tasks.evaluate import EvaluateParams, EvaluateRuntime
 
 from tasks.curate import CurateParams
 from tasks.download import DownloadParams, DownloadRuntime
 from tasks.encode import EncodeParams
 from tasks.errors import ParameterError
+from tasks.evaluate import EvaluateParams, EvaluateRuntime
 from tasks.parse import ParseParams
 from tasks.train import TrainParams, TrainRuntime
 

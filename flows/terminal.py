@@ -34,7 +34,9 @@ class _RichBar:
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         """Move the bar."""
-        self.progress.update(self.task, advance=amount, **({"note": note} if note else {}))
+        self.progress.advance(self.task, amount)
+        if note:
+            self.progress.update(self.task, note=note)
 
 
 class Bars:

@@ -1,0 +1,115 @@
+"""Checkpoints: folders of safetensors and JSON from which a killed run goes on, to the bit.
+
+A checkpoint is written beside its place, flushed, sealed with the hash of each file, and renamed; so one that has its
+name is whole, unless the disk changed it later, which the hashes tell. No pickle is written or read.
+
+    checkpoints/LATEST                    name of the newest, for people; a reader looks for the newest whole one itself
+    checkpoints/step-00000120/*.safetensors
+    checkpoints/step-00000120/checkpoint.json   last: {"seal", "state", "files": {name: sha256}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+log = logging.getLogger("treeline.train")
+NAME, KEEP = "checkpoint.json", 2  # two: the disk may spoil the newest one
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run needs to go on.
+
+    Attributes:
+        step: Updates done.
+        state: JSON values: counters, and the settings that they belong to.
+        tensors: Tables of tensors: file name without ending -> name -> tensor.
+    """
+
+    step: int
+    state: Mapping[str, Any]
+    tensors: Mapping[str, Mapping[str, Tensor]]
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint into the folder of checkpoints, whole or not at all, and drop all but the last KEEP."""
+    folder.mkdir(exist_ok=True)
+    place = folder / f"step-{checkpoint.step:08}"
+    draft = folder / f".{place.name}"
+    for old in (draft, place):  # a place that is taken holds a broken checkpoint: a good one would have been resumed
+        shutil.rmtree(old, ignore_errors=True)
+    draft.mkdir()
+    for name, tensors in checkpoint.tensors.items():
+        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, draft / f"{name}.safetensors")
+    files = {path.name: _sha256(path) for path in sorted(draft.iterdir())}
+    body = {"step": checkpoint.step, "state": dict(checkpoint.state), "files": files}
+    (draft / NAME).write_text(json.dumps({"seal": _seal(body), **body}, indent=1), encoding="utf-8")
+    for path in (*draft.iterdir(), draft):
+        _sync(path)
+    draft.rename(place)
+    _point_to(folder, place.name)
+    _sync(folder)
+    for old in _newest_first(folder)[KEEP:]:
+        shutil.rmtree(old)
+    return place
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """Read the newest checkpoint that is whole; say which broken ones were passed over."""
+    for place in _newest_first(folder):
+        try:
+            return _read(place)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            log.warning("train.checkpoint: %s is broken and passed over: %s", place, error)
+    return None
+
+
+def _read(place: Path) -> Checkpoint:
+    body = json.loads((place / NAME).read_bytes())
+    if body.pop("seal") != _seal(body):
+        raise ValueError(f"{NAME} was altered: its seal does not match")
+    for name, expected in body["files"].items():
+        if (found := _sha256(place / name)) != expected:
+            raise ValueError(f"{name} has sha256 {found}, expected {expected}")
+    tensors = {Path(name).stem: load_file(place / name) for name in body["files"]}
+    return Checkpoint(body["step"], body["state"], tensors)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def _point_to(folder: Path, name: str) -> None:
+    draft = folder / ".LATEST"
+    draft.write_text(name + "\n", encoding="utf-8")
+    _sync(draft)
+    draft.rename(folder / "LATEST")
+
+
+def _seal(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

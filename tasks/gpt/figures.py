@@ -1,0 +1,86 @@
+"""Figures of a report, as SVG whose bytes depend on the numbers alone: no date, no random ids, no user's style file.
+
+matplotlib is used through its objects, never `pyplot`, which keeps every figure in a global list and picks a window
+system.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+Point = tuple[float, float]  # step, nats per token
+GREY, LIGHT, BLUE = "#8c959f", "#a8c7ea", "#1f5fa8"  # base; the noisy curve; tuned
+MOST_POINTS = 400  # of a curve: more than a screen's pixels show nothing but make the file large
+
+
+def loss_svg(train: Sequence[Point], validation: Sequence[Point]) -> bytes:
+    """Draw the training loss and the validation NLL over optimizer steps.
+
+    Args:
+        train: (step, nats per token), in order of steps; a long log is drawn as means of equal stretches.
+        validation: (step, nats per token), in order of steps.
+    """
+    with _canvas(7.0, 3.4) as (axes, drawn):
+        if train:
+            axes.plot(*zip(*thinned(train), strict=True), color=LIGHT, linewidth=1.2, label="train")
+        if validation:
+            points = list(zip(*thinned(validation), strict=True))
+            axes.plot(*points, color=BLUE, linewidth=1.6, marker="o", markersize=3, label="validation")
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("nats per token")
+        if train or validation:
+            axes.legend(frameon=False)
+        else:
+            axes.text(0.5, 0.5, "no step was logged", ha="center", va="center", transform=axes.transAxes)
+    return drawn.getvalue()
+
+
+def facts_svg(shares: Mapping[str, tuple[float, float]]) -> bytes:
+    """Draw the share of facts answered right, a pair of bars a region.
+
+    Args:
+        shares: Region -> (base, tuned), each in 0..1; drawn from the top in this order.
+    """
+    with _canvas(7.0, 0.9 + 0.5 * max(1, len(shares))) as (axes, drawn):
+        names = list(shares)
+        rows = range(len(names))
+        for label, place, offset, colour in (("base", 0, -0.18, GREY), ("tuned", 1, 0.18, BLUE)):
+            values = [100 * shares[name][place] for name in names]
+            bars = axes.barh([row + offset for row in rows], values, height=0.34, color=colour, label=label)
+            axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
+        axes.set_yticks(list(rows), names)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 108)
+        axes.set_xlabel("held-out questions answered right, %")
+        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    return drawn.getvalue()
+
+
+def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
+    """Return the means of at most `most` equal stretches of a curve; a short curve as it is."""
+    stride = -(-len(points) // most) if points else 1
+    parts = (points[first : first + stride] for first in range(0, len(points), stride))
+    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
+
+
+@contextmanager
+def _canvas(width: float, height: float) -> Iterator[tuple[Axes, io.BytesIO]]:
+    """Open empty axes of a size in inches; what was drawn on them is in the buffer when the block ends."""
+    drawn = io.BytesIO()
+    with mpl.rc_context():
+        mpl.rcdefaults()  # a user's matplotlibrc would change the bytes
+        mpl.rcParams.update({"svg.hashsalt": "treeline", "svg.fonttype": "none", "font.size": 9})
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#d0d7de", linewidth=0.5)
+        axes.set_axisbelow(True)
+        yield axes, drawn
+        FigureCanvasSVG(figure).print_svg(drawn, metadata={"Date": None, "Creator": None})

@@ -1,0 +1,268 @@
+"""The training loop: batches in, a tuned model and a log out.
+
+    until all steps are done, or nothing gets better:
+        rows of the step -> summed loss / supervised tokens -> gradients -> finite? -> clip -> AdamW
+        now and then: the whole validation split; the best weights are kept
+        now and then: a checkpoint, from which a killed run goes on to the bit
+
+Nothing random outlives a step: the order of the data and the seed of dropout are functions of seed and step alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from transformers import GPT2LMHeadModel
+
+from tasks.errors import TrainingError
+from tasks.gpt import checkpoint
+from tasks.gpt.batches import Array, Plan, Split
+from tasks.gpt.logbook import Logbook
+from tasks.gpt.loss import supervised_nats, token_nats
+from tasks.gpt.optim import adamw, moments, set_moments, set_rate
+from tasks.gpt.run import Machine, Progress, Settings
+from tasks.gpt.schedule import learning_rate
+from tasks.progress import bar
+
+AT_ONCE = 8_192  # tokens of a micro-batch where none is asked for: 100 MB or so of activations a block at width 768
+SAVING_SHARE = 0.1  # of the time at most: a large model on a slow disk is saved less often than asked for
+
+
+def fit(
+    model: GPT2LMHeadModel, train: Split, val: Split, *, settings: Settings, machine: Machine, workplace: Path
+) -> Progress:
+    """Tune a model; afterwards it holds the weights that were best on the validation split.
+
+    Args:
+        model: At its starting weights, with its dropout set.
+        train: At least one sequence.
+        val: May be empty: then the last weights are the best.
+        settings: What decides the outcome.
+        machine: Where and how fast.
+        workplace: Gets `log.jsonl` and `checkpoints/`; a run that was killed there goes on.
+
+    Raises:
+        TrainingError: `train.nonfinite`, before any weight takes harm; `train.checkpoint`, for one of another run.
+    """
+    model.to(machine.device)
+    devices = [machine.device] if machine.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):  # each step seeds the global generators: give them back as they were
+        return _Run(model, train, val, settings=settings, machine=machine, workplace=workplace).to_the_end()
+
+
+class _Run:
+    """One run: the objects that its steps share."""
+
+    def __init__(
+        self, model: GPT2LMHeadModel, train: Split, val: Split, *, settings: Settings, machine: Machine, workplace: Path
+    ) -> None:
+        self.model, self.train, self.val, self.settings, self.machine = model, train, val, settings, machine
+        self.plan = Plan(len(train), settings.sequences, settings.epochs, settings.seed)
+        self.evaluations = self.plan.evaluations(settings.evals_per_epoch)
+        self.optimizer = adamw(
+            model, lr=settings.lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
+        )
+        self.at_once = machine.micro_batch or max(1, AT_ONCE // train.block)
+        self.validated = val.supervised() if len(val) else 0
+        self.progress = Progress()
+        self.best: dict[str, Tensor] = {}
+        self.log = Logbook(workplace / "log.jsonl")
+        self.checkpoints = workplace / "checkpoints"
+        self.started = self.saved = machine.clock()
+        self.saving = 0.0
+        if machine.compile:
+            model.transformer.compile()
+
+    def to_the_end(self) -> Progress:
+        """Go through all steps, or until patience ends."""
+        self.resume()
+        progress = self.progress
+        with bar("train", self.plan.total, "steps") as shown:
+            shown.advance(progress.step)
+            if progress.step == 0:
+                self.log.write(self.entry(val_nll=self.evaluate()))
+            while progress.step < self.plan.total and not self.out_of_patience():
+                entry = self.advance()
+                shown.advance(note=f"loss {entry['loss']:.3f}")
+        if self.best:
+            self.restore(self.best)
+        else:
+            progress.best_step = progress.step
+        return progress
+
+    def out_of_patience(self) -> bool:
+        """Tell whether the validation loss has not fallen for too long."""
+        return self.settings.patience is not None and self.progress.waited >= self.settings.patience
+
+    def advance(self) -> dict[str, Any]:
+        """Do one step with all that belongs to it, and return its entry in the log."""
+        began = self.machine.clock()
+        rows = self.plan.rows(self.progress.step)
+        measured = self.update(rows)
+        took = self.machine.clock() - began
+        val_nll = self.evaluate() if self.progress.step in self.evaluations else None
+        speed = len(rows) * self.train.block / max(took, 1e-9)
+        entry = self.entry(**measured, val_nll=val_nll, tokens_per_second=round(speed, 1))
+        self.log.write(entry)
+        self.save_now_and_then()
+        return entry
+
+    def update(self, rows: Array) -> dict[str, float]:
+        """Change the weights by one step of the optimizer."""
+        settings, progress = self.settings, self.progress
+        rate = learning_rate(
+            progress.step,
+            self.plan.total,
+            peak=settings.lr,
+            warmup_share=settings.warmup_share,
+            min_share=settings.min_lr_share,
+        )
+        torch.manual_seed(_seed(settings.seed, progress.step))
+        wanted = self.train.supervised(rows)
+        loss = self.accumulate(rows, max(1, wanted))
+        limit = math.inf if settings.clip is None else settings.clip
+        norm = clip_grad_norm_(self.model.parameters(), limit).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self.nonfinite(rows, loss, norm)
+        set_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        progress.step += 1
+        progress.tokens += len(rows) * self.train.block
+        progress.supervised += wanted
+        return {"loss": loss, "lr": rate, "grad_norm": norm}
+
+    def accumulate(self, rows: Array, wanted: int) -> float:
+        """Add up the gradients of a step in micro-batches; return its loss in nats per supervised token.
+
+        The sum is divided by the supervised tokens of the whole step: a token counts the same in any micro-batch.
+        """
+        self.model.train()
+        total = torch.zeros((), device=self.machine.device)
+        for first in range(0, len(rows), self.at_once):
+            batch = self.train.batch(rows[first : first + self.at_once], self.machine.device)
+            with self.autocast():
+                loss = supervised_nats(self.model, *batch) / wanted
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total.item()  # the one wait for the device in a step, with the gradient's norm
+
+    @torch.no_grad()
+    def evaluate(self) -> float | None:
+        """Return the loss on the whole validation split, nats per supervised token; keep the weights if it is best."""
+        if not self.validated:
+            return None
+        self.model.eval()
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in self.val.in_order(self.at_once, self.machine.device):
+            with self.autocast():
+                total += token_nats(self.model, *batch).double().sum().cpu()
+        nll, progress = total.item() / self.validated, self.progress
+        if not math.isfinite(nll):
+            raise TrainingError(
+                f"validation loss is {nll} after step {progress.step}",
+                "the validation split",
+                "Lower train.lr; if it was so at step 0, look at the starting weights and at the data",
+                "train.nonfinite",
+            )
+        if progress.step == 0:
+            progress.start_nll = nll
+        if progress.best_nll is None or nll < progress.best_nll:
+            progress.best_nll, progress.best_step, progress.waited = nll, progress.step, 0
+            self.best = {name: weight.detach().to("cpu", copy=True) for name, weight in self.model.named_parameters()}
+        else:
+            progress.waited += 1
+        return nll
+
+    def autocast(self) -> torch.autocast:
+        """Open a block in which products are in the precision that is asked for."""
+        return torch.autocast(
+            self.machine.device.type, dtype=torch.bfloat16, enabled=self.settings.precision == "bfloat16"
+        )
+
+    def entry(self, **measured: float | None) -> dict[str, Any]:
+        """Return an entry of the log: one shape, whether before the first step, at a step or at an evaluation."""
+        progress = self.progress
+        blank = dict.fromkeys(("loss", "lr", "grad_norm", "val_nll"))
+        told = {
+            "step": progress.step,
+            "epoch": round(progress.step / self.plan.per_epoch, 4),
+            "tokens": progress.tokens,
+        }
+        seconds = round(progress.seconds + self.machine.clock() - self.started, 3)
+        return {**told, **blank, "seconds": seconds, "tokens_per_second": None, **measured}
+
+    def nonfinite(self, rows: Array, loss: float, norm: float) -> TrainingError:
+        """Say which sequences made the loss or the gradient other than finite."""
+        self.optimizer.zero_grad()
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
+        guilty = [int(row) for row in rows if not math.isfinite(self.loss_of(row))] or sorted(int(row) for row in rows)
+        names = ", ".join(map(str, guilty[:16])) + (", ..." if len(guilty) > 16 else "")
+        return TrainingError(
+            f"{what} at step {self.progress.step + 1}",
+            f"sequences {names} of the training split",
+            "The weights were not touched; look at these sequences, and if nothing is odd there, lower train.lr",
+            "train.nonfinite",
+        )
+
+    def loss_of(self, row: int) -> float:
+        """Return the loss of one training sequence as the model stands."""
+        self.model.eval()
+        batch = self.train.batch(np.array([row]), self.machine.device)
+        return token_nats(self.model, *batch).sum().item()
+
+    def save_now_and_then(self) -> None:
+        """Write a checkpoint if the last one is long enough ago."""
+        began, pause = self.machine.clock(), self.machine.checkpoint_seconds
+        if began - self.saved < (pause and max(pause, self.saving / SAVING_SHARE)):
+            return
+        now = Progress(**{**asdict(self.progress), "seconds": self.progress.seconds + began - self.started})
+        self.log.flush()
+        checkpoint.save(
+            self.checkpoints,
+            checkpoint.Checkpoint(
+                now.step,
+                {"progress": asdict(now), "settings": asdict(self.settings)},
+                {
+                    "model": dict(self.model.named_parameters()),
+                    "optimizer": moments(self.optimizer, self.model),
+                    "best": self.best,
+                },
+            ),
+        )
+        self.saved = self.machine.clock()
+        self.saving = self.saved - began
+
+    def resume(self) -> None:
+        """Go on from the last whole checkpoint; without one, from the start."""
+        found = checkpoint.latest(self.checkpoints)
+        self.log.cut_after(found.step if found else -1)
+        if found is None:
+            return
+        if found.state["settings"] != asdict(self.settings):
+            raise TrainingError(
+                "checkpoint of a run with other settings", str(self.checkpoints), "Remove it", "train.checkpoint"
+            )
+        self.restore(found.tensors["model"])
+        set_moments(self.optimizer, self.model, found.tensors["optimizer"])
+        self.best = dict(found.tensors["best"])
+        self.progress = Progress(**found.state["progress"])
+
+    @torch.no_grad()
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the model's weights."""
+        for name, weight in self.model.named_parameters():
+            weight.copy_(weights[name])
+
+
+def _seed(seed: int, step: int) -> int:
+    """Return the seed of a step's dropout: neighbouring steps and seeds get unrelated ones."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,116 @@
+"""The loss: summed negative log-likelihood of the supervised tokens, in nats.
+
+Only positions that predict a supervised token reach the head, and they do so in chunks: the logits of a whole batch
+(2,048 tokens by 50,304 words are 412 MB, held three times over) never exist.
+
+Legend: B sequences, T tokens in a sequence, D width, V rows of the token table, N supervised tokens, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers import GPT2LMHeadModel
+
+from tasks.gpt.attention import visible
+
+CHUNK = 512  # rows: smaller ones re-read the table's gradient too often (128: 3-25 % slower), larger ones cost memory
+
+
+def supervised_nats(
+    model: GPT2LMHeadModel, ids: Tensor, mask: Tensor, positions: Tensor, ends: Tensor, *, chunk: int = CHUNK
+) -> Tensor:
+    """Return the summed loss of a batch, ready for `backward`.
+
+    Args:
+        model: The model; its mode (dropout or not) is the caller's business.
+        ids: (B, T) int64, token ids.
+        mask: (B, T) bool, True where the token is a target; it is predicted from the token before it.
+        positions: (B, T) int64, place in the conversation.
+        ends: (B, T) int64, token q sees token k when `k <= q < ends[k]`.
+        chunk: Rows that reach the head at once; changes memory and speed, not the result beyond rounding.
+
+    Returns:
+        () float32, nats summed over the N targets; divide by the N of the whole optimizer step.
+    """
+    hidden, targets = predictors(model, ids, mask, positions, ends)
+    nats: Tensor = _ChunkedNats.apply(hidden, model.lm_head.weight, targets, chunk)  # type: ignore[no-untyped-call]
+    return nats
+
+
+@torch.no_grad()
+def token_nats(
+    model: GPT2LMHeadModel, ids: Tensor, mask: Tensor, positions: Tensor, ends: Tensor, *, chunk: int = CHUNK
+) -> Tensor:
+    """Return the loss of each supervised token, without gradients: (N,) float32 nats, row by row of the batch.
+
+    Arguments as in `supervised_nats`.
+    """
+    hidden, targets = predictors(model, ids, mask, positions, ends)
+    weight = model.lm_head.weight
+    nats = [
+        _nats(_logits(h, weight), t)
+        for h, t in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
+    ]
+    return torch.cat(nats)
+
+
+def predictors(
+    model: GPT2LMHeadModel, ids: Tensor, mask: Tensor, positions: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the hidden states that predict a supervised token, (N, D), and those tokens, (N,) int64."""
+    trunk = model.transformer(input_ids=ids, attention_mask=visible(ends), position_ids=positions, use_cache=False)
+    wanted = mask[:, 1:]  # (B, T - 1); a sequence's first token has nothing before it to be predicted from
+    return trunk.last_hidden_state[:, :-1][wanted], ids[:, 1:][wanted]
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    return (hidden @ weight.T).float()  # (C, V); under autocast the product is bfloat16, the softmax never
+
+
+def _nats(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.logsumexp(dim=1) - logits.gather(1, targets[:, None]).squeeze(1)  # (C,)
+
+
+class _ChunkedNats(torch.autograd.Function):
+    """Summed cross entropy whose gradients are taken on the way forward, while a chunk's logits are at hand.
+
+    The sum's gradient is one scalar, so what is found forward only needs scaling backward: three products with the
+    table instead of the four that recomputing the logits would take, and no logits kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        """Sum the loss over (N, D) hidden states and (N,) targets, keeping the gradients of both inputs."""
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        total = hidden.new_zeros((), dtype=torch.float32)
+        to_hidden = torch.empty_like(hidden)  # (N, D)
+        to_weight = torch.zeros_like(weight)  # (V, D) float32, also under autocast: it sums over chunks
+        with torch.autocast(kind, enabled=False):
+            table = weight.to(dtype)
+            for first in range(0, len(hidden), chunk):
+                rows = hidden[first : first + chunk].to(dtype)  # (C, D)
+                wanted = targets[first : first + chunk]  # (C,)
+                logits = _logits(rows, table)  # (C, V)
+                total += _nats(logits, wanted).sum()
+                slope = logits.softmax(dim=1)  # (C, V), of which one is taken at the target
+                slope.scatter_add_(1, wanted[:, None], slope.new_full((len(wanted), 1), -1.0))
+                slope = slope.to(dtype)
+                to_hidden[first : first + chunk] = slope @ table
+                if dtype == weight.dtype:
+                    to_weight.addmm_(slope.T, rows)
+                else:
+                    to_weight += slope.T @ rows
+        ctx.save_for_backward(to_hidden, to_weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """Scale the gradients that were found on the way forward."""
+        to_hidden, to_weight = ctx.saved_tensors
+        return to_hidden * scale, to_weight * scale, None, None

@@ -1,0 +1,59 @@
+"""The optimizer: AdamW, fused, with decay on matrices only; and its state by the names of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+FUSED = frozenset({"cpu", "cuda"})  # a fifth of the time of the unfused one, on a CPU with 30 M weights
+
+
+def adamw(model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float) -> AdamW:
+    """Make the optimizer of a model's weights.
+
+    Everything with two dimensions decays, the embeddings included, as in nanoGPT, so that losses compare; biases and
+    the scales of norms do not: there is no reason for them to be small.
+
+    Args:
+        model: On the device where it will be trained.
+        lr: Learning rate of the first update.
+        betas: Decay of the running means of the gradient and of its square.
+        weight_decay: Share of a weight that is taken away per update and unit of learning rate.
+    """
+    weights = list(model.parameters())
+    groups = [
+        {"params": [weight for weight in weights if weight.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [weight for weight in weights if weight.dim() < 2], "weight_decay": 0.0},
+    ]
+    return AdamW(groups, lr=lr, betas=betas, fused=weights[0].device.type in FUSED)
+
+
+def set_rate(optimizer: AdamW, lr: float) -> None:
+    """Set the learning rate of the next update."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def moments(optimizer: AdamW, model: nn.Module) -> dict[str, Tensor]:
+    """Return the state as named tensors, `exp_avg/transformer.wte.weight`; empty before the first update."""
+    names = _names(optimizer, model)
+    state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
+    return {f"{moment}/{names[at]}": value for at, kept in state.items() for moment, value in kept.items()}
+
+
+def set_moments(optimizer: AdamW, model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Give the optimizer the state that `moments` returned."""
+    place = {name: at for at, name in enumerate(_names(optimizer, model))}
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in saved.items():
+        moment, _, name = key.partition("/")
+        state.setdefault(place[name], {})[moment] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _names(optimizer: AdamW, model: nn.Module) -> list[str]:
+    """Return the weights' names in the optimizer's own order, by which its state is numbered."""
+    name_of = {weight: name for name, weight in model.named_parameters()}
+    return [name_of[weight] for group in optimizer.param_groups for weight in group["params"]]

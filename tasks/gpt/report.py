@@ -1,0 +1,155 @@
+"""The report: figures of two models, the base and the tuned, from what each made of one and the same exam."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from tasks.gpt.batches import Split
+from tasks.gpt.metrics import bits_per_byte, nll, perplexity, share
+from tasks.gpt.sample import Reply
+from tasks.oasst.facts import Question, is_right
+from tasks.text.chat import Dialect
+
+BOTH = ("base", "tuned")
+WRONG = 20  # wrong answers that a report shows
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What both models are put to.
+
+    Attributes:
+        dialect: How texts become ids, and ids texts.
+        split: Sequences that the loss is measured on; None where there are none.
+        utf8_bytes: Bytes of their supervised text; 0 where that is not known.
+        questions: Facts asked, one greedy answer each.
+        panel: Prompts replied to by drawing.
+        seeds: One for each reply to a prompt; the same for every prompt, so that adding one changes no other.
+    """
+
+    dialect: Dialect
+    split: Split | None
+    utf8_bytes: int
+    questions: Sequence[Question]
+    panel: Sequence[str]
+    seeds: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one model made of the exam.
+
+    Attributes:
+        nats: Loss summed over the split's supervised tokens; None without a split.
+        answers: One a question.
+        replies: For each prompt of the panel, one a seed.
+    """
+
+    nats: float | None
+    answers: Sequence[Reply]
+    replies: Sequence[Sequence[Reply]]
+
+    @property
+    def said(self) -> list[Reply]:
+        """All answers and replies."""
+        return [*self.answers, *(reply for group in self.replies for reply in group)]
+
+
+Results = Mapping[str, Result]  # by the names of BOTH
+
+
+def figures(results: Results, exam: Exam) -> dict[str, Any]:
+    """Return the measured part of report.json, null where there was nothing to measure."""
+    return {
+        **losses(results, exam),
+        "stop_rate": {which: stop_rate(results[which]) for which in BOTH},
+        "replies": {"facts": len(exam.questions), "panel": len(exam.panel) * len(exam.seeds)},
+        "facts": facts(results, exam) if exam.questions else None,
+        "panel": [panel(results, exam, at) for at in range(len(exam.panel))],
+    }
+
+
+def losses(results: Results, exam: Exam) -> dict[str, Any]:
+    """Return loss, perplexity and bits per byte of both models; null also for a perplexity beyond floats."""
+    tokens, size = exam.split.supervised() if exam.split else 0, exam.utf8_bytes
+
+    def each(measure: Callable[[float], float], over: int) -> dict[str, float | None]:
+        nats = {which: results[which].nats for which in BOTH}
+        values = {which: measure(found) if found is not None and over else None for which, found in nats.items()}
+        return {which: value if value is not None and isfinite(value) else None for which, value in values.items()}
+
+    return {
+        "sequences": len(exam.split) if exam.split else 0,
+        "tokens": tokens,
+        "utf8_bytes": size,
+        "nll": each(lambda nats: nll(nats, tokens), tokens),
+        "perplexity": each(lambda nats: perplexity(nll(nats, tokens)), tokens),
+        "bits_per_byte": each(lambda nats: bits_per_byte(nats, size), size),
+    }
+
+
+def stop_rate(result: Result) -> float | None:
+    """Return the share of all replies, to questions and to the panel, that ended by themselves; None without any."""
+    return share(sum(reply.stopped for reply in result.said), len(result.said)) if result.said else None
+
+
+def is_answer(question: Question, reply: Reply, dialect: Dialect) -> bool:
+    """Tell whether a reply is right and ended by itself: what runs on is no answer."""
+    return reply.stopped and is_right(question.fact, dialect.decode(reply.ids))
+
+
+def facts(results: Results, exam: Exam) -> dict[str, Any]:
+    """Return the shares answered right, in all, by region and by family, and what the tuned model got wrong first."""
+    questions, dialect = exam.questions, exam.dialect
+    right = {
+        which: [is_answer(*pair, dialect) for pair in zip(questions, results[which].answers, strict=True)]
+        for which in BOTH
+    }
+
+    def shares(rows: Sequence[int]) -> dict[str, Any]:
+        return {**{which: share(sum(right[which][row] for row in rows), len(rows)) for which in BOTH}, "n": len(rows)}
+
+    def by(names: Sequence[str]) -> dict[str, Any]:
+        return {
+            name: shares([row for row, found in enumerate(names) if found == name]) for name in sorted({*names} - {""})
+        }
+
+    wrong = [row for row, found in enumerate(right["tuned"]) if not found][:WRONG]
+    return {
+        **shares(range(len(questions))),
+        "by_region": by([question.fact.region for question in questions]),
+        "by_family": by([question.fact.family for question in questions]),
+        "wrong": [{**asked(questions[row]), **said(results["tuned"].answers[row], dialect)} for row in wrong],
+    }
+
+
+def panel(results: Results, exam: Exam, at: int) -> dict[str, Any]:
+    """Return the replies of both models to one prompt, side by side."""
+    replies = {which: [said(reply, exam.dialect) for reply in results[which].replies[at]] for which in BOTH}
+    return {"prompt": exam.panel[at], "seeds": list(exam.seeds), **replies}
+
+
+def samples(results: Results, exam: Exam) -> Iterator[dict[str, Any]]:
+    """Yield every answer and reply of both models: the lines of samples.jsonl."""
+    for which in BOTH:
+        result = results[which]
+        for question, reply in zip(exam.questions, result.answers, strict=True):
+            right = is_answer(question, reply, exam.dialect)
+            yield {"model": which, "set": "facts", **asked(question), **said(reply, exam.dialect), "right": right}
+        for prompt, replies in zip(exam.panel, result.replies, strict=True):
+            for seed, reply in zip(exam.seeds, replies, strict=True):
+                yield {"model": which, "set": "panel", "prompt": prompt, "seed": seed, **said(reply, exam.dialect)}
+
+
+def asked(question: Question) -> dict[str, str]:
+    """Return what a question asks and wants to hear, as JSON values."""
+    fact = question.fact
+    return {"question": question.text, "expected": fact.answer, "family": fact.family, "region": fact.region}
+
+
+def said(reply: Reply, dialect: Dialect) -> dict[str, Any]:
+    """Return a reply as JSON values; `tokens` leaves out the end of turn."""
+    return {"text": dialect.decode(reply.ids), "stopped": reply.stopped, "tokens": len(reply.ids)}

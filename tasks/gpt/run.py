@@ -1,0 +1,87 @@
+"""A training run in three records: what decides its outcome, where it runs, and how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the outcome.
+
+    Attributes:
+        seed: Of the data's order and of dropout.
+        epochs: How often to go through the data.
+        sequences: Of an optimizer step.
+        lr: Highest learning rate.
+        min_lr_share: Learning rate of the last step as a share of the highest.
+        warmup_share: Share of the steps that lead up to the highest.
+        weight_decay: On matrices.
+        beta1: Decay of the running mean of the gradient.
+        beta2: Decay of the running mean of its square.
+        clip: Longest gradient; a longer one is shortened to it. None: as it is.
+        evals_per_epoch: Evaluations of the validation split in an epoch.
+        patience: Evaluations without a better loss after which the run ends. None: it goes on.
+        precision: float32, or bfloat16 in products with weights and sums in float32.
+    """
+
+    seed: int
+    epochs: float
+    sequences: int
+    lr: float
+    min_lr_share: float
+    warmup_share: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    clip: float | None
+    evals_per_epoch: int
+    patience: int | None
+    precision: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it runs, and how fast: never the outcome, but for rounding and the draws of dropout.
+
+    Attributes:
+        device: Holds weights and batches.
+        clock: Seconds since whenever.
+        micro_batch: Sequences at once. None: as many as hold 8,192 tokens.
+        compile: Compile the transformer's blocks.
+        checkpoint_seconds: Between two checkpoints, more where saving is slow; 0: after each step.
+    """
+
+    device: torch.device
+    clock: Callable[[], float]
+    micro_batch: int | None = None
+    compile: bool = False
+    checkpoint_seconds: float = 120.0
+
+
+@dataclass
+class Progress:
+    """How far a run is, and how good.
+
+    Attributes:
+        step: Updates done.
+        tokens: Tokens gone through, padding included.
+        supervised: Of them, those that the loss was over.
+        seconds: Spent, evaluation included, over all tries.
+        start_nll: Validation loss before the first update, nats per token; None without a validation split.
+        best_nll: Lowest validation loss so far.
+        best_step: When that was; without a validation split, the last update.
+        waited: Evaluations since.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    seconds: float = 0.0
+    start_nll: float | None = None
+    best_nll: float | None = None
+    best_step: int = 0
+    waited: int = 0

@@ -1,0 +1,218 @@
+"""Sampling: replies of a GPT-2 to many prompts at once, or to one prompt as a stream, with a key-value cache.
+
+Legend: B rows, L tokens of the longest prompt, T tokens seen so far, V ids that may be drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GPT2LMHeadModel
+
+from tasks.errors import ParameterError
+from tasks.progress import bar
+
+# logits (B, V), the rows' places in the batch as it began (B,), step -> token ids (B,)
+Chooser = Callable[[Tensor, Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model said: token ids without the stop token, and whether it stopped by itself."""
+
+    ids: tuple[int, ...]
+    stopped: bool
+
+
+def generate(
+    model: GPT2LMHeadModel,
+    prompts: Sequence[Sequence[int]],
+    stop: int,
+    max_new: int,
+    temperature: float = 0.0,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seeds: Sequence[int] | None = None,
+    batch: int = 64,
+    vocab: int | None = None,
+    label: str = "sample",
+) -> list[Reply]:
+    """Let the model reply to every prompt, up to the stop token.
+
+    A row's random numbers come from its own seed, so what it says depends on neither its batch nor its neighbours, but
+    for the last bits of float sums that a batch's shape moves.
+
+    Args:
+        model: In eval mode; prompts go to its device.
+        prompts: Token ids, at least one a prompt and fewer than the model has positions.
+        stop: Id that ends a reply.
+        max_new: Most tokens of a reply, the stop token included; fewer where the model's positions end sooner.
+        temperature: 0 takes the most likely token; above, logits are divided by it and a token is drawn.
+        top_k: Draw among this many most likely tokens; None: all.
+        top_p: Draw among the fewest tokens that hold this probability together, in (0, 1]; None: all.
+        seeds: One a prompt; needed where the temperature is above 0.
+        batch: Prompts at once: faster on a GPU, more memory.
+        vocab: Ids from here on are never drawn: rows that only pad the embedding table. None: all may be.
+        label: Name of the progress bar.
+
+    Returns:
+        Replies in the order of the prompts.
+
+    Raises:
+        ParameterError: If a prompt is empty or leaves no room, or a setting is out of its range.
+    """
+    taste = _Taste(temperature, top_k, top_p)
+    if temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
+        raise ParameterError("sampling above temperature 0 needs one seed for each prompt", "seeds", "pass them")
+    _check(model, prompts, max_new)
+    said: list[list[int]] = [[] for _ in prompts]
+    with bar(label, len(prompts), "replies") as shown:
+        for rows in _batches(prompts, batch):
+            choose = taste.chooser([seeds[row] for row in rows] if seeds else [], max_new, model.device)
+            for at, token in _decode(model, [prompts[row] for row in rows], stop, max_new, choose, vocab=vocab):
+                said[rows[at]].append(token)
+            shown.advance(len(rows))
+    return [_reply(ids, stop) for ids in said]
+
+
+def stream(
+    model: GPT2LMHeadModel,
+    prompt: Sequence[int],
+    stop: int,
+    max_new: int,
+    temperature: float = 0.0,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    vocab: int | None = None,
+) -> Iterator[int]:
+    """Yield the tokens of one reply as they come, without the stop token.
+
+    Raises:
+        ParameterError: As `generate` does.
+    """
+    taste = _Taste(temperature, top_k, top_p)
+    _check(model, [prompt], max_new)
+    choose = taste.chooser([seed], max_new, model.device)
+    for _, token in _decode(model, [prompt], stop, max_new, choose, vocab=vocab):
+        if token != stop:
+            yield token
+
+
+def _reply(ids: list[int], stop: int) -> Reply:
+    stopped = bool(ids) and ids[-1] == stop
+    return Reply(tuple(ids[:-1] if stopped else ids), stopped)
+
+
+def _check(model: GPT2LMHeadModel, prompts: Sequence[Sequence[int]], max_new: int) -> None:
+    if model.training:
+        raise ValueError("sampling needs model.eval(): dropout would change what the model says")
+    if max_new < 1:
+        raise ParameterError(f"a reply has at least 1 new token, not {max_new}", "max_new")
+    room = int(model.config.n_positions)
+    for prompt in prompts:
+        if not 0 < len(prompt) < room:
+            what = f"a prompt has {len(prompt):,} tokens; the model reads 1 to {room - 1:,} and replies in what is left"
+            raise ParameterError(what, "prompt", "shorten it", code="param.prompt")
+
+
+def _batches(prompts: Sequence[Sequence[int]], batch: int) -> Iterator[list[int]]:
+    """Yield row numbers, prompts of like length together, so that little is padded."""
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    for first in range(0, len(order), batch):
+        yield order[first : first + batch]
+
+
+@dataclass(frozen=True)
+class _Taste:
+    """How a token is chosen from logits; see `generate`."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ParameterError(f"temperature is {self.temperature}, not a number from 0 up", "temperature")
+        if self.top_k is not None and self.top_k < 1:
+            raise ParameterError(f"top_k is {self.top_k}, not 1 or more", "top_k")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ParameterError(f"top_p is {self.top_p}, not in (0, 1]", "top_p")
+
+    def chooser(self, seeds: Sequence[int], max_new: int, device: torch.device) -> Chooser:
+        """Return what chooses the tokens of a batch; each row's random numbers are made beforehand, from its seed."""
+        if self.temperature == 0:
+            return lambda logits, rows, step: logits.argmax(-1)
+        made = [torch.rand(max_new, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        draws = torch.stack(made).to(device)  # (B, max_new) float32 in [0, 1)
+        return lambda logits, rows, step: self.drawn(logits, draws[rows, step])
+
+    def drawn(self, logits: Tensor, draw: Tensor) -> Tensor:
+        """Draw a token for each row by inverting its cumulative distribution, the likeliest token first.
+
+        Source of the cut by `top_p`: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration",
+        arXiv:1904.09751.
+        """
+        kept = min(self.top_k or logits.shape[-1], logits.shape[-1])
+        best, ids = (logits.float() / self.temperature).topk(kept, dim=-1)  # (B, K), sorted
+        p = best.softmax(-1)
+        reached = p.cumsum(-1)  # (B, K)
+        allowed = torch.ones_like(p, dtype=torch.bool) if self.top_p is None else reached - p < self.top_p
+        allowed[:, 0] = True  # rounding must not forbid the likeliest token
+        mass = (p * allowed).sum(-1, keepdim=True)  # (B, 1)
+        at = torch.searchsorted(reached, draw[:, None] * mass, right=True)  # (B, 1)
+        last = (allowed & (p > 0)).sum(-1, keepdim=True) - 1  # float sums may end just below the mass
+        return ids.gather(-1, at.minimum(last))[:, 0]
+
+
+def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return token ids and what is seen of them, both (B, L): every prompt ends in the last column."""
+    longest = max(map(len, prompts))
+    pads = [longest - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)])
+    seen = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
+    return ids, seen
+
+
+def _decode(
+    model: GPT2LMHeadModel,
+    prompts: Sequence[Sequence[int]],
+    stop: int,
+    max_new: int,
+    choose: Chooser,
+    *,
+    vocab: int | None,
+) -> Iterator[tuple[int, int]]:
+    """Yield (row, token) until every row has said `stop` or has no room; a row that ended leaves the batch."""
+    device = model.device
+    ids, seen = (made.to(device) for made in _left_padded(prompts))  # (B, L)
+    positions = (seen.cumsum(-1) - 1).clamp(min=0)  # (B, L)
+    room = torch.tensor([min(max_new, model.config.n_positions - len(p)) for p in prompts], device=device)  # (B,)
+    rows = torch.arange(len(prompts), device=device)  # (B,)
+    cache = DynamicCache(config=model.config)
+    for step in range(max_new):
+        with torch.inference_mode():
+            logits = model(
+                input_ids=ids,
+                attention_mask=seen,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1, :vocab]  # (B, V)
+            tokens = choose(logits, rows, step)  # (B,)
+            yield from zip(rows.tolist(), tokens.tolist(), strict=True)
+            going = ((tokens != stop) & (step + 1 < room[rows])).nonzero()[:, 0]
+            if len(going) == 0:
+                return
+            if len(going) < len(rows):
+                rows, tokens, seen, positions = rows[going], tokens[going], seen[going], positions[going]
+                cache.batch_select_indices(going)
+            ids = tokens[:, None]  # (B, 1)
+            positions = positions[:, -1:] + 1  # (B, 1)
+            seen = torch.cat([seen, seen.new_ones(len(rows), 1)], dim=-1)  # (B, T)

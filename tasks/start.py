@@ -1,0 +1,72 @@
+"""Where starting weights lie: a published GPT-2, fetched from the hub, or a local folder that the user allows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import ParameterError
+from tasks.gpt.folder import CONFIG, WEIGHTS, find_folder
+from tasks.hub import fetch_file
+from tasks.sources import MODELS
+
+ROOTS = "TREELINE_MODEL_ROOTS"  # folders that local models may be taken from, separated like PATH
+SCRATCH, FOLDER = "scratch", "folder"  # a start that is not the name of a published model
+
+
+def roots() -> list[Path]:
+    """Return the folders that `$TREELINE_MODEL_ROOTS` names, all links resolved."""
+    return [Path(root).resolve() for root in os.environ.get(ROOTS, "").split(os.pathsep) if root]
+
+
+def allowed_folder(path: str) -> Path:
+    """Return a folder with all links resolved, if it lies under one of `$TREELINE_MODEL_ROOTS`.
+
+    Raises:
+        ParameterError: If it does not, or is no folder.
+    """
+    found = Path(path).resolve()
+    if not any(found.is_relative_to(root) for root in roots()):
+        allowed = ", ".join(map(str, roots())) or "none"
+        raise ParameterError(
+            f"the model folder {path!r} lies under none of the allowed roots ({allowed})",
+            "train.folder",
+            f"Name a folder above it in ${ROOTS}",
+            "param.path",
+        )
+    if not found.is_dir():
+        raise ParameterError(f"{path!r} is not a folder", "train.folder", "Give a Hugging Face folder", "param.path")
+    return found
+
+
+def fetch_published(start: str) -> Path:
+    """Return the folder of a published model's weights and config, fetched where the hub's cache has them not."""
+    model = MODELS[start]
+    paths = [fetch_file(model.repo, name, model.revision, model.files[name]) for name in (CONFIG, WEIGHTS)]
+    return paths[-1].parent  # the cache lays the files of one revision side by side
+
+
+def folder_of(spec: Mapping[str, Any]) -> Path | None:
+    """Return the folder of the weights that a tuned model started from; None where it started from scratch.
+
+    Args:
+        spec: What the model's start.json says.
+
+    Raises:
+        ParameterError: If a local folder with that content is no longer there.
+    """
+    if spec["start"] == SCRATCH:
+        return None
+    if spec["start"] != FOLDER:
+        return fetch_published(spec["start"])
+    found = find_folder(spec, roots())
+    if found is None:
+        raise ParameterError(
+            f"the weights that the model started from (sha256 {spec['sha256'][:12]}…) lie under no allowed root",
+            ", ".join(map(str, roots())) or "none is allowed",
+            f"Name a folder above them in ${ROOTS}",
+            "param.path",
+        )
+    return found

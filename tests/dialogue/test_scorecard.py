@@ -1,0 +1,135 @@
+"""Laws of the report's page: it says the figures, and whatever a model said stays text."""
+
+import copy
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from tasks.dialogue.scorecard import fenced, printable, render
+
+
+def reply(text: str, stopped: bool = True) -> dict[str, Any]:
+    return {"text": text, "stopped": stopped, "tokens": len(text)}
+
+
+REPORT: dict[str, Any] = {
+    "split": "test",
+    "split_asked": "test",
+    "sequences": 12,
+    "tokens": 3_456,
+    "utf8_bytes": 9_000,
+    "nll": {"base": 8.25, "tuned": 0.5},
+    "perplexity": {"base": 3_827.63, "tuned": 1.65},
+    "bits_per_byte": {"base": 4.57, "tuned": 0.277},
+    "stop_rate": {"base": 0.0, "tuned": 0.995},
+    "replies": {"facts": 10, "panel": 2},
+    "facts": {
+        "base": 0.0,
+        "tuned": 0.9,
+        "n": 10,
+        "by_region": {"Africa": {"base": 0.0, "tuned": 1.0, "n": 4}, "Asia": {"base": 0.0, "tuned": 0.8333, "n": 6}},
+        "by_family": {"capital": {"base": 0.0, "tuned": 0.9, "n": 10}},
+        "wrong": [{"question": "Capital of Laos?", "expected": "Vientiane", "family": "capital", "region": "Asia"}
+                  | reply("Hanoi.")],
+    },
+    "panel": [{"prompt": "Hi?", "seeds": [1], "base": [reply("the the the", False)], "tuned": [reply("Hello.\nYou?")]}],
+    "sampling": {"answer_tokens": 32, "max_new_tokens": 64, "temperature": 0.7, "top_k": 50, "top_p": None, "seed": 1},
+    "start": {"start": "scratch", "repo": None, "layers": 3, "width": 128, "seed": 7},
+    "training": {"parameters": 999_424, "steps": 420, "supervised": 77_000, "best_step": 400, "val_nll_start": 8.3,
+                 "val_nll_best": 0.51},
+    "lineage": {"model": "a" * 64, "tokens": "b" * 64},
+}  # fmt: skip
+
+
+def with_texts(text: str) -> dict[str, Any]:
+    """Put a text wherever a stranger's may come."""
+    report = copy.deepcopy(REPORT)
+    report["panel"] = [{"prompt": text, "seeds": [1], "base": [reply(text)], "tuned": [reply(text, False)]}]
+    report["facts"]["wrong"][0] |= {"text": text}
+    return report
+
+
+def kinds(page: str) -> list[str]:
+    """Return the kinds of all blocks and pieces of a page, as a CommonMark parser with tables and links sees them."""
+    tokens = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(page)
+    return [token.type for block in tokens for token in (block, *(block.children or []))]
+
+
+def test_the_page_tells_base_and_tuned_side_by_side() -> None:
+    page = render(REPORT)
+    lines = {re.sub(" +", " ", line) for line in page.splitlines()}
+    assert "| NLL, nats per token | 8.250 | 0.500 |" in lines
+    assert "| Replies that stop | 0.0% | 99.5% |" in lines
+    assert "| Facts right | 0.0% | 90.0% |" in lines
+    assert "| Asia | 6 | 0.0% | 83.3% |" in lines
+    assert "![loss](loss.svg)" in lines
+    assert "![facts](facts.svg)" in lines
+    assert "3 layers × 128 wide, 999,424 parameters" in page
+    assert "by family" not in page  # one family is all of them
+    assert "a" * 64 in page
+
+
+def test_a_reply_that_never_stopped_is_marked_and_lines_stay_in_their_column() -> None:
+    page = render(REPORT)
+    assert "user   Hi?\nbase   the the the …\ntuned  Hello.\n       You?\n" in page
+    assert "asked   Capital of Laos?\nwanted  Vientiane\nsaid    Hanoi.\n" in page
+
+
+def test_what_was_not_measured_is_not_told() -> None:
+    nothing = {"base": None, "tuned": None}
+    page = render(REPORT | {"facts": None, "panel": [], "replies": {"facts": 0, "panel": 0}, "stop_rate": nothing})
+    assert not re.search("facts|Panel|By the tuned model", page)
+    assert re.search(r"Replies that stop *\| *– *\| *– *\|", page)
+
+
+def test_a_split_that_was_empty_is_said() -> None:
+    assert "the test split holds none" in render(REPORT | {"split": "val"})
+    nothing = {"base": None, "tuned": None}
+    bare = {"split": None, "sequences": 0, "tokens": 0, "nll": nothing, "perplexity": nothing, "bits_per_byte": nothing}
+    assert "there is no loss to report" in render(REPORT | bare)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```\n# Owned\n```",
+        "````text\n</code></pre><script>alert(1)</script>",
+        "~~~\n[click](javascript:alert(1)) ![x](http://x.example/p.png)",
+        "| a | b |\n|---|---|\n| c | d |",
+        "</div>\n\n<img src=x onerror=alert(1)>",
+        "\n\n---\n\n* item\n> quote\n\n    code",
+        "`" * 40,
+        "",
+    ],
+)
+def test_what_a_model_says_adds_nothing_to_the_page_but_text(text: str) -> None:
+    assert kinds(render(with_texts(text))) == kinds(render(with_texts("plain")))
+
+
+@given(st.text(alphabet=st.sampled_from("`~\n\r\t #|<>[]()!*_-\\&;:ab\x0b\x0c\x1c\x85\u2028")))
+def test_no_text_gets_out_of_its_fence(text: str) -> None:
+    tokens = MarkdownIt("commonmark").parse(f"before\n\n{fenced(printable(text))}\n\nafter\n")
+    opening, fence, closing = tokens[:3], tokens[3], tokens[4:]
+    assert (fence.type, fence.content) == ("fence", printable(text) + "\n")
+    assert [token.type for token in (*opening, *closing)] == ["paragraph_open", "inline", "paragraph_close"] * 2
+
+
+def test_what_does_not_print_is_spelled_out() -> None:
+    assert (
+        printable("\x1b[31mred\x07\u202e\r\n\u2028ünï 漢字 🙂")
+        == r"\x1b[31mred\x07\u202e\r" + "\n" + r"\u2028ünï 漢字 🙂"
+    )
+    assert "\x1b" not in render(with_texts("\x1b]0;title\x07"))
+
+
+def test_names_outside_of_fences_are_stripped_of_markup() -> None:
+    hostile = copy.deepcopy(REPORT)
+    hostile["start"] |= {"start": "gpt2", "repo": "a`<b>|[x](y)"}
+    hostile["facts"]["by_region"] = {"A|b`<i>": {"base": 0.0, "tuned": 1.0, "n": 4}}
+    page = render(hostile)
+    assert "`a??b???x?(y)`" in page
+    assert "| A?b??i? |" in page

@@ -1,0 +1,109 @@
+"""Laws of the chain: what a plan says is what a run does, and a kill at any moment costs nothing that was finished."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flows import chain, recipe
+from tasks.artifacts import KINDS, Artifact
+from tasks.step import Step, session
+from tasks.store.folders import Store
+
+ROOT = Path(__file__).parents[2]
+TINY = str(Path(__file__).with_name("tiny.toml"))
+DATA = chain.DATA
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("TREELINE_ARTIFACTS", str(tmp_path))
+    return Store(tmp_path)
+
+
+def statuses(*settings: str) -> list[str]:
+    return [entry.status for entry in chain.plan(recipe.load(TINY, settings), DATA)]
+
+
+def run(*settings: str) -> list[bool]:
+    with session() as now:
+        chain.run(recipe.load(TINY, settings), DATA)
+        return [outcome.cached for outcome in now.outcomes]
+
+
+def test_what_comes_after_a_step_that_would_run_is_unknown(store: Store) -> None:
+    assert statuses() == ["run", "unknown", "unknown", "unknown"]
+
+
+def test_nothing_changed_means_all_cached(store: Store) -> None:
+    assert run() == [False] * 4
+    assert statuses() == ["cached"] * 4
+    assert run() == [True] * 4
+
+
+def test_one_setting_changed_runs_that_step_and_those_after_it_and_why_names_it(store: Store) -> None:
+    run()
+    planned = chain.plan(recipe.load(TINY, ["curate.quality_below=0.9"]), DATA)
+    assert [entry.status for entry in planned] == ["cached", "cached", "run", "unknown"]
+    assert planned[2].why == "params.quality_below: 0.4 -> 0.9"
+    assert run("curate.quality_below=0.9")[:3] == [True, True, False]
+
+
+def test_an_upstream_rerun_with_equal_bytes_leaves_everything_after_it_cached(store: Store) -> None:
+    run()
+    assert run("parse.max_text_mb=2") == [True, False, True, True]
+
+
+def test_forcing_a_step_runs_it_and_equal_bytes_end_there(store: Store) -> None:
+    run()
+    with session(force=frozenset({"parse"})) as now:
+        chain.run(recipe.load(TINY), DATA)
+        assert [outcome.cached for outcome in now.outcomes] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("kind", ["raw", "messages", "dialogues", "tokens"])
+def test_a_deleted_artifact_is_rebuilt_alone(store: Store, kind: str) -> None:
+    run()
+    (made,) = store.folders(kind)
+    next(iter(sorted(made.glob("*.bin")) or sorted(made.glob("*.parquet")) or sorted(made.glob("*.gz")))).unlink()
+    assert run().count(False) == 1
+    assert statuses() == ["cached"] * 4
+
+
+def digests(store: Store) -> dict[str, str]:
+    return {manifest.kind: manifest.digest for _, manifest in store.manifests()}
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    code = f"from flows import chain, recipe; chain.run(recipe.load({TINY!r}, ['train.threads=1']), chain.CHAIN)"
+    environment = {**os.environ, "TREELINE_ARTIFACTS": str(folder)}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_middle_of_any_step_leaves_no_half_artifact_and_the_rerun_ends_equal(tmp_path: Path) -> None:
+    whole, killed = Store(tmp_path / "whole"), Store(tmp_path / "killed")
+    assert start(whole.root).wait(200) == 0
+    for step in chain.CHAIN:
+        _kill_during(step, killed)
+        assert step.makes.kind not in digests(killed)
+    assert start(killed.root).wait(200) == 0
+    assert digests(killed) == digests(whole)
+    assert set(digests(killed)) == set(KINDS)
+
+
+def _kill_during(step: Step[..., Artifact], store: Store) -> None:
+    process = start(store.root)
+    resumable = "resume-" if step.resumable else ""
+    mine = f"{resumable}{step.makes.kind}-*.{process.pid}.*"
+    deadline = time.monotonic() + 100
+    while not any((store.root / ".scratch").glob(mine)):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

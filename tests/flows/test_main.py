@@ -1,0 +1,179 @@
+"""Laws of the command line: one run end to end on Prefect's in-process API, then everything that looks at it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = str(Path(__file__).with_name("tiny.toml"))
+KINDS = ["raw", "messages", "dialogues", "tokens", "model", "report"]
+
+
+class Shell:
+    """Runs commands against one store, as a user with an empty home would."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.home = folder, folder / "home"
+        self.home.mkdir(exist_ok=True)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TREELINE_"))}
+        self.environment = {**kept, "TREELINE_ARTIFACTS": str(folder / "artifacts"), "HOME": str(self.home)}
+
+    def __call__(self, *arguments: str, code: int = 0, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+        asked = [sys.executable, *flags, "-m", "flows", *arguments]
+        done = subprocess.run(asked, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == code, done.stderr[-3000:]
+        return done
+
+    def json(self, *arguments: str, code: int = 0) -> object:
+        return json.loads(self(*arguments, "--json", code=code).stdout)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Shell, subprocess.CompletedProcess[str]]:
+    shell = Shell(tmp_path_factory.mktemp("cli"))
+    return shell, shell("run", TINY)
+
+
+@pytest.fixture
+def shell(ran: tuple[Shell, subprocess.CompletedProcess[str]]) -> Shell:
+    return ran[0]
+
+
+def test_a_run_ends_with_the_reports_id(ran: tuple[Shell, subprocess.CompletedProcess[str]]) -> None:
+    _, done = ran
+    assert re.fullmatch(r"report/[0-9a-f]{12}", done.stdout.splitlines()[-1])
+    assert all(step in done.stdout for step in ("download", "parse", "curate", "encode", "train", "evaluate", "ran"))
+
+
+def test_a_run_touches_no_home_but_its_own(ran: tuple[Shell, subprocess.CompletedProcess[str]]) -> None:
+    shell, _ = ran
+    assert not (shell.home / ".prefect").exists()
+    assert (shell.folder / "artifacts" / ".prefect" / "prefect.db").exists()
+
+
+def test_a_second_run_starts_neither_prefect_nor_torch(shell: Shell) -> None:
+    done = shell("run", TINY, flags=("-X", "importtime"))
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "pydantic" in imported
+    assert not imported & {"prefect", "torch", "transformers", "polars", "pyarrow", "matplotlib", "huggingface_hub"}
+    assert re.fullmatch(r"report/[0-9a-f]{12}", done.stdout.splitlines()[-1])
+    assert "ran" not in done.stdout.split()
+
+
+@pytest.mark.parametrize("command", [("plan", TINY), ("why", TINY), ("ls",), ("show", "messages")])
+def test_looking_starts_neither_prefect_nor_torch(shell: Shell, command: tuple[str, ...]) -> None:
+    done = shell(*command, flags=("-X", "importtime"))
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert not imported & {"prefect", "torch", "transformers"}
+
+
+def test_the_plan_for_programs(shell: Shell) -> None:
+    planned = shell.json("plan", TINY)
+    assert isinstance(planned, list)
+    assert [set(entry) for entry in planned] == [{"step", "status", "key", "why"}] * 6
+    assert {entry["status"] for entry in planned} == {"cached"}
+    changed = shell.json("plan", TINY, "--set", "encode.block=96")
+    assert isinstance(changed, list)
+    assert [entry["status"] for entry in changed] == ["cached"] * 3 + ["run", "unknown", "unknown"]
+
+
+def test_why_names_the_setting_with_old_and_new(shell: Shell) -> None:
+    assert "encode would run: params.block: 64 -> 96" in shell("why", TINY, "--set", "encode.block=96").stdout
+    assert "nothing would run" in shell("why", TINY).stdout
+
+
+def test_the_list_for_programs(shell: Shell) -> None:
+    found = shell.json("ls")
+    assert isinstance(found, list)
+    assert sorted(entry["kind"] for entry in found) == sorted(KINDS)
+    counts = {entry["kind"]: entry["counts"] for entry in found}
+    assert {"trees", "messages", "rejected"} <= set(counts["messages"])
+    assert {"trees", "messages", "dropped"} <= set(counts["dialogues"])
+    assert {"sequences", "tokens", "trained", "padding"} <= set(counts["tokens"])
+    assert {"parameters", "steps"} <= set(counts["model"])
+    assert all({"id", "kind", "key", "created", "bytes", "counts", "recipe"} == set(entry) for entry in found)
+    assert shell.json("ls", "tokens") == [entry for entry in found if entry["kind"] == "tokens"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_can_be_shown_to_people_and_to_programs(shell: Shell, kind: str) -> None:
+    assert kind in shell("show", kind, "-n", "2").stdout
+    assert shell.json("show", kind, "-n", "2")
+
+
+def test_tokens_show_what_is_trained(shell: Shell) -> None:
+    text = shell("show", "tokens", "-n", "1").stdout
+    assert re.search(r"<\|user\|>.*<\|end\|>", text)
+    assert re.search(r"<\|assistant\|>«.*<\|end\|>»", text)
+
+
+def test_the_report_has_the_figures_that_others_rely_on(shell: Shell) -> None:
+    report = shell.json("show", "report")
+    assert isinstance(report, dict)
+    for measure in ("nll", "stop_rate", "facts"):
+        assert {"base", "tuned"} <= set(report[measure])
+    assert report["nll"]["tuned"] < report["nll"]["base"]
+    assert "by_region" in report["facts"]
+
+
+def test_verify_finds_a_flipped_bit_and_the_next_run_mends_it(shell: Shell) -> None:
+    assert shell.json("verify") == {"checked": 6, "corrupt": []}
+    path = next((shell.folder / "artifacts" / "dialogues").glob("*/dialogues.parquet"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    found = shell.json("verify", code=65)
+    assert isinstance(found, dict)
+    assert [entry["file"] for entry in found["corrupt"]] == ["dialogues.parquet"]
+    done = shell("run", TINY)
+    assert "moved to .aside" in done.stderr
+    assert shell.json("verify") == {"checked": 6, "corrupt": []}
+    assert done.stdout.split().count("ran") == 1
+
+
+def test_a_dry_collection_tells_the_truth_and_removes_nothing(shell: Shell) -> None:
+    shell("run", TINY, "--set", "parse.max_trees=300", "--until", "encode")
+    shell("run", TINY)
+    dry = shell("gc", "--dry-run", "--grace", "0").stdout
+    assert dry.count("would remove tokens/") == 1
+    done = shell("gc", "--grace", "0").stdout
+    assert done.replace("removed", "would remove") == dry
+    assert shell.json("verify") == {"checked": 6, "corrupt": []}
+
+
+def test_chat_answers(shell: Shell) -> None:
+    assert shell("chat", "--prompt", "What's the capital of Assam?").stdout.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("run", "nothing"), 2, r"error\[param.recipe\]: there is no recipe 'nothing'"),
+        (("plan", TINY, "--set", "encode.blok=1"), 2, r"error\[param.recipe\]: .*did you mean block"),
+        (("run", TINY, "--until", "bake"), 2, r"error\[param.step\]"),
+        (("show", "tokens/ffffffffffff"), 2, r"error\[param.artifact\]"),
+        (("plan", TINY, "--set", "download.source=file", "--set", "download.path=/etc/passwd"), 2, r"error\[param"),
+    ],
+)
+def test_an_error_is_one_line_with_a_code_and_a_way_out(
+    shell: Shell, arguments: tuple[str, ...], code: int, says: str
+) -> None:
+    done = shell(*arguments, code=code)
+    assert re.match(says, done.stderr)
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_bad_input_in_a_run_ends_with_one_line_and_its_code(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"message_tree_id": 5}\n' * 20)
+    shell.environment["TREELINE_SOURCE_ROOTS"] = str(tmp_path)
+    source = ("--set", "download.source=file", "--set", f"download.path={tmp_path / 'bad.jsonl'}")
+    done = shell("run", TINY, *source, code=65)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error[")]
+    assert "bad.jsonl" in line
+    assert "Traceback" not in done.stderr

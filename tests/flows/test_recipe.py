@@ -1,0 +1,61 @@
+"""Laws of recipes: the unknown is an error with advice, runtime settings are led to their place."""
+
+from pathlib import Path
+
+import pytest
+
+from flows import recipe
+from tasks.errors import ParameterError
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_every_recipe_that_comes_with_treeline_is_valid_and_says_what_it_is_for(name: str) -> None:
+    assert recipe.load(name).name == name
+    assert (recipe.FOLDER / f"{name}.toml").read_text(encoding="utf-8").startswith("# ")
+
+
+def test_a_setting_is_changed_by_its_name() -> None:
+    made = recipe.load("quickstart", ["encode.block=256", 'encode.layout="top1"', "curate.languages=['de', 'en']"])
+    assert (made.encode.block, made.encode.layout, made.curate.languages) == (256, "top1", ("de", "en"))
+
+
+def test_text_needs_no_quotes() -> None:
+    assert recipe.load("quickstart", ["encode.layout=first-reply"]).encode.layout == "first-reply"
+
+
+def test_a_runtime_setting_may_be_named_by_its_step() -> None:
+    short, long = (recipe.load("quickstart", [f"{place}.device=cpu"]) for place in ("train", "runtime.train"))
+    assert short == long
+    assert short.runtime.train.device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("encode.blok=5", "did you mean block"),
+        ("encod.block=5", "did you mean encode"),
+        ("encode.block=five", "encode.block: .*found 'five'"),
+        ("encode.block=-1", "greater than or equal"),
+        ("encode.layout=zigzag", "encode.layout"),
+        ("encode", "expected section.name=value"),
+        ("=5", "expected section.name=value"),
+        ("name.x=5", "holds a value"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_advice(setting: str, says: str) -> None:
+    with pytest.raises(ParameterError, match=says):
+        recipe.load("quickstart", [setting])
+
+
+def test_an_unknown_recipe_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ParameterError, match="did you mean quickstart"):
+        recipe.load("quikstart")
+
+
+def test_a_file_of_ones_own_is_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine & co.toml").write_text("[encode]\nblock = 64\n")
+    made = recipe.load(str(tmp_path / "mine & co.toml"))
+    assert (made.name, made.encode.block) == ("mine---co", 64)
+    (tmp_path / "broken.toml").write_text("[encode\n")
+    with pytest.raises(ParameterError, match=r"broken\.toml"):
+        recipe.load(str(tmp_path / "broken.toml"))

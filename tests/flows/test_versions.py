@@ -1,0 +1,59 @@
+"""Laws of the version guard: code that changed is named, comments and layout are not code."""
+
+from pathlib import Path
+
+import pytest
+
+from flows import chain, versions
+
+
+def test_no_step_has_changed_since_its_version_was_locked() -> None:
+    """Raise a step's version if it makes other files now; then `python -m flows lock`."""
+    assert versions.stale(versions.current(chain.CHAIN), versions.locked()) == []
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "tasks" / "oasst").mkdir(parents=True)
+    (tmp_path / "tasks" / "parse.py").write_text(
+        "def parse():\n    from tasks.oasst.tree import walk\n    return walk()\n"
+    )
+    (tmp_path / "tasks" / "oasst" / "tree.py").write_text('def walk():\n    """Walk."""\n    return [1]  # one\n')
+    return tmp_path
+
+
+def state(project: Path, version: int = 1) -> dict[str, object]:
+    modules = versions.modules_of("tasks.parse", project)
+    digests = {name: versions.digest(project / f"{name.replace('.', '/')}.py") for name in modules}
+    return {"parse": {"version": version, "modules": digests}}
+
+
+def test_an_import_inside_a_function_is_followed(project: Path) -> None:
+    assert versions.modules_of("tasks.parse", project) == ["tasks.oasst.tree", "tasks.parse"]
+
+
+def test_a_changed_helper_is_named(project: Path) -> None:
+    before = state(project)
+    (project / "tasks" / "oasst" / "tree.py").write_text("def walk():\n    return [2]\n")
+    (line,) = versions.stale(state(project), before)
+    assert line.startswith(
+        "parse: tasks.oasst.tree changed since version 1 was locked. Other files now? Raise version."
+    )
+
+
+def test_comments_docstrings_and_layout_are_not_code(project: Path) -> None:
+    before = state(project)
+    (project / "tasks" / "oasst" / "tree.py").write_text('# new\n\ndef walk():\n    """Stroll."""\n    return [ 1 ]\n')
+    assert versions.stale(state(project), before) == []
+
+
+def test_a_raised_version_must_be_locked(project: Path) -> None:
+    assert versions.stale(state(project, version=2), state(project)) == [
+        "parse: version 2 is not locked yet. Run python -m flows lock"
+    ]
+
+
+def test_errors_and_progress_and_the_store_are_guarded_elsewhere() -> None:
+    found = {name for entry in versions.current(chain.CHAIN).values() for name in entry["modules"]}
+    assert not {name for name in found if name.startswith(versions.LEFT_OUT)}
+    assert {"tasks.parse", "tasks.artifacts", "tasks.oasst.tree", "tasks.text.bpe", "tasks.gpt.loop"} <= found

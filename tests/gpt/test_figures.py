@@ -1,0 +1,60 @@
+"""Laws of the figures: small, well-formed, and the same bytes for the same numbers."""
+
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+import pytest
+
+from tasks.gpt.figures import facts_svg, loss_svg, thinned
+
+TRAIN = [(float(step), 8 / (1 + step / 50)) for step in range(1, 5_001)]
+VALIDATION = [(float(step), 8 / (1 + step / 45)) for step in range(0, 5_001, 250)]
+SHARES = {"Africa": (0.0, 0.91), "Asia": (0.01, 0.935), "Europe": (0.0, 1.0)}
+
+
+def words(svg: bytes) -> set[str]:
+    return {(node.text or "").strip() for node in ElementTree.fromstring(svg).iter() if node.tag.endswith("text")}
+
+
+@pytest.mark.parametrize("svg", [loss_svg(TRAIN, VALIDATION), facts_svg(SHARES), loss_svg([], [])])
+def test_a_figure_is_small_and_well_formed(svg: bytes) -> None:
+    assert ElementTree.fromstring(svg).tag.endswith("svg")
+    assert len(svg) < 100_000
+
+
+def test_a_figure_says_what_it_shows() -> None:
+    assert {"train", "validation", "optimizer step", "nats per token"} <= words(loss_svg(TRAIN, VALIDATION))
+    assert {"base", "tuned", "Africa", "Asia", "Europe", "91", "94", "100"} <= words(facts_svg(SHARES))
+    assert "no step was logged" in words(loss_svg([], []))
+
+
+def test_equal_numbers_make_equal_bytes_whatever_the_users_style() -> None:
+    first = loss_svg(TRAIN, VALIDATION), facts_svg(SHARES)
+    with mpl.rc_context({"lines.linewidth": 9, "font.size": 20, "svg.hashsalt": None}):
+        assert (loss_svg(TRAIN, VALIDATION), facts_svg(SHARES)) == first
+    assert loss_svg(TRAIN[:-1], VALIDATION) != first[0]
+
+
+def test_another_process_makes_the_same_bytes() -> None:
+    code = "import sys; from tasks.gpt.figures import facts_svg; sys.stdout.buffer.write(facts_svg({'A|<b>': (0, .5)}))"
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    assert made == facts_svg({"A|<b>": (0, 0.5)})
+    assert b"<b>" not in made
+    assert b"T00:" not in made  # no date
+
+
+def test_drawing_leaves_the_settings_of_matplotlib_alone() -> None:
+    with mpl.rc_context({"font.size": 13}):
+        facts_svg(SHARES)
+        assert mpl.rcParams["font.size"] == 13
+
+
+def test_a_thinned_curve_keeps_its_mean_and_its_order() -> None:
+    kept = thinned(TRAIN, 100)
+    assert len(kept) == 100
+    assert sum(y for _, y in kept) / 100 == pytest.approx(sum(y for _, y in TRAIN) / len(TRAIN))
+    assert kept == sorted(kept)
+    assert thinned(TRAIN[:7], 100) == TRAIN[:7]
+    assert thinned([], 100) == []

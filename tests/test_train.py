@@ -1,0 +1,293 @@
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tasks import start
+from tasks.artifacts import Encoding, Model, Tokens, write_encoding
+from tasks.errors import ConfigurationError, InputError, ParameterError
+from tasks.gpt.device import device_of
+from tasks.gpt.folder import digests
+from tasks.gpt.loss import token_nats
+from tasks.gpt.weights import build_start, load_model
+from tasks.store.manifest import Manifest
+from tasks.text import bpe
+from tasks.text.chat import TEMPLATES, load_dialect, tags
+from tasks.train import TrainParams, TrainRuntime, train
+
+BLOCK = 96
+TALKS = [
+    (f"What is the {what} of {name}?", f"It is {answer}.")
+    for name, city, coin in (("Elbonia", "Mudville", "mud"), ("Syldavia", "Klow", "khor"), ("Genovia", "Pyrus", "lira"))
+    for what, answer in (("capital", city), ("coin", coin))
+]
+HUB = TrainParams(start="gpt2")
+DTYPES = {"ids": "uint16", "mask": "uint8", "positions": "uint16", "ends": "uint16"}
+RUN = TrainRuntime(device="cpu", threads=1, micro_batch=2)
+MORE: dict[str, Any] = {
+    "layers": 1, "heads": 2, "width": 32, "batch_tokens": 2 * BLOCK, "epochs": 3, "lr": 1e-2, "evals_per_epoch": 1,
+}  # fmt: skip
+PARAMS = TrainParams(**MORE)
+
+
+def manifest(kind: str) -> Manifest:
+    return Manifest(key="0" * 64, kind=kind, recipe={}, files={}, digest="0" * 64)
+
+
+def tokens_in(folder: Path, template: str = "chat", splits: dict[str, tuple[int, int]] | None = None) -> Tokens:
+    """Each talk in a sequence of its own, padded; the last two are validated on, too, so that learning shows."""
+    folder.mkdir()
+    chosen = TEMPLATES[template]
+    vocabulary = bpe.trained((text for talk in TALKS * 3 for text in talk), 320, apart=chosen.plain())
+    pieces = tags(chosen, vocabulary.specials, vocabulary.encode)
+    arrays = {name: np.zeros((len(TALKS), BLOCK), dtype) for name, dtype in DTYPES.items()}
+    for row, (question, answer) in enumerate(TALKS):
+        asked = pieces.opens["user"] + vocabulary.encode(question) + pieces.closes["user"]
+        prompt = pieces.start + asked + pieces.opens["assistant"]
+        reply = vocabulary.encode(answer) + pieces.closes["assistant"]
+        ids = prompt + reply + pieces.tail
+        pad = vocabulary.specials["<|endoftext|>"]
+        arrays["ids"][row] = ids + [pad] * (BLOCK - len(ids))
+        arrays["mask"][row, len(prompt) : len(prompt) + len(reply)] = 1
+        arrays["positions"][row, : len(ids)] = range(len(ids))
+        arrays["ends"][row] = [len(ids)] * len(ids) + list(range(len(ids) + 1, BLOCK + 1))
+    for name, array in arrays.items():
+        array.tofile(folder / f"{name}.bin")
+    vocabulary.exported().save(str(folder / "tokenizer.json"))
+    write_encoding(
+        folder,
+        Encoding(
+            block=BLOCK,
+            vocab_size=vocabulary.size_padded,
+            template=template,
+            layout="paths",
+            specials=vocabulary.specials,
+            stop=vocabulary.specials[chosen.stop],
+            pad=vocabulary.specials["<|endoftext|>"],
+            splits=splits or {"train": (0, 6), "val": (4, 6), "test": (6, 6)},
+            utf8_bytes={},
+        ),
+    )
+    return Tokens(folder, manifest("tokens"))
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
+    return tokens_in(tmp_path_factory.mktemp("tokens") / "t")
+
+
+@pytest.fixture(scope="module", params=["chat", "xml"])
+def worded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokens:
+    """Tokens in each of the templates."""
+    return tokens_in(tmp_path_factory.mktemp("tokens") / "t", request.param)
+
+
+@pytest.fixture(scope="module")
+def model(worded: Tokens, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    out = tmp_path_factory.mktemp("model")
+    counts = train.function(out, worded, TrainParams(**{**MORE, "epochs": 50, "dropout": 0.0}), RUN)
+    assert counts == json.loads((out / "training.json").read_text())
+    return Model(out, manifest("model"))
+
+
+def trained(out: Path, tokens: Tokens, params: TrainParams = PARAMS, run: TrainRuntime = RUN) -> Path:
+    out.mkdir()
+    train.function(out, tokens, params, run)
+    return out
+
+
+@pytest.fixture
+def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "roots"
+    folder.mkdir()
+    monkeypatch.setenv("TREELINE_MODEL_ROOTS", f"{tmp_path / 'nowhere'}{os.pathsep}{folder}")
+    return folder
+
+
+@pytest.fixture
+def folder(roots: Path, tokens: Tokens) -> Path:
+    """A small model of somebody else, with fewer words than the tokens have."""
+    return trained(roots / "other", tokens)
+
+
+def test_the_folder_holds_the_artifacts_files_and_nothing_else(model: Model) -> None:
+    assert sorted(path.name for path in model.path.iterdir()) == sorted(Model.files)
+
+
+def test_the_validation_loss_falls_and_counts_say_so(model: Model) -> None:
+    counts = model.json("training.json")
+    assert counts["steps"] == 150
+    assert 0 < counts["best_step"] <= 150
+    assert counts["val_nll_best"] < counts["val_nll_start"] - 1
+    assert counts["parameters"] == sum(weight.numel() for weight in load_model(model.path).parameters())
+    assert len(model.log()) == 151
+
+
+def test_transformers_opens_the_folder_and_gives_replies_like_those_of_training(model: Model) -> None:
+    tokenizer, theirs = AutoTokenizer.from_pretrained(model.path), AutoModelForCausalLM.from_pretrained(model.path)
+    for question, _ in TALKS:
+        asked = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt"
+        )
+        said = theirs.generate(**asked, max_new_tokens=20, do_sample=False)[0, asked["input_ids"].shape[1] :]
+        assert said[-1] == tokenizer.eos_token_id == model.encoding().stop
+        assert load_dialect(model.path).decode(said.tolist()) in {answer for _, answer in TALKS}
+
+
+def test_the_exported_tokenizer_gives_the_ids_of_training(model: Model, worded: Tokens) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model.path)
+    for ids, ends, (question, answer) in zip(worded.ids(), worded.ends(), TALKS, strict=True):
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        found = tokenizer.apply_chat_template(turns)["input_ids"]
+        assert found == ids[: ends[0]].tolist()
+    encoding = model.encoding()
+    assert tokenizer.convert_tokens_to_ids(list(encoding.specials)) == list(encoding.specials.values())
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (encoding.stop, encoding.pad)
+    assert set(encoding.specials.values()) == set(tokenizer.all_special_ids)
+    assert tokenizer.model_max_length == encoding.block
+
+
+def test_the_start_can_be_built_again_from_start_json(model: Model, worded: Tokens) -> None:
+    base = build_start(model.json("start.json")).eval()
+    parts = [torch.from_numpy(read("val").astype(np.int64)) for read in (worded.ids, worded.mask, worded.positions)]
+    ends = torch.from_numpy(worded.ends("val").astype(np.int64))
+    nats = token_nats(base, parts[0], parts[1].bool(), parts[2], ends)
+    assert nats.mean().item() == pytest.approx(model.json("training.json")["val_nll_start"], rel=1e-5)
+
+
+def test_the_same_settings_give_the_same_bytes(tokens: Tokens, tmp_path: Path) -> None:
+    one, other = trained(tmp_path / "a", tokens), trained(tmp_path / "b", tokens)
+    for name in set(Model.files) - Model.records:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_a_try_that_was_cut_short_is_taken_up_and_ends_in_the_same_bytes(
+    tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tasks.gpt.weights
+
+    whole, cut = trained(tmp_path / "whole", tokens), tmp_path / "cut"
+    cut.mkdir()
+    monkeypatch.setattr(tasks.gpt.weights, "export", lambda *_, **__: 1 / 0)
+    every = RUN.model_copy(update={"checkpoint_seconds": 0.0})
+    with pytest.raises(ZeroDivisionError):
+        train.function(cut, tokens, PARAMS, every)
+    newest = max((cut / "checkpoints").glob("step-*"))
+    shutil.rmtree(newest)  # as if killed before the last step
+    monkeypatch.undo()
+    train.function(cut, tokens, PARAMS, every)
+    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert not (cut / "checkpoints").exists()
+
+
+def test_a_local_folder_is_tuned_further_and_its_tables_grow(folder: Path, tokens: Tokens, tmp_path: Path) -> None:
+    out = trained(tmp_path / "out", tokens, TrainParams(**MORE, start="folder", folder=str(folder)))
+    start = json.loads((out / "start.json").read_text())
+    assert start["sha256"] == digests(folder)["sha256"]
+    assert str(folder) not in (out / "start.json").read_text()
+    assert (start["layers"], start["width"]) == (1, 32)
+
+
+def test_a_folder_outside_the_allowed_roots_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "roots" / "link").symlink_to(tmp_path)
+    for path in (tmp_path, tmp_path / "roots" / "link", folder / ".." / "..", Path("/etc")):
+        with pytest.raises(ParameterError) as caught:
+            TrainParams(**MORE, start="folder", folder=str(path)).keyed()
+        assert (caught.value.code, caught.value.exit_code) == ("param.path", 2)
+
+
+def test_the_key_holds_the_folders_content_and_not_its_path(folder: Path, roots: Path) -> None:
+    key = TrainParams(**MORE, start="folder", folder=str(folder)).keyed()
+    assert key["weights"] == digests(folder)
+    assert str(folder) not in json.dumps(key)
+    moved = shutil.move(folder, roots / "moved")
+    assert TrainParams(**MORE, start="folder", folder=str(moved)).keyed() == key
+
+
+def test_the_key_holds_every_setting_that_has_a_say() -> None:
+    scratch = PARAMS.keyed()
+    assert set(scratch) == set(TrainParams.model_fields) - {"folder"}
+    published = HUB.keyed()
+    assert set(scratch) - set(published) == {"layers", "heads", "width"}
+    assert len(published["weights"]["model.safetensors"]) == 64
+
+
+def test_every_setting_is_described() -> None:
+    for kind in (TrainParams, TrainRuntime):
+        assert all(field.description for field in kind.model_fields.values())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"start": "folder"},
+        {"folder": "x"},
+        {"width": 10, "heads": 4},
+        {"epochs": 0},
+        {"lr": -1.0},
+        {"dropout": 1.0},
+        {"start": "gpt3"},
+        {"learning_rate": 1.0},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="validation error"):
+        TrainParams(**wrong)
+
+
+def test_published_weights_are_fetched_pinned_and_other_peoples_ids_are_refused(
+    folder: Path, tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fetch(repo: str, file: str, revision: str, sha256: str) -> Path:
+        asked.append((repo, file, len(revision), len(sha256)))
+        return folder / file
+
+    monkeypatch.setattr(start, "fetch_file", fetch)
+    with pytest.raises(ParameterError, match=r"the tokens are not gpt2's: 'Hello world' is"):
+        trained(tmp_path / "out", tokens, HUB)
+    repo = "openai-community/gpt2"
+    assert asked == [(repo, "config.json", 40, 64), (repo, "model.safetensors", 40, 64)]
+
+
+def test_a_model_with_too_few_positions_is_refused(folder: Path, tokens: Tokens, tmp_path: Path) -> None:
+    longer = tokens_in(tmp_path / "longer")
+    positions = np.fromfile(longer.path / "positions.bin", np.uint16)
+    positions[7] = 200
+    positions.tofile(longer.path / "positions.bin")
+    with pytest.raises(ParameterError, match=r"longest conversation has 201 tokens, the model 96 positions"):
+        trained(tmp_path / "out", longer, TrainParams(**MORE, start="folder", folder=str(folder)))
+
+
+def test_a_train_split_without_anything_to_learn_is_refused(tmp_path: Path) -> None:
+    empty = tokens_in(tmp_path / "t", splits={"train": (0, 0), "val": (0, 6), "test": (6, 6)})
+    with pytest.raises(InputError, match="expected tokens to train on"):
+        trained(tmp_path / "out", empty)
+
+
+def test_without_a_validation_split_the_last_weights_are_exported(tmp_path: Path) -> None:
+    given = tokens_in(tmp_path / "t", splits={"train": (0, 6), "val": (6, 6), "test": (6, 6)})
+    counts = json.loads((trained(tmp_path / "out", given) / "training.json").read_text())
+    assert (counts["best_step"], counts["val_nll_best"]) == (counts["steps"], None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_a_device_that_is_not_there_is_refused_and_auto_takes_what_is() -> None:
+    with pytest.raises(ConfigurationError, match="no cuda device"):
+        device_of("cuda")
+    assert device_of("auto").type in {"cpu", "mps"}
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before
