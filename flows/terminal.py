@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from tasks.progress import Bar
+from tasks.progress import NOBODY, Bar
 from tasks.store.folders import SHORT
 
 if TYPE_CHECKING:
@@ -23,18 +23,25 @@ MARKS = {"cached": "[green]cached[/]", "run": "[yellow]run[/]", "unknown": "[dim
 
 
 def console() -> Console:
-    """Return standard output; as wide as a log needs, where it is no terminal."""
-    plain = Console()
-    return plain if plain.is_terminal else Console(width=160)
+    """Return standard output."""
+    return _wide(Console())
+
+
+def _wide(found: Console) -> Console:
+    """Make a console that is no terminal as wide as a log needs."""
+    if not found.is_terminal:
+        found.width = 160
+    return found
 
 
 class _RichBar:
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self.progress, self.task = progress, task
+    def __init__(self, progress: Progress, task: TaskID, total: float | None, unit: str) -> None:
+        self.progress, self.task, self.total, self.unit, self.done = progress, task, total, unit, 0.0
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         """Move the bar."""
-        self.progress.advance(self.task, amount)
+        self.done += amount
+        self.progress.update(self.task, advance=amount, amount=amount_of(self.done, self.total, self.unit))
         if note:
             self.progress.update(self.task, note=note)
 
@@ -43,31 +50,35 @@ class Bars:
     """Shows progress as bars on standard error."""
 
     def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        from rich.progress import TimeRemainingColumn as Remaining
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        texts = [
-            TextColumn("{task.description:<22}"),
-            TextColumn("{task.fields[unit]}"),
-            TextColumn("{task.fields[note]}", style="cyan"),
-        ]
-        columns = (texts[0], BarColumn(28), MofNCompleteColumn(), texts[1], TimeElapsedColumn(), Remaining(), texts[2])
-        self.progress = Progress(*columns, console=Console(stderr=True), transient=False)
+        columns = [TextColumn(f"{{task.{name}}}") for name in ("description", "fields[amount]", "fields[note]")]
+        self.progress = Progress(columns[0], BarColumn(16), *columns[1:2], TimeElapsedColumn(), columns[2],
+                                 console=_wide(Console(stderr=True)))  # fmt: skip
 
     @contextmanager
     def bar(self, label: str, total: float | None, unit: str) -> Iterator[Bar]:
-        """Open a bar."""
-        task = self.progress.add_task(label, total=total, unit=unit, note="")
-        yield _RichBar(self.progress, task)
-        done = self.progress.tasks[self.progress.task_ids.index(task)]
-        if done.total is None:
-            self.progress.update(task, total=done.completed)
+        """Open a bar; for nothing to do, none."""
+        if total == 0:
+            yield NOBODY
+            return
+        task = self.progress.add_task(label, total=total, amount=amount_of(0, total, unit), note="")
+        bar = _RichBar(self.progress, task, total, unit)
+        yield bar
+        if total is None:  # it ended, wherever that is
+            self.progress.update(task, total=bar.done or 1, completed=bar.done or 1)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Show the bars while the block runs."""
         with self.progress:
             yield
+
+
+def amount_of(done: float, total: float | None, unit: str) -> str:
+    """Say how much of how much is done; bytes in MB."""
+    scale, name, form = (1e6, "MB", ",.1f") if unit == "bytes" else (1.0, unit, ",.0f")
+    return f"{done / scale:{form}}{'' if total is None else f'/{total / scale:{form}}'} {name}"
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -37,6 +37,7 @@ class _Silent:
         yield self
 
 
+NOBODY = _Silent()
 _listener: ContextVar[Listener] = ContextVar("treeline_progress")
 
 
@@ -52,7 +53,7 @@ def listening(to: Listener) -> Iterator[None]:
 
 def listener() -> Listener:
     """Return who listens now."""
-    return _listener.get(_Silent())
+    return _listener.get(NOBODY)
 
 
 def bar(label: str, total: float | None = None, unit: str = "") -> AbstractContextManager[Bar]:

@@ -1,0 +1,233 @@
+"""The commands of the command line: each takes what was asked, prints, and returns its exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from flows import chain, recipe
+from flows.chain import STEP_NAMES
+from tasks.artifacts import Artifact, Model, Tokens
+from tasks.errors import ParameterError
+from tasks.step import home, session
+from tasks.store import collect
+from tasks.store.check import Fault, examine
+from tasks.store.folders import SHORT, Store
+
+
+def _recipe(asked: argparse.Namespace) -> recipe.Recipe:
+    return recipe.load(asked.recipe, asked.settings)
+
+
+def _force(asked: argparse.Namespace) -> frozenset[str]:
+    for name in asked.force:
+        chain.until(name)
+    return frozenset(asked.force)
+
+
+def run(asked: argparse.Namespace) -> int:
+    """Run a recipe; its last line on standard output is the id of what it ends with."""
+    from flows.terminal import console, summary_table
+
+    settings, force, started = _recipe(asked), _force(asked), time.monotonic()
+    given: chain.Made = {Tokens: chain.open_tokens(asked.tokens)} if asked.tokens else {}
+    steps = chain.until(asked.until, chain.MODEL if given else chain.CHAIN)
+    if not steps:
+        raise ParameterError(f"nothing is left to do from tokens to {asked.until}", "--until", code="param.step")
+    planned = chain.plan(settings, steps, force, given)
+    if chain.done(planned):
+        made = [(entry.step, True, 0.0, entry.why, entry.artifact) for entry in planned if entry.artifact]
+        Store(home()).note_run(settings.name, {step: artifact.id for step, _, _, _, artifact in made})
+    else:
+        made = _work(settings, asked, force)
+    rows = [(step, cached, seconds, why, one.counts, one.path) for step, cached, seconds, why, one in made]
+    console().print(summary_table(f"{settings.name}: {time.monotonic() - started:.1f} s", rows))
+    print(made[-1][-1].id)
+    return 0
+
+
+def _work(
+    settings: recipe.Recipe, asked: argparse.Namespace, force: frozenset[str]
+) -> list[tuple[str, bool, float, str, Artifact]]:
+    """Run the flow in this process, on Prefect's in-process API unless PREFECT_API_URL names a server."""
+    from flows.deployments import configure
+    from flows.terminal import Bars
+    from tasks.progress import listening
+
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if asked.verbose else "CRITICAL")
+    configure(os.environ)
+    print("starting Prefect (the first time, its database takes half a minute) ...", file=sys.stderr)
+    from flows.cards import publish_card
+    from flows.pipeline import model, pipeline
+
+    bars, until = Bars(), next(step for step in reversed(STEP_NAMES) if step == asked.until or not asked.until)
+    forced = [step for step in STEP_NAMES if step in force]
+    with bars.shown(), listening(bars), session(settings.name, force, publish_card) as run:
+        if asked.tokens:
+            model(settings, asked.tokens, until, forced)
+        else:
+            pipeline(settings, until, forced)
+    return [(one.step, one.cached, one.seconds, one.why, one.artifact) for one in run.outcomes]
+
+
+def plan(asked: argparse.Namespace) -> int:
+    """Print what a run would do."""
+    from flows.terminal import console, plan_table
+
+    planned = chain.plan(_recipe(asked), chain.until(asked.until), _force(asked))
+    if asked.json:
+        _json([{"step": one.step, "status": one.status, "key": one.key, "why": one.why} for one in planned])
+    else:
+        console().print(plan_table(f"{asked.recipe}: what a run would do", planned))
+    return 0
+
+
+def why(asked: argparse.Namespace) -> int:
+    """Print why steps would run."""
+    planned = [
+        one for one in chain.plan(_recipe(asked), chain.until(asked.until), _force(asked)) if one.status != "cached"
+    ]
+    if asked.json:
+        _json([{"step": one.step, "status": one.status, "key": one.key, "why": one.why} for one in planned])
+        return 0
+    for one in planned:
+        print(f"{one.step} would run: {one.why}" if one.status == "run" else f"{one.step} may run: it {one.why}")
+    if not planned:
+        print("nothing would run: every artifact is there, and nothing changed")
+    return 0
+
+
+def ls(asked: argparse.Namespace) -> int:
+    """List the artifacts."""
+    from flows.terminal import artifact_table, console, size
+
+    found = [manifest for _, manifest in Store(home()).manifests(asked.kind)]
+    if asked.json:
+        _json(
+            [
+                {
+                    "id": f"{one.kind}/{one.key[:SHORT]}",
+                    "kind": one.kind,
+                    "key": one.key,
+                    "created": one.created,
+                    "bytes": size(one),
+                    "counts": one.counts,
+                    "recipe": one.recipe,
+                }
+                for one in found
+            ]
+        )
+    elif found:
+        console().print(artifact_table(found))
+    else:
+        print(f"no artifacts in {home()}; `python -m flows run` makes some")
+    return 0
+
+
+def show(asked: argparse.Namespace) -> int:
+    """Show what is inside an artifact."""
+    from flows import showing
+
+    artifact = chain.open_artifact(asked.artifact)
+    if asked.json:
+        _json(showing.rows(artifact, asked.n))
+    else:
+        print(showing.text(artifact, asked.n))
+    return 0
+
+
+def verify(asked: argparse.Namespace) -> int:
+    """Hash everything again; exit 65 if anything is not what was published."""
+    found = [(folder, examine(folder)) for folder in Store(home()).folders()]
+    corrupt = [
+        {"id": f"{folder.parent.name}/{folder.name}", "file": fault.file, "what": fault.what}
+        for folder, fault in found
+        if isinstance(fault, Fault)
+    ]
+    if asked.json:
+        _json({"checked": len(found), "corrupt": corrupt})
+    else:
+        for entry in corrupt:
+            print(f"{entry['id']}: {entry['file']} {entry['what']}; the next run moves it aside and rebuilds it")
+        print(f"{len(found)} artifacts checked, {len(corrupt)} corrupt")
+    return 65 if corrupt else 0
+
+
+def gc(asked: argparse.Namespace) -> int:
+    """Remove what nobody needs, or say what that is."""
+    store = Store(home())
+    unused = collect.garbage(store, asked.grace * 3600)
+    for path in unused:
+        print(f"{'would remove' if asked.dry_run else 'removed'} {path.relative_to(store.root)}")
+    if not asked.dry_run:
+        collect.remove(unused, store)
+    print(f"{len(unused)} folders; the last run of each recipe and what is younger than {asked.grace:g} h are kept")
+    return 0
+
+
+def lock(asked: argparse.Namespace) -> int:
+    """Write the lock of step versions."""
+    from flows import versions
+
+    now = versions.current(chain.CHAIN)
+    for line in versions.stale(now, versions.locked()):
+        print(line)
+    versions.write(now)
+    print("locked " + ", ".join(f"{name} {entry['version']}" for name, entry in now.items()))
+    return 0
+
+
+def chat(asked: argparse.Namespace) -> int:
+    """Talk to a tuned model: one answer, or a conversation until an empty line."""
+    model = chain.open_artifact(asked.model)
+    if not isinstance(model, Model):
+        raise ParameterError(f"expected a model's id, found {model.id}", "--model", code="param.artifact")
+    from tasks.gpt.talk import Talk
+
+    talk = Talk(model.path, asked.temperature)
+    if asked.prompt is not None:
+        _answer(talk.answer(asked.prompt))
+        return 0
+    print(f"{model.id}; an empty line ends", file=sys.stderr)
+    with _quiet_end():
+        while text := input("you> ").strip():
+            _answer(talk.answer(text))
+    return 0
+
+
+def _answer(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+@contextmanager
+def _quiet_end() -> Iterator[None]:
+    try:
+        yield
+    except EOFError:
+        print()
+
+
+def serve(asked: argparse.Namespace) -> int:
+    """Serve the deployments until interrupted."""
+    from flows.deployments import configure, deployments, server
+
+    configure(os.environ)
+    print("starting the Prefect server ...", file=sys.stderr)
+    with server(asked.port) as api:
+        from prefect import serve as prefect_serve
+
+        print(f"the UI is at {api.removesuffix('/api')}; artifacts at {api.removesuffix('/api')}/v2/artifacts")
+        prefect_serve(*deployments(), limit=1)
+    return 0
+
+
+def _json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=1))
