@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tasks.artifacts import Artifact, Model, Report
+from tasks.artifacts import Model, Report
 from tasks.progress import Bar, Listener
 from tasks.step import Outcome
 
@@ -49,17 +49,11 @@ def publish_summary(recipe: str, outcomes: Sequence[Outcome]) -> None:
 def card(outcome: Outcome) -> str:
     """Render one step's card: what it made, its counts, and its picture where it has one."""
     artifact = outcome.artifact
-    state = "cached" if outcome.cached else "made"
-    parts = [
-        f"# {outcome.step}: `{artifact.id}` {state}",
-        f"{safe(outcome.why)}; {outcome.seconds:.1f} s",
-        counts_table(artifact.counts),
-    ]
-    if isinstance(artifact, Report):
-        parts.append(_with_pictures(artifact))
+    head = f"# {outcome.step}: `{artifact.id}` {'cached' if outcome.cached else 'made'}"
+    parts = [head, f"{safe(outcome.why)}; {outcome.seconds:.1f} s; in `{safe(str(artifact.path))}`"]
+    parts.append(_with_pictures(artifact) if isinstance(artifact, Report) else counts_table(artifact.counts))
     if isinstance(artifact, Model):
         parts.append(_losses(artifact))
-    parts.append(f"Folder: `{safe(str(artifact.path))}`")
     return "\n\n".join(parts)
 
 
@@ -80,15 +74,16 @@ def counts_table(counts: Mapping[str, Any], name: str = "count") -> str:
     plain = {key: value for key, value in counts.items() if not isinstance(value, dict)}
     parts = []
     if plain:
-        rows = [
-            f"| {safe(key)} | {value:,} |"
-            if isinstance(value, int | float)
-            else f"| {safe(key)} | {safe(str(value))} |"
-            for key, value in plain.items()
-        ]
+        rows = [f"| {safe(key)} | {_cell(value)} |" for key, value in plain.items()]
         parts.append("\n".join([f"| {safe(name)} | |", "|---|---:|", *rows]))
     parts += [counts_table(value, key) for key, value in counts.items() if isinstance(value, dict) and value]
     return "\n\n".join(parts)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, int | float):
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+    return safe(str(value))
 
 
 def safe(text: str) -> str:
@@ -101,20 +96,25 @@ def _with_pictures(report: Report) -> str:
     page = report.markdown()
     for name in report.manifest.files:
         if name.endswith(".svg"):
-            page = page.replace(f"]({name})", f"]({_inline(report, name)})")
+            page = page.replace(f"]({name})", f"]({_inline((report.path / name).read_bytes())})")
     return page
 
 
-def _inline(artifact: Artifact, name: str) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode((artifact.path / name).read_bytes()).decode()
+def _inline(svg: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
 
 
 def _losses(model: Model) -> str:
-    """Return the validation losses as a table: the curve itself comes with the report."""
-    rows = [
-        f"| {entry['step']} | {entry['val_nll']:.4f} |" for entry in model.log() if entry.get("val_nll") is not None
-    ]
-    return "\n".join(["| step | validation nats/token |", "|---:|---:|", *rows])
+    """Return the loss curve, and the validation losses as a table."""
+    from tasks.gpt.figures import loss_svg
+
+    train, validation = (
+        [(entry["step"], entry[name]) for entry in model.log() if entry.get(name) is not None]
+        for name in ("loss", "val_nll")
+    )
+    rows = [f"| {step:,} | {nats:.4f} |" for step, nats in validation]
+    table = "\n".join(["| step | validation, nats per token |", "|---:|---:|", *rows])
+    return f"![training and validation loss]({_inline(loss_svg(train, validation))})\n\n{table}"
 
 
 class _Reported:
