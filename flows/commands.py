@@ -14,6 +14,7 @@ from typing import Any
 from flows import chain, recipe
 from flows.chain import STEP_NAMES
 from tasks.artifacts import Artifact, Model, Tokens
+from tasks.dialogue.scorecard import printable
 from tasks.errors import ParameterError
 from tasks.step import home, session
 from tasks.store import collect
@@ -138,7 +139,7 @@ def show(asked: argparse.Namespace) -> int:
     if asked.json:
         _json(showing.rows(artifact, asked.n))
     else:
-        print(showing.text(artifact, asked.n))
+        print(printable(showing.text(artifact, asked.n)))  # it is strangers' text: no escape reaches the terminal
     return 0
 
 
@@ -203,7 +204,7 @@ def chat(asked: argparse.Namespace) -> int:
 
 def _answer(pieces: Iterator[str]) -> None:
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
     print()
 
 

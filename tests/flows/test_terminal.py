@@ -1,0 +1,62 @@
+"""Laws of what the terminal shows."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from flows import commands
+from flows.__main__ import parser
+from flows.terminal import Bars, amount_of, brief
+from tasks.progress import bar, listening, track
+from tasks.sources import ROOTS
+
+HOSTILE = (
+    '{"message_tree_id": "t", "tree_state": "ready_for_export", "prompt": '
+    '{"message_id": "t", "text": "\\u001b[31mred\\u0007", "role": "prompter"}}\n'
+)
+
+
+def test_amounts_are_counted_in_their_unit_and_bytes_in_megabytes() -> None:
+    assert amount_of(894, 996, "steps") == "894/996 steps"
+    assert amount_of(9_225_355, 9_225_355, "bytes") == "9.2/9.2 MB"
+    assert amount_of(12_000, None, "rows") == "12,000 rows"
+
+
+def test_brief_counts_are_plain_numbers() -> None:
+    assert brief({"trees": 4569, "funnel": {"spam": 1}, "share": 0.12345}) == "trees 4,569, share 0.123"
+
+
+def test_bars_move_and_nothing_to_do_has_none() -> None:
+    bars = Bars()
+    bars.progress.live.console = Console(file=io.StringIO())
+    with listening(bars):
+        assert list(track(range(3), "count", 3, "things")) == [0, 1, 2]
+        with bar("open", None, "rows") as shown:
+            shown.advance(5, note="so far")
+        with bar("nothing", 0, "rows") as shown:
+            shown.advance()
+    assert [(task.description, task.completed, task.total) for task in bars.progress.tasks] == [
+        ("count", 3, 3),
+        ("open", 5, 5),
+    ]
+
+
+def test_an_escape_in_the_data_never_reaches_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "trees.jsonl").write_text(HOSTILE)
+    monkeypatch.setenv(ROOTS, str(tmp_path))
+    monkeypatch.setenv("TREELINE_ARTIFACTS", str(tmp_path / "artifacts"))
+    from tasks.download import DownloadParams, DownloadRuntime, download
+    from tasks.parse import ParseParams, parse
+
+    raw = download(DownloadParams(source="file", path=str(tmp_path / "trees.jsonl")), DownloadRuntime())
+    parse(raw, ParseParams())
+    for kind in ("raw", "messages"):
+        assert commands.show(parser().parse_args(["show", kind])) == 0
+    shown = capsys.readouterr().out
+    assert "red" in shown
+    assert "\x1b" not in shown
+    assert "\x07" not in shown
