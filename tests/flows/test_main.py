@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +145,15 @@ def test_a_dry_collection_tells_the_truth_and_removes_nothing(shell: Shell) -> N
     done = shell("gc", "--grace", "0").stdout
     assert done.replace("removed", "would remove") == dry
     assert shell.json("verify") == {"checked": 6, "corrupt": []}
+
+
+def test_tokens_alone_are_enough_to_go_on_with_on_another_machine(shell: Shell, tmp_path: Path) -> None:
+    (made,) = (shell.folder / "artifacts" / "tokens").iterdir()
+    other = Shell(tmp_path)
+    shutil.copytree(made, other.folder / "artifacts" / "tokens" / made.name)
+    done = other("run", TINY, "--tokens", f"tokens/{made.name}", "--until", "train")
+    assert re.fullmatch(r"model/[0-9a-f]{12}", done.stdout.splitlines()[-1])
+    assert other("run", TINY, "--tokens", f"tokens/{made.name}", "--until", "train").stdout.count(" ran ") == 0
 
 
 def test_chat_answers(shell: Shell) -> None:
