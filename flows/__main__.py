@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
 from flows import commands, recipe
 from tasks.artifacts import KINDS
-from tasks.errors import TreelineError
+from tasks.errors import ParameterError, TreelineError
 from tasks.step import home
+
+AGAIN = 10.0  # seconds after which a signal that ended nothing is sent again; telling Prefect takes up to eight
 
 EXAMPLES = """examples:
   python -m flows run                          the quickstart: offline, on the CPU, some minutes
@@ -29,7 +32,9 @@ EXAMPLES = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    signal.signal(signal.SIGTERM, _terminated)
+    stop = _Stop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     logging.getLogger("treeline").addHandler(_to_stderr())
     try:
         asked = parser().parse_args(arguments)
@@ -40,29 +45,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error[interrupted]: stopped. Finished steps are kept; run the same command to go on.", file=sys.stderr)
         return 130
+    except SystemExit as stopped:  # `--help` ends so, too
+        if stopped.code == 128 + signal.SIGTERM:
+            print(
+                "error[terminated]: stopped by SIGTERM. Finished steps are kept; run the same command to go on.",
+                file=sys.stderr,
+            )
+        raise
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except Exception as error:  # our own bug, or a library's: one line to read, and the whole story in a file
         print(_unexpected(error), file=sys.stderr)
         return 70
+    finally:
+        stop.over()
     return code
 
 
 def _unexpected(error: Exception) -> TreelineError:
-    path = home() / ".crash.log"
-    with suppress(OSError):
+    path, first = home() / ".crash.log", next(iter(str(error).splitlines()), "")
+    where = f"the traceback is in {path}"
+    try:
         path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-    first = next(iter(str(error).splitlines()), "")
+    except OSError:
+        where = "".join(traceback.format_tb(error.__traceback__)[-1:]).strip().splitlines()[0]
     return TreelineError(
         f"{type(error).__name__}: {first}",
-        f"the traceback is in {path}",
+        where,
         "finished steps are kept; this is a bug: please report it with that file",
     )
 
 
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
+class _Stop:
+    """Ends the command at a signal; again, should that be swallowed, as by a `__del__` while a library is imported."""
+
+    def __init__(self) -> None:
+        self.again: list[threading.Timer] = []
+
+    def __call__(self, number: int, frame: FrameType | None) -> NoReturn:
+        self.again.append(threading.Timer(AGAIN, os.kill, (os.getpid(), number)))
+        self.again[-1].daemon = True
+        self.again[-1].start()
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
+
+    def over(self) -> None:
+        """Send nothing any more: the command has ended."""
+        for timer in self.again:
+            timer.cancel()
 
 
 def _to_stderr() -> logging.Handler:
@@ -71,9 +103,30 @@ def _to_stderr() -> logging.Handler:
     return handler
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ParameterError(message, self.prog, f"see `{self.prog} --help`", code="param.usage")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, found {text!r}")
+    return int(text)
+
+
+def _hours(text: str) -> float:
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = math.nan
+    if not 0 <= hours < math.inf:
+        raise argparse.ArgumentTypeError(f"expected hours from 0, found {text!r}")
+    return hours
+
+
 def parser() -> argparse.ArgumentParser:
     """Build the parser of all commands."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="python -m flows",
         epilog=EXAMPLES,
         description="Treeline turns conversation trees into an instruction-tuned GPT-2; every step is cached.",
@@ -102,6 +155,7 @@ def parser() -> argparse.ArgumentParser:
             dest="settings",
             help="change a setting, such as train.epochs=2; may be repeated",
         )
+        made.add_argument("--tokens", default="", metavar="ID", help="begin with these tokens, such as copied ones")
         made.add_argument("--until", metavar="STEP", help="stop after this step")
         made.add_argument(
             "--force",
@@ -116,7 +170,6 @@ def parser() -> argparse.ArgumentParser:
 
     made = command("run", commands.run, "run a recipe, doing only what is not done yet")
     about_recipe(made)
-    made.add_argument("--tokens", default="", metavar="ID", help="train on these tokens, such as copied ones")
     made.add_argument("--verbose", action="store_true", help="show Prefect's own log, too")
     for name, does, about in (
         ("plan", commands.plan, "say what a run would do, step by step"),
@@ -130,12 +183,12 @@ def parser() -> argparse.ArgumentParser:
     as_json(made)
     made = command("show", commands.show, "look into an artifact")
     made.add_argument("artifact", metavar="ID_OR_KIND", help="an id as `ls` prints it, or a kind for its youngest")
-    made.add_argument("-n", type=int, default=5, metavar="N", help="how many rows, trees or sequences (default: 5)")
+    made.add_argument("-n", type=_count, default=5, metavar="N", help="how many rows, trees or sequences (default: 5)")
     as_json(made)
     as_json(command("verify", commands.verify, "hash every file of every artifact again"))
     made = command("gc", commands.gc, "remove artifacts that no recipe's last run needs")
     made.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    made.add_argument("--grace", type=float, default=1.0, metavar="HOURS", help="keep what is younger (default: 1)")
+    made.add_argument("--grace", type=_hours, default=1.0, metavar="HOURS", help="keep what is younger (default: 1)")
     command("lock", commands.lock, "write the digests of the steps' code into tasks/versions.lock")
     made = command("chat", commands.chat, "talk to a tuned model")
     made.add_argument("--model", default="model", metavar="ID", help="a model's id (default: the youngest)")

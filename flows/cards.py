@@ -71,7 +71,7 @@ def summary(recipe: str, outcomes: Sequence[Outcome]) -> str:
 
 def counts_table(counts: Mapping[str, Any], name: str = "count") -> str:
     """Render counts as a Markdown table; tables of counts, such as the funnel, follow in their own."""
-    plain = {key: value for key, value in counts.items() if not isinstance(value, dict)}
+    plain = {key: value for key, value in counts.items() if value is not None and not isinstance(value, dict)}
     parts = []
     if plain:
         rows = [f"| {safe(key)} | {_cell(value)} |" for key, value in plain.items()]
@@ -113,7 +113,7 @@ def _losses(model: Model) -> str:
         for name in ("loss", "val_nll")
     )
     rows = [f"| {step:,} | {nats:.4f} |" for step, nats in validation]
-    table = "\n".join(["| step | validation, nats per token |", "|---:|---:|", *rows])
+    table = "\n".join(["| step | validation, nats per token |", "|---:|---:|", *rows]) if rows else ""
     return f"![training and validation loss]({_inline(loss_svg(train, validation))})\n\n{table}"
 
 

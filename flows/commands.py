@@ -8,72 +8,89 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from flows import chain, recipe
 from flows.chain import STEP_NAMES
 from tasks.artifacts import Artifact, Model, Tokens
 from tasks.dialogue.scorecard import printable
-from tasks.errors import ParameterError
-from tasks.step import home, session
+from tasks.errors import ParameterError, PermissionRefused, StoreError
+from tasks.step import Step, home, session
 from tasks.store import collect
 from tasks.store.check import Fault, examine
 from tasks.store.folders import SHORT, Store
 
 
-def _recipe(asked: argparse.Namespace) -> recipe.Recipe:
-    return recipe.load(asked.recipe, asked.settings)
+@dataclass(frozen=True)
+class _Wanted:
+    """What `run`, `plan` and `why` are asked about."""
+
+    recipe: recipe.Recipe
+    steps: tuple[Step[Any, Any], ...]
+    force: frozenset[str]
+    given: chain.Made
+
+    def plan(self) -> list[chain.Planned]:
+        return chain.plan(self.recipe, self.steps, self.force, self.given)
 
 
-def _force(asked: argparse.Namespace) -> frozenset[str]:
-    for name in asked.force:
-        chain.until(name)
-    return frozenset(asked.force)
+def _wanted(asked: argparse.Namespace) -> _Wanted:
+    settings = recipe.load(asked.recipe, asked.settings)
+    given: chain.Made = {Tokens: chain.open_tokens(asked.tokens)} if asked.tokens else {}
+    steps = chain.until(asked.until, chain.MODEL if given else chain.CHAIN)
+    odd = [name for name in asked.force if chain.until(name) and name not in {step.name for step in steps}]
+    if odd or not steps:
+        what = f"--force {odd[0]}" if odd else f"--until {asked.until}"
+        raise ParameterError(
+            f"{what} names a step that is not among those to run",
+            "the command line",
+            "see `plan` with the same arguments for what is",
+            code="param.step",
+        )
+    return _Wanted(settings, steps, frozenset(asked.force), given)
 
 
 def run(asked: argparse.Namespace) -> int:
     """Run a recipe; its last line on standard output is the id of what it ends with."""
     from flows.terminal import console, summary_table
 
-    settings, force, started = _recipe(asked), _force(asked), time.monotonic()
-    given: chain.Made = {Tokens: chain.open_tokens(asked.tokens)} if asked.tokens else {}
-    steps = chain.until(asked.until, chain.MODEL if given else chain.CHAIN)
-    if not steps:
-        raise ParameterError(f"nothing is left to do from tokens to {asked.until}", "--until", code="param.step")
-    planned = chain.plan(settings, steps, force, given)
+    wanted, started = _wanted(asked), time.monotonic()
+    planned = wanted.plan()
     if chain.done(planned):
         made = [(entry.step, True, 0.0, entry.why, entry.artifact) for entry in planned if entry.artifact]
-        Store(home()).note_run(settings.name, {step: artifact.id for step, _, _, _, artifact in made})
+        with suppress(StoreError, PermissionRefused):  # a store that cannot be written needs no protection from `gc`
+            Store(home()).note_run(wanted.recipe.name, {step: artifact.id for step, _, _, _, artifact in made})
     else:
-        made = _work(settings, asked, force)
+        made = _work(wanted, asked)
     rows = [(step, cached, seconds, why, one.counts, one.path) for step, cached, seconds, why, one in made]
-    console().print(summary_table(f"{settings.name}: {time.monotonic() - started:.1f} s", rows))
+    console().print(summary_table(f"{wanted.recipe.name}: {time.monotonic() - started:.1f} s", rows))
     print(made[-1][-1].id)
     return 0
 
 
-def _work(
-    settings: recipe.Recipe, asked: argparse.Namespace, force: frozenset[str]
-) -> list[tuple[str, bool, float, str, Artifact]]:
+def _work(wanted: _Wanted, asked: argparse.Namespace) -> list[tuple[str, bool, float, str, Artifact]]:
     """Run the flow in this process, on Prefect's in-process API unless PREFECT_API_URL names a server."""
-    from flows.deployments import configure
+    from flows.deployments import configure, server_apart
     from flows.terminal import Bars
     from tasks.progress import listening
 
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if asked.verbose else "CRITICAL")
+    for name in ("PREFECT_LOGGING_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL"):
+        os.environ.setdefault(name, "INFO" if asked.verbose else "CRITICAL")
     configure(os.environ)
     print("starting Prefect (the first time, its database takes half a minute) ...", file=sys.stderr)
     from flows.cards import publish_card
     from flows.pipeline import model, pipeline
 
     bars, until = Bars(), next(step for step in reversed(STEP_NAMES) if step == asked.until or not asked.until)
-    forced = [step for step in STEP_NAMES if step in force]
-    with bars.shown(), listening(bars), session(settings.name, force, publish_card) as run:
+    forced = [step for step in STEP_NAMES if step in wanted.force]
+    server_apart()
+    with bars.shown(), listening(bars), session(wanted.recipe.name, wanted.force, publish_card) as run:
         if asked.tokens:
-            model(settings, asked.tokens, until, forced)
+            model(wanted.recipe, asked.tokens, until, forced)
         else:
-            pipeline(settings, until, forced)
+            pipeline(wanted.recipe, until, forced)
     return [(one.step, one.cached, one.seconds, one.why, one.artifact) for one in run.outcomes]
 
 
@@ -81,7 +98,7 @@ def plan(asked: argparse.Namespace) -> int:
     """Print what a run would do."""
     from flows.terminal import console, plan_table
 
-    planned = chain.plan(_recipe(asked), chain.until(asked.until), _force(asked))
+    planned = _wanted(asked).plan()
     if asked.json:
         _json([{"step": one.step, "status": one.status, "key": one.key, "why": one.why} for one in planned])
     else:
@@ -91,9 +108,7 @@ def plan(asked: argparse.Namespace) -> int:
 
 def why(asked: argparse.Namespace) -> int:
     """Print why steps would run."""
-    planned = [
-        one for one in chain.plan(_recipe(asked), chain.until(asked.until), _force(asked)) if one.status != "cached"
-    ]
+    planned = [one for one in _wanted(asked).plan() if one.status != "cached"]
     if asked.json:
         _json([{"step": one.step, "status": one.status, "key": one.key, "why": one.why} for one in planned])
         return 0
@@ -164,10 +179,10 @@ def gc(asked: argparse.Namespace) -> int:
     """Remove what nobody needs, or say what that is."""
     store = Store(home())
     unused = collect.garbage(store, asked.grace * 3600)
-    for path in unused:
-        print(f"{'would remove' if asked.dry_run else 'removed'} {path.relative_to(store.root)}")
     if not asked.dry_run:
         collect.remove(unused, store)
+    for path in unused:
+        print(f"{'would remove' if asked.dry_run else 'removed'} {path.relative_to(store.root)}")
     print(f"{len(unused)} folders; the last run of each recipe and what is younger than {asked.grace:g} h are kept")
     return 0
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from flows.recipe import load
@@ -39,6 +42,20 @@ def configure(environment: MutableMapping[str, str]) -> None:
         environment.setdefault(name, value)
     with writing(home()):
         Path(environment["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)  # Prefect makes no parents
+        with tempfile.TemporaryFile(dir=environment["PREFECT_HOME"]):
+            pass  # a folder that cannot be written would show as a thousand lines of its database's traceback
+
+
+def server_apart() -> None:
+    """Let the server that Prefect starts for this process run in a session of its own.
+
+    A Ctrl-C at the terminal reaches the whole process group. Were the server in it, it would be gone before the run
+    could tell it how it ended, and Prefect would ask for it for two and a half minutes (3.8.8).
+    """
+    from prefect.server.api import server as module
+
+    apart = partial(subprocess.Popen, start_new_session=True)
+    vars(module)["subprocess"] = SimpleNamespace(Popen=apart, TimeoutExpired=subprocess.TimeoutExpired)
 
 
 def deployments() -> list[Any]:

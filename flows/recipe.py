@@ -7,9 +7,9 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tasks.curate import CurateParams
 from tasks.download import DownloadParams, DownloadRuntime
@@ -40,7 +40,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    name: str = "quickstart"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")] = "quickstart"
     """Name of the recipe; runs are listed under it."""
     download: DownloadParams = DownloadParams()
     """Step 1: where the conversation trees come from."""
@@ -89,7 +89,7 @@ def build(data: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}{_found(fault)}" for fault in error.errors()]
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {_said(fault)}" for fault in error.errors()]
         raise ParameterError("; ".join(faults), f"recipe {where}", _advice(error), code="param.recipe") from error
 
 
@@ -102,7 +102,7 @@ def _find(name: str) -> Path:
     near = difflib.get_close_matches(name, names(), 1)
     raise ParameterError(
         f"there is no recipe {name!r}",
-        do=f"did you mean {near[0]}?" if near else f"take one of {', '.join(names())}, or the path of a .toml file",
+        do=f"did you mean {near[0]}" if near else f"take one of {', '.join(names())}, or the path of a .toml file",
         code="param.recipe",
     )
 
@@ -112,7 +112,7 @@ def _read(path: Path) -> dict[str, Any]:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ParameterError(f"not TOML: {error}", str(path), code="param.recipe") from error
-    return {"name": re.sub(r"[^A-Za-z0-9_-]", "-", path.stem), **data}
+    return {"name": re.sub(r"[^A-Za-z0-9_-]", "-", path.stem).lstrip("-_")[:64] or "recipe", **data}
 
 
 def _put(data: dict[str, Any], setting: str) -> None:
@@ -145,8 +145,13 @@ def _value(text: str) -> Any:
         return text
 
 
-def _found(fault: Any) -> str:
-    return "" if fault["type"] in {"extra_forbidden", "missing"} else f" (found {str(fault['input'])[:60]!r})"
+def _said(fault: Any) -> str:
+    """Say a fault in the house's words; what was found only where it is a plain value."""
+    if fault["type"] == "extra_forbidden":
+        return "there is no such setting"
+    found = "" if isinstance(fault["input"], dict | list | tuple) else f" (found {str(fault['input'])[:60]!r})"
+    message: str = fault["msg"]
+    return message.removeprefix("Value error, ").removesuffix(".") + found
 
 
 def _advice(error: ValidationError) -> str:
@@ -158,5 +163,5 @@ def _advice(error: ValidationError) -> str:
             for section in sections:
                 model = type(model.model_fields[section].default)
             near = difflib.get_close_matches(unknown, model.model_fields, 1)
-            return f"did you mean {near[0]}?" if near else f"known are {', '.join(model.model_fields)}"
-    return "see the recipe files in flows/recipes for what can be set"
+            return f"did you mean {near[0]}" if near else f"known are {', '.join(model.model_fields)}"
+    return "give another value"

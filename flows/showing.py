@@ -16,7 +16,7 @@ def rows(artifact: Artifact, count: int) -> Any:
     if isinstance(artifact, Report):
         return artifact.figures()
     if isinstance(artifact, Model):
-        return {"training": artifact.json("training.json"), "log": artifact.log()[-count:]}
+        return {"training": artifact.json("training.json"), "log": _last(artifact.log(), count)}
     if isinstance(artifact, Tokens):
         return _documents(artifact, count)
     if isinstance(artifact, Messages | Dialogues):
@@ -123,8 +123,12 @@ def _marked(artifact: Tokens, count: int) -> str:
 
 
 def _model(artifact: Model, count: int) -> str:
-    last = "\n".join(json.dumps(entry) for entry in artifact.log()[-count:])
+    last = "\n".join(json.dumps(entry) for entry in _last(artifact.log(), count))
     return f"{json.dumps(artifact.json('training.json'), indent=1)}\n\nthe log's end:\n{last}"
+
+
+def _last(entries: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    return entries[-count:] if count else []
 
 
 def _line(value: str) -> str:

@@ -65,8 +65,7 @@ class Bars:
         task = self.progress.add_task(label, total=total, amount=amount_of(0, total, unit), note="")
         bar = _RichBar(self.progress, task, total, unit)
         yield bar
-        if total is None:  # it ended, wherever that is
-            self.progress.update(task, total=bar.done or 1, completed=bar.done or 1)
+        self.progress.update(task, total=bar.done or 1, completed=bar.done or 1)  # it ended, wherever that is
 
     @contextmanager
     def shown(self) -> Iterator[None]:

@@ -7,9 +7,7 @@ TreelineError                 70  our own bug, unless a subclass says otherwise
 │   └── GateError             65  encoded data that must not reach training
 ├── UnavailableError          69  a service (hub, server) did not answer
 ├── TrainingError             70  the run cannot go on: loss not finite, checkpoint unusable
-├── StoreError                74  an artifact could not be written or read
-│   └── UnrepairableArtifact  65  a corrupt artifact whose inputs are gone, too
-├── BusyError                 75  somebody else holds it; try again later
+├── StoreError                74  an artifact could not be written or read; 73 where the store cannot be made
 ├── PermissionRefused         77  the system or a service denies access
 └── ConfigurationError        78  this installation or environment cannot work
 
@@ -87,20 +85,6 @@ class StoreError(TreelineError):
 
     code = "store"
     exit_code = 74
-
-
-class UnrepairableArtifact(StoreError):
-    """A corrupt artifact that cannot be rebuilt, because what it was made from is gone."""
-
-    code = "store.unrepairable"
-    exit_code = 65
-
-
-class BusyError(TreelineError):
-    """Somebody else holds what is asked for; trying again later will do."""
-
-    code = "store.locked"
-    exit_code = 75
 
 
 class PermissionRefused(TreelineError):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Threads spend more time on waiting for each other than they save where matrices are small: on 2 cores that others use,
 # too, 640 answers of a model 128 wide take 2.5 s with one thread and 25-79 s with two; 768 wide, 3.8 s and 2.7 s.
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class EvaluateParams(Params):
@@ -100,6 +100,7 @@ def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, ru
     refuse_strangers(model, tokens)
     start = model.json("start.json")
     split, exam = exam_of(model, tokens, params)
+    refuse_long(exam, start["positions"])
     loads: Mapping[str, Callable[[], GPT2LMHeadModel]] = {
         "base": lambda: build_start(start, folder_of(start)),
         "tuned": lambda: load_model(model.path),
@@ -122,6 +123,21 @@ def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, ru
     lines = (json.dumps(line) + "\n" for line in samples(results, exam))
     (out / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
     return counts_of(report)
+
+
+def refuse_long(exam: Exam, positions: int) -> None:
+    """Raise an error for a question or prompt that leaves no room for a reply, before any work is done."""
+    asked = {"evaluate.facts": [question.text for question in exam.questions], "evaluate.panel": exam.panel}
+    for setting, texts in asked.items():
+        for text in texts:
+            size = len(exam.dialect.prompt([("user", text)]))
+            if size >= positions:
+                raise ParameterError(
+                    f"a prompt of {size:,} tokens leaves no room in the model's {positions:,} positions: {text[:60]!r}",
+                    setting,
+                    "ask something shorter, or raise encode.block",
+                    "param.prompt",
+                )
 
 
 def exam_of(model: Model, tokens: Tokens, params: EvaluateParams) -> tuple[str | None, Exam]:

@@ -120,7 +120,7 @@ class _Intake:
         except Fault as fault:
             self.reject(Bad(tree.place, fault.code, fault.message, tree.tree_id, 1, total))
             return
-        self._books.update(trees_in=1, messages_in=total, trees_repeated=verdict.repeats)
+        self._books.update(trees_in=1, messages_in=total, trees_repeated=int(verdict.repeats))
         self._books["messages_repeated"] += total if verdict.repeats else tree.repeats
         if verdict.repeats:
             return

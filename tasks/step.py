@@ -51,7 +51,7 @@ WRITE_ERRORS = {getattr(errno, name) for name in _NAMES if hasattr(errno, name)}
 class Params(BaseModel):
     """Settings that decide what a step makes. All of them enter its key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     def keyed(self) -> dict[str, Any]:
         """Return what enters the key: every setting, defaults spelled out; content in place of a path."""
@@ -61,7 +61,7 @@ class Params(BaseModel):
 class Runtime(BaseModel):
     """Settings that decide how fast a step works, never what it makes. None of them enters its key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def home() -> Path:
@@ -233,12 +233,12 @@ class _Call:
         """Say why this call has no artifact."""
         if self.forced or self.fault:
             return self.fault or "forced"
-        return why_missing(self.recipe, [manifest for _, manifest in self.store.manifests(self.kind)])
+        return why_missing(self.recipe, self.store.comparable(self.kind, self.run.recipe, self.step.name))
 
     def build(self) -> Manifest:
         """Run the step's function in a scratch folder and publish what it wrote."""
         started = time.time()
-        with self.store.scratch(self.kind, self.key, self.step.resumable) as out:
+        with self.store.scratch(self.kind, self.key, self.step.resumable, fresh=self.forced) as out:
             try:
                 counts = self.step.function(out, **self.bound)
                 files = entries(out)

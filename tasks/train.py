@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tasks.gpt.run import Progress
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class TrainParams(Params):
@@ -41,7 +41,7 @@ class TrainParams(Params):
     """Numbers in a hidden state. Only for start = scratch."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
     """Seed of the initial weights, of the order of the data and of dropout."""
-    epochs: Annotated[float, Field(gt=0)] = 3.0
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = 3.0
     """How often the data is gone through; a fraction ends in the middle."""
     batch_tokens: Count = 32_768
     """Tokens of an optimizer step, padding included; at least one sequence is taken."""
@@ -61,7 +61,7 @@ class TrainParams(Params):
     """Longest gradient; a longer one is shortened to it. None: as it is."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of numbers dropped after embeddings, attention and both halves of a block."""
-    evals_per_epoch: Count = 8
+    evals_per_epoch: Annotated[int, Field(ge=1, le=1_000)] = 8
     """Evaluations of the whole validation split in an epoch, besides those at the start and the end."""
     patience: Count | None = None
     """Evaluations without a better validation loss after which training ends. None: it goes on."""

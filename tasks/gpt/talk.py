@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from tasks.errors import ParameterError
 from tasks.gpt.sample import stream
 from tasks.gpt.weights import load_model
 from tasks.text.chat import load_dialect
@@ -32,6 +33,14 @@ class Talk:
         self.turns.append(("user", text))
         prompt = self._fitting()
         room = min(LONGEST, self.model.config.n_positions - len(prompt))
+        if room < 1:
+            del self.turns[-1]
+            raise ParameterError(
+                f"the prompt has {len(prompt):,} tokens, the model {self.model.config.n_positions:,} positions",
+                "--prompt",
+                "ask something shorter",
+                "param.prompt",
+            )
         ids: list[int] = []
         said = ""
         for token in stream(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tasks.store.canonical import sha256_file
 from tasks.store.manifest import NAME, Manifest, UnreadableManifest, read_manifest
+from tasks.store.owner import mark
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,6 @@ def remember(memory: Path, folder: Path, manifest: Manifest) -> None:
         return
     with suppress(OSError):
         memory.parent.mkdir(exist_ok=True)
-        new = memory.with_name(f"{memory.name}.{id(seen):x}.tmp")
+        new = memory.with_name(f"{memory.name}.{mark()}")
         new.write_text(json.dumps(seen), encoding="utf-8")
         new.replace(memory)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -44,7 +44,8 @@ def lease(store: Store) -> Iterator[Lease]:
     try:
         yield held
     finally:
-        held.path.unlink(missing_ok=True)
+        with suppress(OSError):  # on a store that cannot be written there is none
+            held.path.unlink()
 
 
 def garbage(store: Store, grace: float, now: float | None = None) -> list[Path]:
@@ -66,8 +67,10 @@ def garbage(store: Store, grace: float, now: float | None = None) -> list[Path]:
     return [path for path in [*unused, *aside, *_dead_scratch(store)] if _newest(path) < limit]
 
 
-def remove(paths: Iterable[Path], store: Store) -> None:
+def remove(paths: Sequence[Path], store: Store) -> None:
     """Remove folders; each vanishes from sight by one rename first, so that none is ever seen half empty."""
+    if not paths:
+        return
     with writing(store.root):
         bin_ = store.root / ".aside" / f"removed.{mark()}"
         bin_.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ log = logging.getLogger("treeline.store")
 RESUMABLE = "resume-"  # begins the name of a scratch folder that the next try may go on with
 SHORT = 12  # hex digits of a key that name a folder: 48 bits, enough for any one store
 _KEY = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _KIND = re.compile(r"[a-z]{1,20}")
 
 
@@ -49,6 +50,8 @@ class Store:
         folder = self.folder(kind, key)
         if not os.path.lexists(folder):
             return None
+        if folder.is_symlink():  # never followed: it could point anywhere
+            return Fault(NAME, "lies behind a link")
         found = examine(folder, self._memory(folder))
         if isinstance(found, Manifest) and found.key != key:
             return Fault(NAME, f"is of key {found.key[:SHORT]}…, not {key[:SHORT]}…")
@@ -64,11 +67,11 @@ class Store:
         log.warning("store.aside: %s/%s: %s; moved to .aside", folder.parent.name, folder.name, why)
 
     @contextmanager
-    def scratch(self, kind: str, key: str, resumable: bool = False) -> Iterator[Path]:
+    def scratch(self, kind: str, key: str, resumable: bool = False, fresh: bool = False) -> Iterator[Path]:
         """Give an empty folder to build in, on the store's file system; a failed build leaves nothing visible.
 
         A resumable build gets back what an earlier try left, whether that try failed or was killed. A folder is claimed
-        by one rename, so two processes never share one.
+        by one rename, so two processes never share one. `fresh` starts anew even so.
         """
         name = f"{RESUMABLE if resumable else ''}{kind}-{key[:SHORT]}"
         folder = self.root / ".scratch" / f"{name}.{mark()}"
@@ -76,6 +79,9 @@ class Store:
         with writing(self.root):
             folder.parent.mkdir(parents=True, exist_ok=True)
             if not (resumable and self._claim(left, folder)):
+                folder.mkdir()
+            elif fresh:
+                shutil.rmtree(folder)
                 folder.mkdir()
         try:
             yield folder
@@ -103,6 +109,7 @@ class Store:
 
         Returns:
             The finished folder and its manifest; the other's, where another process published the same key first.
+            A kill between the two renames of a replacement leaves neither, so a miss; the old one lies in `.aside`.
         """
         folder = self.folder(manifest.kind, manifest.key)
         with writing(self.root):
@@ -147,15 +154,41 @@ class Store:
                 found.append((folder, read_manifest(folder)))
         return sorted(found, key=lambda pair: (pair[1].created, pair[0].stat().st_mtime_ns))
 
+    def comparable(self, kind: str, recipe: str, step: str) -> list[Manifest]:
+        """List the manifests to explain a miss by: that of the recipe's last run or, without one, all of the kind."""
+        made = [manifest for _, manifest in self.manifests(kind)]
+        last = self.last_run(recipe).get(step)
+        return [one for one in made if f"{kind}/{one.key[:SHORT]}" == last] or made
+
     def folders(self, kind: str | None = None) -> list[Path]:
         """List every folder that is named like an artifact, readable or not."""
         kinds = [self.root / kind] if kind else [path for path in self.root.glob("*") if _KIND.fullmatch(path.name)]
-        return sorted(path for place in kinds for path in place.glob("[0-9a-f]" * SHORT) if path.is_dir())
+        return sorted(
+            path
+            for place in kinds
+            for path in place.glob("[0-9a-f]" * SHORT)
+            if path.is_dir() and not path.is_symlink()
+        )
 
     def note_run(self, recipe: str, ids: dict[str, str]) -> None:
-        """Write down which artifacts the last run of a recipe ended with, step -> id; `gc` keeps them."""
-        with writing(self.root):
-            write_whole(self.root / ".refs" / f"{recipe}.json", json.dumps(ids, indent=1).encode())
+        """Write down which artifacts the last run of a recipe ended with, step -> id; `gc` keeps them.
+
+        What an earlier run ended with stays for the steps that are not named: a run that stopped early, or failed,
+        takes nothing away.
+        """
+        if not _NAME.fullmatch(recipe):
+            raise StoreError(f"{recipe!r} is not a recipe's name", code="name.invalid")
+        known = self.last_run(recipe)
+        if known | ids != known:
+            with writing(self.root):
+                write_whole(self.root / ".refs" / f"{recipe}.json", json.dumps(known | ids, indent=1).encode())
+
+    def last_run(self, recipe: str) -> dict[str, str]:
+        """Read what `note_run` wrote; nothing where that is missing or broken."""
+        with suppress(OSError, ValueError):
+            found = json.loads((self.root / ".refs" / f"{recipe}.json").read_bytes())
+            return {str(step): str(made) for step, made in found.items()} if isinstance(found, dict) else {}
+        return {}
 
     def _memory(self, folder: Path) -> Path:
         return self.root / ".verified" / f"{folder.parent.name}-{folder.name}.json"
@@ -205,14 +238,18 @@ def writing(root: Path) -> Iterator[None]:
 
 def refusal(root: Path, error: OSError) -> StoreError | PermissionRefused:
     """Say why the store could not be written, and how much room there is."""
-    what = f"cannot write to the store: {error.strerror or error}"
+    what, where = f"cannot write to the store: {error.strerror or error}", str(error.filename or root)
     if error.errno in {errno.EACCES, errno.EPERM}:
         return PermissionRefused(
             what, str(error.filename or root), "check who owns it, or set TREELINE_ARTIFACTS", code="store.permission"
         )
+    if error.errno in {errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.EROFS, errno.ELOOP}:
+        refused = StoreError(what, where, "set TREELINE_ARTIFACTS to a folder that can be written", code="store.create")
+        refused.exit_code = 73
+        return refused
     return StoreError(
         f"{what}, {room(root)} free",
-        str(error.filename or root),
+        where,
         "free space or set TREELINE_ARTIFACTS, then rerun; finished steps are kept",
         code="store.write",
     )

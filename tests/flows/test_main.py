@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -166,6 +168,13 @@ def test_chat_answers(shell: Shell) -> None:
         (("run", "nothing"), 2, r"error\[param.recipe\]: there is no recipe 'nothing'"),
         (("plan", TINY, "--set", "encode.blok=1"), 2, r"error\[param.recipe\]: .*did you mean block"),
         (("run", TINY, "--until", "bake"), 2, r"error\[param.step\]"),
+        (("run", TINY, "--until", "encode", "--force", "train"), 2, r"error\[param.step\]: --force train"),
+        (("run", TINY, "--set", "name=../../x"), 2, r"error\[param.recipe\]: name: "),
+        (("plan", TINY, "--set", "train.lr=inf"), 2, r"error\[param.recipe\]: train.lr: .*finite"),
+        (("plan", TINY, "--set", "train.epochs=1e18"), 2, r"error\[param.recipe\]: train.epochs: "),
+        (("show", "messages", "-n", "-1"), 2, r"error\[param.usage\]: .*whole number"),
+        (("gc", "--grace", "nan"), 2, r"error\[param.usage\]: .*hours"),
+        (("bake",), 2, r"error\[param.usage\]: .*invalid choice"),
         (("show", "tokens/ffffffffffff"), 2, r"error\[param.artifact\]"),
         (("plan", TINY, "--set", "download.source=file", "--set", "download.path=/etc/passwd"), 2, r"error\[param"),
     ],
@@ -177,6 +186,41 @@ def test_an_error_is_one_line_with_a_code_and_a_way_out(
     assert re.match(says, done.stderr)
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "says"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_to_the_whole_group_ends_a_run_soon_with_one_line(
+    shell: Shell, number: int, code: int, says: str
+) -> None:
+    asked = [sys.executable, "-m", "flows", "run", TINY, "--set", "train.epochs=2000", "--set", "train.seed=7"]
+    process = subprocess.Popen(
+        asked, cwd=ROOT, env=shell.environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    scratch = shell.folder / "artifacts" / ".scratch"
+    mine = f"resume-model-*.{process.pid}.*/log.jsonl"
+    deadline = time.monotonic() + 90
+    while not any(scratch.glob(mine)):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, number)
+    started = time.monotonic()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == code
+    assert time.monotonic() - started < 30, "Prefect's own patience would be minutes"
+    assert [line for line in said.splitlines() if "error[" in line][-1].startswith(f"error[{says}]")
+    assert "Traceback" not in said
+    assert list(scratch.glob("resume-model-*.left")), "the next try goes on from there"
+    for left in scratch.glob("resume-model-*.left"):
+        shutil.rmtree(left)
+
+
+def test_a_run_that_stops_early_takes_no_root_from_the_collector(shell: Shell) -> None:
+    shell("run", TINY)
+    shell("run", TINY, "--until", "download")
+    assert "would remove model" not in shell("gc", "--dry-run", "--grace", "0").stdout
 
 
 def test_bad_input_in_a_run_ends_with_one_line_and_its_code(shell: Shell, tmp_path: Path) -> None:

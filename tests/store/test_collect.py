@@ -45,6 +45,19 @@ def test_the_last_run_of_a_recipe_and_what_it_was_made_from_stay(store: Store) -
     assert {name(made) for _, made in store.manifests()} == {name(raw), name(new)}
 
 
+def test_a_run_that_stopped_early_takes_nothing_away(store: Store) -> None:
+    raw, model = publish(store, "raw", "trees", {}), publish(store, "model", "weights", {})
+    store.note_run("quickstart", {"download": name(raw), "train": name(model)})
+    store.note_run("quickstart", {"download": name(raw)})
+    assert garbage(store, 0, LATER) == []
+
+
+@pytest.mark.parametrize("recipe", ["../x", "a/b", "", ".x", "x" * 65])
+def test_a_recipe_cannot_be_noted_outside_of_the_store(store: Store, recipe: str) -> None:
+    with pytest.raises(StoreError):
+        store.note_run(recipe, {})
+
+
 def test_what_a_running_program_holds_stays(store: Store) -> None:
     held, loose = publish(store, "raw", "held", {}), publish(store, "raw", "loose", {})
     lease = Lease(store)
