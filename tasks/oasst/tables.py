@@ -14,7 +14,7 @@ from msgspec.structs import astuple
 from tasks.oasst.tree import DEPTH
 from tasks.oasst.typed import NO_SCORES, NO_VOTES, Arranged, Message, Rest, Votes
 
-PIECE = 500  # rows held as Python objects: these take several times the memory of arrays
+PIECE = 500  # rows held as Python objects: these take several times the memory of arrays, and no cache holds more
 
 
 class Table:

