@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -18,7 +18,6 @@ from tasks.artifacts import (
     Counts,
     Messages,
     RawTrees,
-    arrow_schema,
     parquet_writer,
 )  # fmt: skip
 from tasks.errors import InputError, TreelineError
@@ -88,10 +87,11 @@ class _Intake:
 
     def __init__(self, out: Path, files: Sequence[Path]) -> None:
         from tasks.oasst.seen import Seen
+        from tasks.oasst.tables import MessageTable, RowTable
 
         self._path, self._files, self._seen = out / "messages.parquet", files, Seen()
-        self._messages = _Table(self._path, MESSAGE_COLUMNS)
-        self._rejected = _Table(out / "rejected.parquet", REJECTED_COLUMNS)
+        self._messages = MessageTable(parquet_writer(self._path, MESSAGE_COLUMNS), GROUP)
+        self._rejected = RowTable(parquet_writer(out / "rejected.parquet", REJECTED_COLUMNS), GROUP)
         self._late: dict[Place, list[Bad]] = {}  # rejected, but the line is not at hand any more
         self._replaced: list[range] = []  # rows of versions that a later one took the place of
         self._named: list[str] = []
@@ -114,20 +114,22 @@ class _Intake:
         from tasks.oasst.dump import Bad
         from tasks.oasst.fields import Fault
 
-        total = len(tree.rows) + tree.repeats
+        total = len(tree.content.messages) + tree.repeats
         try:
             verdict = self._seen.take(tree, self._messages.rows)
         except Fault as fault:
             self.reject(Bad(tree.place, fault.code, fault.message, tree.tree_id, 1, total))
             return
-        self._books.update(trees_in=1, messages_in=total, trees_repeated=int(verdict.repeats))
-        self._books["messages_repeated"] += total if verdict.repeats else tree.repeats
+        books = self._books
+        books["trees_in"] += 1
+        books["messages_in"] += total
+        books["trees_repeated"] += int(verdict.repeats)
+        books["messages_repeated"] += total if verdict.repeats else tree.repeats
         if verdict.repeats:
             return
         if verdict.replaces:
             self._replace(verdict.replaces, tree)
-        for row in tree.rows:
-            self._messages.add(row)
+        self._messages.add(tree.content)
 
     def reject(self, bad: Bad) -> None:
         """Note a line or tree that cannot be taken."""
@@ -209,37 +211,6 @@ def _rejected_row(file: str, bad: Bad, raw: bytes) -> tuple[Any, ...]:
     place = bad.place
     digest = sha256(raw).hexdigest()
     return file, place.line, place.offset, bad.code, bad.message, digest, head, bad.tree_id, bad.trees, bad.messages
-
-
-class _Table:
-    """A Parquet file that takes row by row and writes by row groups."""
-
-    def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
-        self._writer, self._schema = parquet_writer(path, columns), arrow_schema(columns)
-        self._waiting: list[Sequence[Any]] = []
-        self.rows = 0
-
-    def add(self, row: Sequence[Any]) -> None:
-        """Add a row, in the order of the columns."""
-        self._waiting.append(row)
-        self.rows += 1
-        if len(self._waiting) == GROUP:
-            self._flush()
-
-    def close(self) -> None:
-        """Write what waits, and the end of the file; a second call does nothing."""
-        if self._writer.is_open:
-            self._flush()
-            self._writer.close()
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        if self._waiting:
-            columns = zip(zip(*self._waiting, strict=True), self._schema, strict=True)
-            arrays = [pa.array(values, type=field.type) for values, field in columns]
-            self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
-            self._waiting.clear()
 
 
 def _leave_out(path: Path, rows: Sequence[range]) -> None:

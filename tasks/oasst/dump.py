@@ -19,6 +19,7 @@ from tasks.errors import InputError
 from tasks.oasst.fields import Fault, wrong
 from tasks.oasst.lines import Limits, Line, Lines
 from tasks.oasst.tree import TREE, Layout, Row, arrange, flat_tree_id, messages_in
+from tasks.oasst.typed import Arranged, arranged, read
 
 PARQUET = b"PAR1"
 BATCH = 1_000  # Parquet rows turned into Python objects at a time
@@ -34,11 +35,11 @@ class Place(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A tree that can be taken: rows arranged, and how many of its messages were left out as exact repeats."""
+    """A tree that can be taken: its messages, and how many of them were left out as exact repeats."""
 
     place: Place
     tree_id: str
-    rows: list[Row]
+    content: Arranged
     repeats: int
 
 
@@ -115,6 +116,9 @@ class Dump:
         for line in lines:
             self.lines, self.bytes = self.lines + 1, before + lines.bytes
             place = Place(index, line.number, line.offset)
+            if not flat and (good := read(line.raw, self._layout.max_text)):
+                yield Found(place, *good, 0)
+                continue
             try:
                 value = loads(line.raw)
             except Fault as fault:
@@ -133,12 +137,12 @@ class Dump:
     def _nested(self, place: Place, tree: Mapping[str, Any], line: Line) -> Found | Bad:
         try:
             rows = self._layout.rows_of(tree)
-            arranged = arrange(rows)
+            in_order = arrange(rows)
         except Fault as fault:
             tree_id = tree.get("message_tree_id")
             named = tree_id if type(tree_id) is str else None
             return Bad(place, fault.code, fault.message, named, 1, messages_in(tree), line.raw)
-        return Found(place, rows[0][TREE], arranged, len(rows) - len(arranged))
+        return Found(place, rows[0][TREE], arranged(in_order), len(rows) - len(in_order))
 
     def _gather(self, place: Place, message: Mapping[str, Any], raw: bytes | None) -> Bad | None:
         """Put a flat message to its tree; one that names no tree is bad by itself."""
@@ -182,10 +186,10 @@ def _gathered(tree_id: str, group: _Group) -> Found | Bad:
     try:
         if fault:
             raise fault
-        arranged = arrange(group.rows)
+        in_order = arrange(group.rows)
     except Fault as found:
         return Bad(place, found.code, found.message, tree_id, 1, group.messages)
-    return Found(place, tree_id, arranged, len(group.rows) - len(arranged))
+    return Found(place, tree_id, arranged(in_order), len(group.rows) - len(in_order))
 
 
 def loads(raw: bytes) -> dict[str, Any]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 from typing import NamedTuple
 
-import orjson
+from msgspec import msgpack
 
 from tasks.oasst.dump import Found, Place
 from tasks.oasst.fields import Fault, shown
-from tasks.oasst.tree import EXTRA, ID
 
 
 class Version(NamedTuple):
@@ -34,6 +33,7 @@ class Seen:
     def __init__(self) -> None:
         self._versions: dict[str, Version] = {}
         self._owners: dict[int, str] = {}  # 64 bits of a message id's hash -> its tree
+        self._packed = bytearray()  # a tree, to be hashed; kept for its memory
 
     def __len__(self) -> int:
         return len(self._versions)
@@ -44,23 +44,29 @@ class Seen:
         Raises:
             Fault: `id.duplicate`, if one of its messages is also in another tree. Then it is not noted.
         """
-        before, digest = self._versions.get(tree.tree_id), _digest(tree)
+        before, digest = self._versions.get(tree.tree_id), self._digest(tree)
         if before and before.digest == digest:
             return Verdict(repeats=True)
-        shorts = [_short(row[ID]) for row in tree.rows]
-        for short, row in zip(shorts, tree.rows, strict=True):
-            owner = self._owners.get(short, tree.tree_id)
-            if owner != tree.tree_id:
-                raise Fault("id.duplicate", f"expected {shown(row[ID])} in one tree, got it in {shown(owner)}, too")
-        self._owners.update(dict.fromkeys(shorts, tree.tree_id))
-        self._versions[tree.tree_id] = Version(digest, tree.place, first, len(tree.rows))
+        owners, tree_id = self._owners, tree.tree_id
+        shorts = dict.fromkeys([hash(message.message_id) for message in tree.content.messages], tree_id)
+        if not owners.keys().isdisjoint(shorts):
+            self._refuse_foreign(tree)
+        owners.update(shorts)
+        self._versions[tree_id] = Version(digest, tree.place, first, len(tree.content.messages))
         return Verdict(replaces=before)
 
+    def _refuse_foreign(self, tree: Found) -> None:
+        for message in tree.content.messages:
+            owner = self._owners.get(hash(message.message_id), tree.tree_id)
+            if owner != tree.tree_id:
+                said = f"expected {shown(message.message_id)} in one tree, got it in {shown(owner)}, too"
+                raise Fault("id.duplicate", said)
 
-def _digest(tree: Found) -> bytes:
-    """Return 16 bytes that stand for a tree's known fields: all columns but the last, `extra`."""
-    return hashlib.sha256(orjson.dumps([row[:EXTRA] for row in tree.rows])).digest()[:16]
+    def _digest(self, tree: Found) -> bytes:
+        """Return 16 bytes that stand for a tree's known fields: all columns but the last, `extra`."""
+        rest = [(at, kept.events, kept.origin) for at, kept in tree.content.rest.items() if kept.events or kept.origin]
+        _encode_into([tree.content.messages, rest], self._packed)
+        return hashlib.sha256(self._packed).digest()[:16]
 
 
-def _short(message_id: str) -> int:
-    return int.from_bytes(hashlib.sha256(message_id.encode()).digest()[:8], "big")
+_encode_into = msgpack.Encoder().encode_into

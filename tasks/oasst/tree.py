@@ -46,12 +46,13 @@ class Layout:
 
     Attributes:
         columns: Names of the columns, in the order of a row.
+        max_text: Bytes of UTF-8 that a text may have.
         unknown: How often a field was met that this program does not know; its value is kept in column `extra`.
     """
 
     def __init__(self, labels: Collection[str], detoxify: Collection[str], max_text: int = 1 << 20) -> None:
         """Lay out a table with these labels and scores; a text has at most `max_text` UTF-8 bytes."""
-        self._labels, self._scored, self._max_text = dict.fromkeys(labels), dict.fromkeys(detoxify), max_text
+        self._labels, self._scored, self.max_text = dict.fromkeys(labels), dict.fromkeys(detoxify), max_text
         self.columns = (
             *PLACE, *FIELDS, "emojis", *(f"label_{label}" for label in labels),
             *(f"label_{label}_count" for label in labels), *(f"detoxify_{score}" for score in detoxify), *END,
@@ -126,8 +127,8 @@ class Layout:
 
     def _limit_text(self, text: str) -> None:
         # a character has at most 4 bytes: most texts need not be encoded to know
-        if len(text) * 4 > self._max_text and (size := len(text.encode())) > self._max_text:
-            raise Fault("text.too_long", f"expected at most {self._max_text:,} bytes of text, got {size:,}")
+        if len(text) * 4 > self.max_text and (size := len(text.encode())) > self.max_text:
+            raise Fault("text.too_long", f"expected at most {self.max_text:,} bytes of text, got {size:,}")
 
     def _emojis(self, found: Any) -> list[tuple[str, int]] | None:
         if found is None:

@@ -1,0 +1,163 @@
+"""Tables that grow in memory and are written to Parquet by row groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from msgspec import msgpack
+from msgspec.structs import astuple
+
+from tasks.oasst.tree import DEPTH
+from tasks.oasst.typed import NO_SCORES, NO_VOTES, Arranged, Message, Rest, Votes
+
+PIECE = 500  # rows held as Python objects: these take several times the memory of arrays, and no cache holds more
+
+
+class Table:
+    """A Parquet file that is written by row groups.
+
+    Attributes:
+        rows: Rows added so far.
+    """
+
+    def __init__(self, writer: pq.ParquetWriter, group: int) -> None:
+        """Write with `writer`, which knows the schema, row groups of `group` rows."""
+        self._writer, self._group = writer, group
+        self._pieces: list[pa.Table] = []
+        self._held = 0  # rows of the pieces
+        self.rows = 0
+
+    def close(self) -> None:
+        """Write what waits, and the end of the file; a second call does nothing."""
+        if self._writer.is_open:
+            self._turn()
+            if self._held:
+                self._flush()
+            self._writer.close()
+
+    def _turn(self) -> None:
+        """Turn the rows that wait into a piece."""
+        raise NotImplementedError
+
+    def _hold(self, columns: Iterable[Sequence[Any]]) -> None:
+        """Hold a piece, and write a row group if there is one."""
+        arrays = [_array(values, field.type) for values, field in zip(columns, self._writer.schema, strict=True)]
+        self._pieces.append(pa.Table.from_arrays(arrays, schema=self._writer.schema))
+        self._held += len(arrays[0])
+        while self._held >= self._group:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write a row group, in one piece: pages end where pieces do, and the same rows shall give the same bytes."""
+        held = pa.concat_tables(self._pieces).combine_chunks()
+        self._writer.write_table(held.slice(0, self._group))
+        self._pieces = [held.slice(self._group)]
+        self._held = len(self._pieces[0])
+
+
+class MessageTable(Table):
+    """A table of messages, added tree by tree."""
+
+    def __init__(self, writer: pq.ParquetWriter, group: int) -> None:
+        super().__init__(writer, group)
+        self._waiting = Arranged([], [], [], {})
+
+    def add(self, tree: Arranged) -> None:
+        """Add a tree's messages."""
+        waiting = self._waiting
+        if tree.rest:
+            first = len(waiting.messages)
+            waiting.rest.update((first + place, rest) for place, rest in tree.rest.items())
+        waiting.messages.extend(tree.messages)
+        waiting.depths.extend(tree.depths)
+        waiting.siblings.extend(tree.siblings)
+        self.rows += len(tree.messages)
+        if len(waiting.messages) >= PIECE:
+            self._turn()
+
+    def _turn(self) -> None:
+        if self._waiting.messages:
+            self._hold(columns(self._waiting))
+            self._waiting = Arranged([], [], [], {})
+
+
+class RowTable(Table):
+    """A table added row by row."""
+
+    def __init__(self, writer: pq.ParquetWriter, group: int) -> None:
+        super().__init__(writer, group)
+        self._waiting: list[Sequence[Any]] = []
+
+    def add(self, row: Sequence[Any]) -> None:
+        """Add a row, in the order of the columns."""
+        self._waiting.append(row)
+        self.rows += 1
+        if len(self._waiting) >= PIECE:
+            self._turn()
+
+    def _turn(self) -> None:
+        if self._waiting:
+            self._hold(zip(*self._waiting, strict=True))
+            self._waiting = []
+
+
+def columns(found: Arranged) -> list[Sequence[Any] | pa.Array]:
+    """Return the columns of a table of messages, in order: (M,) each; `created_date` as text, `emojis` as pairs."""
+    own = list(zip(*map(astuple, found.messages), strict=True))
+    emojis, labels, detoxify = own[_EMOJIS : _EMOJIS + 3]
+    means, counts = _votes([votes or NO_VOTES for votes in labels])
+    scores = [score for one in detoxify for score in astuple(one or NO_SCORES)]
+    rest: list[list[str | None]] = [[None] * len(labels) for _ in Rest._fields]
+    for place, kept in found.rest.items():
+        for column, value in zip(rest, kept, strict=True):
+            column[place] = value
+    return [
+        *own[:DEPTH], found.depths, found.siblings, *own[DEPTH:_EMOJIS],
+        [None if one is None else list(one.items()) for one in emojis],
+        *_nullable(means), *_nullable(counts), *_nullable(np.array(scores, np.float32).reshape(len(labels), -1).T),
+        *rest,
+    ]  # fmt: skip
+
+
+_EMOJIS = Message.__struct_fields__.index("emojis")
+_LABELS = Votes.__struct_fields__
+_pack = msgpack.Encoder().encode
+# `Votes` in MessagePack while no count is over 127: each label is a name, an object's head and two named numbers.
+_PACKED_VOTE = np.dtype([("head", "V8"), ("value", ">f8"), ("name", "V6"), ("count", "i1")])
+_PACKED = np.dtype(
+    [("head", "V1")]
+    + [part for label in _LABELS for part in ((f"{label}:", f"V{1 + len(label)}"), (label, _PACKED_VOTE))]
+)
+
+
+def _votes(labels: list[Votes]) -> tuple[np.ndarray, np.ndarray]:
+    """Return means (labels, M) float32 and counts (labels, M) int32.
+
+    Packed, all `Votes` have one length while no count is over 127, and numpy can look at them as one table: five
+    times as fast as to ask each object.
+    """
+    packed = _pack(labels)
+    head = 1 if len(labels) < 16 else 3 if len(labels) < 65_536 else 5  # bytes that say how long the list is
+    if len(packed) == head + len(labels) * _PACKED.itemsize:
+        table = np.frombuffer(packed, _PACKED, offset=head)
+        means = np.array([table[label]["value"] for label in _LABELS], np.float32)
+        return means, np.array([table[label]["count"] for label in _LABELS], np.int32)
+    votes = [vote for one in labels for vote in astuple(one)]
+    means = np.array([vote.value for vote in votes], np.float32).reshape(len(labels), -1).T
+    return means, np.array([vote.count for vote in votes], np.int32).reshape(len(labels), -1).T
+
+
+def _nullable(table: np.ndarray) -> list[pa.Array]:
+    """Return the rows of a table of numbers as columns; what is MISSING becomes null. Faster than from lists."""
+    table = np.ascontiguousarray(table)
+    return [pa.array(column, mask=missing) for column, missing in zip(table, table < 0, strict=True)]
+
+
+def _array(values: Sequence[Any] | pa.Array, kind: pa.DataType) -> pa.Array:
+    if isinstance(values, pa.Array):
+        return values
+    return pa.array(values, pa.string()).cast(kind) if pa.types.is_timestamp(kind) else pa.array(values, kind)

@@ -1,0 +1,219 @@
+"""Good trees at full speed: the published form as types, so that a whole line is decoded and checked in one call.
+
+`read` takes a line only where every field is known, of its type and in its range; of anything else it knows nothing,
+and says so: the careful reader (`tree.Layout`) decides then, and explains. On what both take they agree, and both end
+in the `Message` of this module: it is what a table is made of, and what versions of a tree are compared by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, NamedTuple
+
+from msgspec import DecodeError, Meta, Struct
+from msgspec.json import Decoder
+
+from tasks.oasst.fields import LARGEST
+from tasks.oasst.tree import DEPTH, FIELDS, PLACE, SIBLING, Row
+
+Name = Annotated[str, Meta(min_length=1)]
+Count = Annotated[int, Meta(ge=0, le=LARGEST)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+DEEPEST = (
+    400  # messages above each other that are read here: orjson ends at 1,024 levels of JSON, this at Python's limit
+)
+MISSING = -1.0  # stands for no mean, no count, no score: numbers that are there are never negative
+# An instant in the usual form, in UTC, of a day that every such month has: as `fields.instant` would write it.
+_DAY = "(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
+_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]\.[0-9]{6}"
+Instant = Annotated[str, Meta(pattern=rf"\A[12][0-9]{{3}}-{_DAY}T{_TIME}\+00:00\Z")]
+
+
+class Vote(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+    """What people said of one label: their mean, and how many they were. Either may be MISSING."""
+
+    value: Share
+    count: Count
+
+
+NO_VOTE = Vote(MISSING, int(MISSING))
+
+
+class Votes(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+    """The labels of a message: `artifacts.LABELS`, in that order."""
+
+    spam: Vote = NO_VOTE
+    fails_task: Vote = NO_VOTE
+    lang_mismatch: Vote = NO_VOTE
+    pii: Vote = NO_VOTE
+    not_appropriate: Vote = NO_VOTE
+    hate_speech: Vote = NO_VOTE
+    sexual_content: Vote = NO_VOTE
+    moral_judgement: Vote = NO_VOTE
+    political_content: Vote = NO_VOTE
+    quality: Vote = NO_VOTE
+    toxicity: Vote = NO_VOTE
+    humor: Vote = NO_VOTE
+    helpfulness: Vote = NO_VOTE
+    creativity: Vote = NO_VOTE
+    violence: Vote = NO_VOTE
+
+
+class Scores(Struct, frozen=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
+    """The scores of a message: `artifacts.DETOXIFY`, in that order."""
+
+    toxicity: Share = MISSING
+    severe_toxicity: Share = MISSING
+    obscene: Share = MISSING
+    identity_attack: Share = MISSING
+    insult: Share = MISSING
+    threat: Share = MISSING
+    sexual_explicit: Share = MISSING
+
+
+NO_VOTES, NO_SCORES = Votes(), Scores()
+
+
+class Message(Struct, kw_only=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
+    """A message, as published and then as it stands in its tree: `_place` fills in what only the tree says.
+
+    Nothing said is always None: no labels or no scores are not an empty object. Once placed, a message refers to no
+    other, so the garbage collector need not know of it (`gc=False`). The fields up to `emojis` are in the order of the
+    table's columns.
+    """
+
+    message_tree_id: str | None = None
+    message_id: Name
+    parent_id: str | None = None
+    tree_state: str | None = None
+    user_id: str | None = None
+    created_date: Instant | None = None
+    text: str
+    role: Literal["prompter", "assistant"]
+    lang: Name | None = None
+    review_count: Count | None = None
+    review_result: bool | None = None
+    deleted: bool | None = None
+    rank: Count | None = None
+    synthetic: bool | None = None
+    model_name: str | None = None
+    emojis: dict[str, Count] | None = None
+    labels: Votes | None = None
+    detoxify: Scores | None = None
+    replies: list[Message] | None = None  # once placed: None
+    events: None = None  # these two are read carefully, or not there
+    origin: None = None
+
+
+class Tree(Struct, gc=False, forbid_unknown_fields=True):
+    """A nested tree as published."""
+
+    prompt: Message
+    message_tree_id: Name | None = None
+    tree_state: str | None = None
+    origin: None = None
+
+
+class Rest(NamedTuple):
+    """The columns that hardly any message fills, as JSON text."""
+
+    events: str | None
+    origin: str | None
+    extra: str | None
+
+
+class Arranged(NamedTuple):
+    """The messages of a tree, depth first, parents before replies: M of them.
+
+    Attributes:
+        messages: (M,) each as it stands in the tree.
+        depths: (M,) 0 at the root.
+        siblings: (M,) place among the replies to one message, from 0.
+        rest: What few messages have, by place in `messages`.
+    """
+
+    messages: list[Message]
+    depths: list[int]
+    siblings: list[int]
+    rest: dict[int, Rest]
+
+
+_decode = Decoder(Tree).decode
+
+
+def read(raw: bytes, max_text: int) -> tuple[str, Arranged] | None:
+    """Return the id and the messages of a good nested tree; None where the careful reader must look."""
+    try:
+        tree = _decode(raw)
+    except (DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    tree_id = tree.message_tree_id or tree.prompt.message_id
+    arranged = _arranged(tree, tree_id, max_text)
+    if arranged is None or len({message.message_id for message in arranged.messages}) < len(arranged.messages):
+        return None
+    return tree_id, arranged
+
+
+def _arranged(tree: Tree, tree_id: str, max_text: int) -> Arranged | None:
+    found = Arranged([], [], [], {})
+    add, add_depth, add_sibling = found.messages.append, found.depths.append, found.siblings.append
+    state, short = tree.tree_state, max_text // 4  # a character has at most 4 bytes
+    stack: list[tuple[Message, str | None, int, int]] = [(tree.prompt, None, 0, 0)]
+    while stack:
+        message, parent, depth, sibling = stack.pop()
+        replies = message.replies
+        if depth > DEEPEST or len(message.text) > short or not _place(message, tree_id, parent, state):
+            return None
+        add(message)
+        add_depth(depth)
+        add_sibling(sibling)
+        if replies:
+            above, below = message.message_id, depth + 1
+            for place in range(len(replies) - 1, -1, -1):
+                stack.append((replies[place], above, below, place))
+    return found
+
+
+def _place(message: Message, tree_id: str, parent: str | None, state: str | None) -> bool:
+    """Fill in what the tree says of a message; False if the message says something else."""
+    claimed, owner = message.parent_id, message.message_tree_id
+    if (claimed is not None and claimed != parent) or (owner is not None and owner != tree_id):
+        return False
+    message.message_tree_id, message.parent_id, message.replies = tree_id, parent, None
+    if message.tree_state is None:
+        message.tree_state = state
+    if message.labels == NO_VOTES:
+        message.labels = None
+    if message.detoxify == NO_SCORES:
+        message.detoxify = None
+    return True
+
+
+def arranged(rows: Sequence[Row]) -> Arranged:
+    """Return what the careful reader made of a tree, its rows arranged, in the form of this module."""
+    rest = {place: Rest(*row[_REST]) for place, row in enumerate(rows) if any(row[_REST])}
+    return Arranged([_message(row) for row in rows], [row[DEPTH] for row in rows], [row[SIBLING] for row in rows], rest)
+
+
+_FIRST, _EMOJIS = len(PLACE), len(PLACE) + len(FIELDS)  # places in a careful reader's row
+_MEANS = slice(_EMOJIS + 1, _EMOJIS + 1 + len(Votes.__struct_fields__))
+_COUNTS = slice(_MEANS.stop, _MEANS.stop + len(Votes.__struct_fields__))
+_SCORES = slice(_COUNTS.stop, _COUNTS.stop + len(Scores.__struct_fields__))
+_REST = slice(_SCORES.stop, None)
+_CREATED = _FIRST + list(FIELDS).index("created_date")
+
+
+def _message(row: Row) -> Message:
+    means, scored = ([MISSING if share is None else share for share in row[part]] for part in (_MEANS, _SCORES))
+    counts = [int(MISSING) if count is None else count for count in row[_COUNTS]]
+    votes, scores = Votes(*map(Vote, means, counts)), Scores(*scored)
+    emojis = row[_EMOJIS]
+    fields = zip(Message.__struct_fields__, (*row[:DEPTH], *row[_FIRST:_EMOJIS]), strict=False)  # emojis and on follow
+    made = Message(**dict(fields))
+    if made.created_date is not None:
+        made.created_date = row[_CREATED].isoformat(timespec="microseconds")  # it is in UTC
+    made.emojis = None if emojis is None else dict(emojis)
+    made.labels = None if votes == NO_VOTES else votes
+    made.detoxify = None if scores == NO_SCORES else scores
+    return made
