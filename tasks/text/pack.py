@@ -1,15 +1,8 @@
-"""Packing: documents into sequences of one length, never cut, each blind to its neighbours.
-
-Shapes: T tokens in a sequence, n tokens in a document.
-"""
+"""Packing: which documents share a sequence of one length; none is ever cut."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
 
 
 def best_fit(lengths: Sequence[int], block: int) -> list[list[int]]:
@@ -50,40 +43,3 @@ def best_fit(lengths: Sequence[int], block: int) -> list[list[int]]:
             with_room[left].append(sequence)
             rooms |= 1 << left
     return sorted(sorted(documents) for documents in sequences)
-
-
-@dataclass(frozen=True)
-class Packed:
-    """One sequence: its documents, then padding.
-
-    Attributes:
-        ids: (T,) uint16, token ids.
-        mask: (T,) uint8, 1 where the token is a target of the loss.
-        positions: (T,) uint16, position in its document.
-        ends: (T,) uint16; token q sees token k when k <= q < ends[k].
-        starts: First token of each document.
-    """
-
-    ids: NDArray[np.uint16]
-    mask: NDArray[np.uint8]
-    positions: NDArray[np.uint16]
-    ends: NDArray[np.uint16]
-    starts: list[int]
-
-
-def lay(documents: Sequence[tuple[Sequence[int], Sequence[int]]], block: int, pad: int) -> Packed:
-    """Lay documents (ids, mask) one after another into a sequence; padding sees only itself and is never a target."""
-    ids = np.full(block, pad, np.uint16)
-    mask = np.zeros(block, np.uint8)
-    positions = np.zeros(block, np.uint16)
-    ends = np.arange(1, block + 1, dtype=np.uint16)
-    starts, start = [], 0
-    for tokens, targets in documents:
-        stop = start + len(tokens)
-        ids[start:stop] = tokens
-        mask[start:stop] = targets
-        positions[start:stop] = np.arange(stop - start)
-        ends[start:stop] = stop
-        starts.append(start)
-        start = stop
-    return Packed(ids, mask, positions, ends, starts)
