@@ -1,4 +1,4 @@
-"""The command line: python -m flows run | plan | why | ls | show | verify | gc | lock | serve | chat."""
+"""The command line: python -m flows run | plan | why | ls | show | export | verify | gc | lock | serve | chat."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -138,6 +139,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("artifact", metavar="ID_OR_KIND", help="an id as `ls` prints it, or a kind for its youngest")
     made.add_argument("-n", type=int, default=5, metavar="N", help="how many rows, trees or sequences (default: 5)")
     as_json(made)
+    made = command("export", export, "write an artifact into a new folder, for another program")
+    made.add_argument(
+        "form", choices=("nanogpt", "messages"), metavar="FORM", help="nanogpt (of tokens), messages (of dialogues)"
+    )
+    made.add_argument("artifact", metavar="ID_OR_KIND", help="an id as `ls` prints it, or a kind for its youngest")
+    made.add_argument("folder", type=Path, metavar="DIR", help="a folder that is not there yet, or is empty")
     as_json(command("verify", verify, "hash every file of every artifact again"))
     made = command("gc", gc, "remove artifacts that no recipe's last run needs")
     made.add_argument("--dry-run", action="store_true", help="only say what would be removed")
@@ -272,6 +279,16 @@ def show(asked: argparse.Namespace) -> int:
         _json(showing.rows(artifact, asked.n))
     else:
         print(showing.text(artifact, asked.n))
+    return 0
+
+
+def export(asked: argparse.Namespace) -> int:
+    """Write an artifact for another program; the last line is the folder."""
+    from flows import exporting
+
+    counts = exporting.export(asked.form, chain.open_artifact(asked.artifact), asked.folder)
+    print(", ".join(f"{split} {count:,}" for split, count in counts.items()))
+    print(asked.folder)
     return 0
 
 
