@@ -24,22 +24,25 @@ def best_fit(lengths: Sequence[int], block: int) -> list[list[int]]:
     """
     if lengths and not 1 <= min(lengths) <= max(lengths) <= block:
         raise ValueError(f"lengths must be 1 to {block}, found {min(lengths)} to {max(lengths)}")
-    sequences: list[list[int]] = []
+    sequence_of = [0] * len(lengths)
+    opened = 0
     with_room: list[list[int]] = [[] for _ in range(block + 1)]  # room left -> sequences
     rooms = 0  # bit r is set where a sequence has room r
-    for document in sorted(range(len(lengths)), key=lambda number: -lengths[number]):  # stable: ties keep their order
+    for document in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):  # stable: ties keep their order
         length = lengths[document]
-        fitting = rooms >> length
-        if fitting:
+        if fitting := rooms >> length:
             room = length + (fitting & -fitting).bit_length() - 1
             sequence = with_room[room].pop()
             if not with_room[room]:
-                rooms &= ~(1 << room)
+                rooms ^= 1 << room
         else:
-            room, sequence = block, len(sequences)
-            sequences.append([])
-        sequences[sequence].append(document)
+            room, sequence = block, opened
+            opened += 1
+        sequence_of[document] = sequence
         if left := room - length:
             with_room[left].append(sequence)
             rooms |= 1 << left
-    return sorted(sorted(documents) for documents in sequences)
+    documents: dict[int, list[int]] = {}
+    for document, sequence in enumerate(sequence_of):
+        documents.setdefault(sequence, []).append(document)
+    return list(documents.values())
