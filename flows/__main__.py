@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -185,6 +186,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("artifact", metavar="ID_OR_KIND", help="an id as `ls` prints it, or a kind for its youngest")
     made.add_argument("-n", type=_count, default=5, metavar="N", help="how many rows, trees or sequences (default: 5)")
     as_json(made)
+    made = command("export", commands.export, "write an artifact into a new folder, for another program")
+    made.add_argument(
+        "form", choices=("nanogpt", "messages"), metavar="FORM", help="nanogpt (of tokens), messages (of dialogues)"
+    )
+    made.add_argument("artifact", metavar="ID_OR_KIND", help="an id as `ls` prints it, or a kind for its youngest")
+    made.add_argument("folder", type=Path, metavar="DIR", help="a folder that is not there yet, or is empty")
     as_json(command("verify", commands.verify, "hash every file of every artifact again"))
     made = command("gc", commands.gc, "remove artifacts that no recipe's last run needs")
     made.add_argument("--dry-run", action="store_true", help="only say what would be removed")

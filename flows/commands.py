@@ -158,6 +158,16 @@ def show(asked: argparse.Namespace) -> int:
     return 0
 
 
+def export(asked: argparse.Namespace) -> int:
+    """Write an artifact for another program; the last line is the folder."""
+    from flows import exporting
+
+    counts = exporting.export(asked.form, chain.open_artifact(asked.artifact), asked.folder)
+    print(", ".join(f"{split} {count:,}" for split, count in counts.items()))
+    print(asked.folder)
+    return 0
+
+
 def verify(asked: argparse.Namespace) -> int:
     """Hash everything again; exit 65 if anything is not what was published."""
     found = [(folder, examine(folder)) for folder in Store(home()).folders()]

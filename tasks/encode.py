@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -20,21 +23,29 @@ from tasks.artifacts import (
     write_encoding,
 )
 from tasks.errors import InputError
-from tasks.progress import track
+from tasks.progress import bar, track
 from tasks.step import Params, step
 from tasks.store.manifest import Manifest
 
 if TYPE_CHECKING:
     import numpy as np
+    import polars as pl
     from numpy.typing import NDArray
 
     from tasks.text.bpe import Vocabulary
-    from tasks.text.chat import Document, Tags, Template
-    from tasks.text.layout import Conversation, Fitted
+    from tasks.text.chat import Tags, Template
+    from tasks.text.lay import Texts, Turns
+    from tasks.text.layout import Fitted
 
 SPLITS = ("train", "val", "test")
 PAD = "<|endoftext|>"
 ARRAYS = ("ids", "mask", "positions", "ends")  # each a file: ids.bin, ...
+LINKS = ("message_tree_id", "message_id", "parent_id", "rank", "sibling")  # what makes rows a forest
+NAMES = ("message_id", "message_tree_id", "role", "split")  # what the index says of a row
+ROWS = (*LINKS, "role", "split")
+WINDOW = 1 << 16  # rows whose texts are in memory at a time: 40 MB
+CHUNK = 256  # sequences laid at a time: 2 MB an array at a block of 1,024, which caches hold
+GROUP = 1 << 20  # rows of a row group of the index, as pyarrow makes them of a whole table
 
 
 class EncodeParams(Params):
@@ -67,10 +78,10 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams) -> Counts:
     from tasks.text.chat import TEMPLATES, tags
 
     rows, template = _rows(dialogues), TEMPLATES[params.template]
-    vocabulary = _vocabulary(rows, template, params)
+    vocabulary = _vocabulary(dialogues, template, params)
     pieces = tags(template, vocabulary.specials, vocabulary.encode)
-    turns = _turns(rows, vocabulary, pieces, params)
-    written = _write(out, rows, turns, params.block, vocabulary.specials[PAD])
+    talks = _talks(dialogues, rows, vocabulary, pieces, params)
+    written = _write(out, rows, talks, params.block, vocabulary.specials[PAD])
     encoding = Encoding(
         block=params.block,
         vocab_size=vocabulary.size_padded,
@@ -84,87 +95,103 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams) -> Counts:
     )
     vocabulary.exported().save(str(out / "tokenizer.json"))
     write_encoding(out, encoding)
-    return {**_counts(written, turns, encoding), "gated": _gate(out, rows)}
+    counts = _counts(written, talks, encoding)
+    del rows, talks, vocabulary  # the gate reads everything anew
+    return {**counts, "gated": _gate(out, dialogues)}
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The dialogues as columns."""
-
-    message_tree_id: list[str]
-    message_id: list[str]
-    parent_id: list[str | None]
-    role: list[str]
-    text: list[str]
-    rank: list[int | None]
-    sibling: list[int]
-    split: list[str]
+def _rows(dialogues: Dialogues) -> pl.DataFrame:
+    """Read all columns that are needed, but for the texts, which are never in memory all at once."""
+    return dialogues.scan().select(ROWS).collect()
 
 
-def _rows(dialogues: Dialogues) -> _Rows:
-    names = list(_Rows.__dataclass_fields__)
-    table = dialogues.scan().select(names).collect()
-    return _Rows(*(table[name].to_list() for name in names))
+def _texts(dialogues: Dialogues, rows: int) -> Iterator[pl.Series]:
+    """Yield the texts of `WINDOW` rows at a time."""
+    for first in range(0, rows, WINDOW):
+        yield dialogues.scan().select("text").slice(first, WINDOW).collect()["text"]
 
 
-def _vocabulary(rows: _Rows, template: Template, params: EncodeParams) -> Vocabulary:
+def _vocabulary(dialogues: Dialogues, template: Template, params: EncodeParams) -> Vocabulary:
     """Return the vocabulary; a trained one has seen the train split only."""
+    import polars as pl
+
     from tasks.text.bpe import gpt2, trained
 
     if params.tokenizer == "gpt2":
         return gpt2(template.plain())
-    texts = [text for text, split in zip(rows.text, rows.split, strict=True) if split == "train"]
+    texts = dialogues.scan().filter(pl.col("split") == "train").select("text").collect()["text"]
     return trained(track(texts, "vocabulary", len(texts), "messages"), params.vocab_size, template.plain())
 
 
 @dataclass(frozen=True)
-class _Turns:
+class _Talks:
     """Which conversations are written, and the ids of their messages.
 
     Attributes:
         fitted: The conversations, by row.
         tags: The template's pieces as ids.
-        texts: Ids of each distinct text in them.
-        lengths: Tokens of each row, tags included; of rows that no layout asks for, the tags alone.
+        texts: Ids of the texts in them.
+        replies: (rows,) whether a row is an assistant's.
+        sizes: Tokens of each conversation.
+        utf8: (rows,) bytes of each text in them.
         found: How many conversations the layout gave; the rest was left out (see `Fitted`).
     """
 
     fitted: Fitted
     tags: Tags
-    texts: dict[str, NDArray[np.uint16]]
-    lengths: list[int]
+    texts: Texts
+    replies: NDArray[np.bool_]
+    sizes: list[int]
+    utf8: NDArray[np.int64]
     found: int
 
-    def document(self, rows: _Rows, conversation: Conversation) -> Document:
-        """Join the messages of a conversation."""
-        from tasks.text.chat import ROLES
 
-        return self.tags.document((ROLES[rows.role[row]], self.texts[rows.text[row]].tolist()) for row in conversation)
-
-    def size(self, conversation: Conversation) -> int:
-        """Return the tokens of a conversation."""
-        return len(self.tags.start) + sum(self.lengths[row] for row in conversation) + len(self.tags.tail)
-
-
-def _turns(rows: _Rows, vocabulary: Vocabulary, pieces: Tags, params: EncodeParams) -> _Turns:
-    """Lay the trees out, encode each distinct text once, and end every conversation on a reply that fits."""
+def _talks(
+    dialogues: Dialogues, rows: pl.DataFrame, vocabulary: Vocabulary, tags: Tags, params: EncodeParams
+) -> _Talks:
+    """Lay the trees out, encode the texts that are asked for, and end every conversation on a reply that fits."""
     import numpy as np
 
-    from tasks.text.chat import ROLES
+    from tasks.text.lay import around
     from tasks.text.layout import LAYOUTS, fit, forest
 
-    trees = forest(rows.message_tree_id, rows.message_id, rows.parent_id, rows.rank, rows.sibling)
-    found = list(LAYOUTS[params.layout](trees))
-    distinct = dict.fromkeys(rows.text[row] for conversation in found for row in conversation)
-    texts = {
-        text: np.array(vocabulary.encode(text), np.uint16) for text in track(distinct, "encode", len(distinct), "texts")
-    }
-    lengths = [
-        pieces.around(ROLES[role]) + len(texts.get(text, ())) for role, text in zip(rows.role, rows.text, strict=True)
-    ]  # fmt: skip
-    replies = [role == "assistant" for role in rows.role]
-    room = params.block - len(pieces.start) - len(pieces.tail)
-    return _Turns(fit(found, replies, lengths, room), pieces, texts, lengths, len(found))
+    found = list(LAYOUTS[params.layout](forest(*(rows[name].to_list() for name in LINKS))))
+    asked = np.zeros(rows.height, np.bool_)
+    asked[np.fromiter(chain.from_iterable(found), np.int64)] = True
+    texts, utf8 = _encoded(dialogues, asked, vocabulary)
+    replies = (rows["role"] == "assistant").to_numpy()
+    nowhere = np.zeros(rows.height, np.bool_)  # what stands at the ends of a conversation is counted once, apart
+    lengths = (texts.lengths + sum(around(replies, nowhere, nowhere, tags))).tolist()
+    outer = len(tags.start) + len(tags.tail)
+    fitted = fit(found, replies.tolist(), lengths, params.block - outer)
+    sizes = [outer + sum(map(lengths.__getitem__, conversation)) for conversation in fitted.conversations]
+    return _Talks(fitted, tags, texts, replies, sizes, utf8, len(found))
+
+
+def _encoded(dialogues: Dialogues, asked: NDArray[np.bool_], vocabulary: Vocabulary) -> tuple[Texts, NDArray[np.int64]]:
+    """Encode the texts of the rows asked for; equal ones among some thousand neighbours once.
+
+    Returns:
+        The ids, and (rows,) the UTF-8 bytes of each text.
+    """
+    import numpy as np
+
+    from tasks.text.lay import Texts
+
+    ids: list[NDArray[np.uint16]] = []
+    starts, lengths, utf8 = (np.zeros(len(asked), np.int64) for _ in range(3))
+    with bar("encode", int(asked.sum()), "messages") as shown:
+        for number, window in enumerate(_texts(dialogues, len(asked))):
+            chosen = np.flatnonzero(asked[number * WINDOW : number * WINDOW + len(window)])
+            place: dict[str, int] = {}
+            of_row = [place.setdefault(text, len(place)) for text in window.gather(chosen)]
+            made, counted = vocabulary.encode_all([*place], os.cpu_count() or 1)
+            ids.append(made)
+            rows = number * WINDOW + chosen
+            starts[rows], lengths[rows] = (np.cumsum(counted) - counted)[of_row], counted[of_row]
+            utf8[rows] = window.str.len_bytes().to_numpy()[chosen]
+            shown.advance(len(chosen))
+    return Texts(WINDOW, ids, starts, lengths), utf8
 
 
 @dataclass
@@ -177,79 +204,77 @@ class _Tally:
     utf8_bytes: int = 0
 
 
-def _write(out: Path, rows: _Rows, turns: _Turns, block: int, pad: int) -> dict[str, _Tally]:
+def _write(out: Path, rows: pl.DataFrame, talks: _Talks, block: int, pad: int) -> dict[str, _Tally]:
     """Pack each split, write the arrays and the index, and return what was written."""
-    import pyarrow as pa
+    from tasks.text.lay import lay, turns
 
-    from tasks.text.pack import lay
-
-    plan = _plan(rows, turns, block)
-    index: dict[str, list[Any]] = {name: [] for name in INDEX_COLUMNS}
-    written = {split: _Tally() for split in SPLITS}
+    packed = _packed(rows, talks, block)
+    plan = [numbers for sequences in packed.values() for numbers in sequences]
+    placed = turns(talks.fitted.conversations, plan, talks.replies, talks.texts.lengths, talks.tags)
     with ExitStack() as stack:
         files = {name: stack.enter_context((out / f"{name}.bin").open("wb")) for name in ARRAYS}
-        for sequence, (split, conversations) in enumerate(track(plan, "pack", len(plan), "sequences")):
-            documents = [turns.document(rows, conversation) for conversation in conversations]
-            packed = lay([(document.ids, document.mask) for document in documents], block, pad)
+        for first in track(range(0, len(plan), CHUNK), "pack", -(-len(plan) // CHUNK), f"times {CHUNK} sequences"):
+            last = min(first + CHUNK, len(plan))
+            laid = lay(placed, talks.texts, talks.tags, first, last, block, pad)
             for name, file in files.items():
-                file.write(getattr(packed, name).tobytes())
-            written[split].sequences += 1
-            for conversation, document, start in zip(conversations, documents, packed.starts, strict=True):
-                _tally(written[split], rows, conversation, document)
-                _note(index, rows, conversation, document, sequence=sequence, start=start)
-    with parquet_writer(out / "index.parquet", INDEX_COLUMNS) as writer:
-        writer.write_table(pa.table(index, schema=arrow_schema(INDEX_COLUMNS)))
+                file.write(getattr(laid, name))
+    _write_index(out / "index.parquet", rows, placed)
+    written, first = {}, 0
+    for split, sequences in packed.items():
+        here = placed.of(first, first + len(sequences))
+        first += len(sequences)
+        spoken = int(talks.utf8[here.row[here.reply]].sum())
+        written[split] = _Tally(len(sequences), int(here.size.sum()), int(here.trained.sum()), spoken)
     return written
 
 
-def _plan(rows: _Rows, turns: _Turns, block: int) -> list[tuple[str, list[Conversation]]]:
-    """Return the split and the conversations of each sequence, splits one after another.
+def _packed(rows: pl.DataFrame, talks: _Talks, block: int) -> dict[str, list[list[int]]]:
+    """Return the numbers of the conversations of each sequence, by split.
 
     Raises:
         InputError: If the train split has no conversation.
     """
     from tasks.text.pack import best_fit
 
-    of_split: dict[str, list[Conversation]] = {split: [] for split in SPLITS}
-    for conversation in turns.fitted.conversations:
-        of_split[rows.split[conversation[0]]].append(conversation)
+    of_split: dict[str, list[int]] = {split: [] for split in SPLITS}
+    splits = rows["split"].to_list()
+    for number, conversation in enumerate(talks.fitted.conversations):
+        of_split[splits[conversation[0]]].append(number)
     if not of_split["train"]:
         what = f"the train split holds no reply that fits a block of {block:,} tokens"
-        where = f"{len(rows.text):,} messages came in, {rows.split.count('train'):,} of them to train on"
+        where = f"{rows.height:,} messages came in, {splits.count('train'):,} of them to train on"
         raise InputError(what, where, "Keep more messages in curate, or raise encode.block", "encode.empty")
-    return [
-        (split, [found[number] for number in numbers])
-        for split, found in of_split.items()
-        for numbers in best_fit([turns.size(conversation) for conversation in found], block)
-    ]
+    return {
+        split: [
+            [numbers[place] for place in places]
+            for places in best_fit([talks.sizes[number] for number in numbers], block)
+        ]
+        for split, numbers in of_split.items()
+    }
 
 
-def _tally(tally: _Tally, rows: _Rows, conversation: Conversation, document: Document) -> None:
-    tally.tokens += len(document.ids)
-    tally.trained += sum(document.trained)
-    replies = [row for row, trained in zip(conversation, document.trained, strict=True) if trained]
-    tally.utf8_bytes += sum(len(rows.text[row].encode()) for row in replies)
+def _write_index(path: Path, rows: pl.DataFrame, placed: Turns) -> None:
+    """Write the token ranges of messages; each goes on from the one before it."""
+    import numpy as np
+    import pyarrow as pa
 
-
-def _note(
-    index: dict[str, list[Any]],
-    rows: _Rows,
-    conversation: Conversation,
-    document: Document,
-    *,
-    sequence: int,
-    start: int,
-) -> None:
-    """Add the messages of a document to the index; each goes on from the one before it."""
-    places = zip(conversation, [0, *document.stops], document.stops, document.trained, strict=False)
-    for place, (row, first, stop, trained) in enumerate(places):
-        parent = len(index["parent"]) - 1 if place else None
-        values = (
-            sequence, start + first, start + stop, parent, rows.message_id[row], rows.message_tree_id[row],
-            rows.role[row], rows.split[row], trained,
-        )  # fmt: skip
-        for name, value in zip(INDEX_COLUMNS, values, strict=True):
-            index[name].append(value)
+    schema = arrow_schema(INDEX_COLUMNS)
+    before = np.arange(-1, len(placed.row) - 1)
+    with parquet_writer(path, INDEX_COLUMNS) as writer:
+        for first in range(0, len(placed.row), GROUP):
+            here = slice(first, first + GROUP)
+            named = rows[placed.row[here]]
+            numbers = {
+                "sequence": placed.sequence[here],
+                "start": placed.start[here],
+                "stop": (placed.start + placed.size)[here],
+                "trained": placed.trained[here],
+            }
+            columns = {name: pa.array(values, pa.int32()) for name, values in numbers.items()}
+            columns["parent"] = pa.array(before[here], pa.int64(), mask=placed.opens[here])
+            for name in NAMES:
+                columns[name] = named[name].to_arrow().cast(pa.string())
+            writer.write_table(pa.table([columns[name] for name in INDEX_COLUMNS], schema=schema))
 
 
 def _spans(written: dict[str, _Tally]) -> dict[str, tuple[int, int]]:
@@ -261,7 +286,7 @@ def _spans(written: dict[str, _Tally]) -> dict[str, tuple[int, int]]:
     return spans
 
 
-def _counts(written: dict[str, _Tally], turns: _Turns, encoding: Encoding) -> Counts:
+def _counts(written: dict[str, _Tally], talks: _Talks, encoding: Encoding) -> Counts:
     sequences, tokens, trained = (
         sum(getattr(tally, name) for tally in written.values()) for name in ("sequences", "tokens", "trained")
     )
@@ -270,26 +295,23 @@ def _counts(written: dict[str, _Tally], turns: _Turns, encoding: Encoding) -> Co
         "tokens": tokens,
         "trained": trained,
         "padding": sequences * encoding.block - tokens,
-        "found": turns.found,
-        "conversations": len(turns.fitted.conversations),
-        "cut": turns.fitted.cut,
-        "skipped": turns.fitted.skipped,
-        "repeated": turns.fitted.repeated,
-        "too_long": turns.fitted.too_long,
-        "distinct_texts": len(turns.texts),
+        "found": talks.found,
+        "conversations": len(talks.fitted.conversations),
+        "cut": talks.fitted.cut,
+        "skipped": talks.fitted.skipped,
+        "repeated": talks.fitted.repeated,
+        "too_long": talks.fitted.too_long,
         "vocab_size": encoding.vocab_size,
         "splits": {split: asdict(tally) for split, tally in written.items()},
     }
 
 
-def _gate(out: Path, rows: _Rows) -> int:
+def _gate(out: Path, dialogues: Dialogues) -> int:
     """Read everything back as a reader of the artifact would, and check it."""
     from tasks.text.chat import load_dialect
-    from tasks.text.gate import Said, Written, check
+    from tasks.text.gate import SAID, Written, check
 
     tokens = Tokens(out, Manifest(key="", kind=Tokens.kind, recipe={}, files={}, digest=""))
     arrays = (tokens.ids(), tokens.mask(), tokens.positions(), tokens.ends())
     written = Written(*arrays, tokens.index().collect(), tokens.encoding().splits)
-    names = zip(rows.message_tree_id, rows.message_id, strict=True)
-    said = map(Said, rows.text, rows.role, rows.parent_id, rows.split)
-    return check(written, load_dialect(out), dict(zip(names, said, strict=True)))
+    return check(written, load_dialect(out), dialogues.scan().select(SAID))

@@ -153,7 +153,7 @@ def test_real_trees_are_encoded_and_read_back_exactly(
     assert len(rows) == 2_019
     assert counts["found"] == counts["conversations"] + counts["skipped"] + counts["repeated"]
     assert counts["padding"] <= counts["tokens"] / 50  # of few documents; a thousandth where there are many
-    assert counts["gated"] == index.height
+    assert counts["gated"] > index.height / 4  # of a megabyte of text, about half is encoded again
     said, text_of = load_dialect(made.path), {row["message_id"]: row["text"] for row in rows}
     ids, mask = np.array(made.ids()), np.array(made.mask())
     for row in index.sample(400, seed=1).iter_rows(named=True):

@@ -13,12 +13,16 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import tiktoken
+from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tasks.errors import ConfigurationError
@@ -32,6 +36,12 @@ GPT2_FILES: Mapping[str, str] = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 MULTIPLE = 64
+MARK = "\ufdd0"  # stands between texts that are encoded at once: Unicode keeps it out of text, for uses like this one
+MARK_ID = 1 << 16  # no vocabulary has so many ids
+CHARS = 1 << 16  # of texts encoded at once: more is no faster, and leaves less to share among threads
+
+Ids = NDArray[np.uint16]
+Lengths = NDArray[np.int64]
 
 
 def _printable() -> dict[str, int]:
@@ -75,7 +85,9 @@ class Vocabulary:
 
     @cached_property
     def _engine(self) -> tiktoken.Encoding:
-        return tiktoken.Encoding("treeline", pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens={})
+        return tiktoken.Encoding(
+            "treeline", pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens={MARK: MARK_ID}
+        )
 
     @cached_property
     def _cuts(self) -> re.Pattern[str] | None:
@@ -86,6 +98,32 @@ class Vocabulary:
         if self._cuts is None:
             return self._engine.encode_ordinary(text)  # type: ignore[no-any-return]
         return [token for part in self._cuts.split(text) for token in self._engine.encode_ordinary(part)]
+
+    def encode_all(self, texts: Sequence[str], workers: int = 1) -> tuple[Ids, Lengths]:
+        """Encode many texts as `encode` would, faster, and in threads: the engine runs beside the interpreter.
+
+        Args:
+            texts: m plain texts.
+            workers: Threads; any number gives the same ids.
+
+        Returns:
+            The ids of all texts, one after another, and (m,) how many each text has.
+        """
+        with ThreadPoolExecutor(workers) as pool:
+            made = list(pool.map(self._together, _pieces(texts)))
+        ids, lengths = zip(*made, strict=True) if made else ((), ())
+        return np.concatenate([np.zeros(0, np.uint16), *ids]), np.concatenate([np.zeros(0, np.int64), *lengths])
+
+    def _together(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
+        """Encode texts at once, with a mark between them; one by one, where a text holds the mark or more than text."""
+        joined = MARK.join(texts)
+        if joined.count(MARK) < len(texts) and not (self._cuts and self._cuts.search(joined)):
+            with suppress(UnicodeEncodeError):  # half a surrogate pair, which `encode` mends
+                found = self._engine.encode_to_numpy(joined, allowed_special={MARK}, disallowed_special=())
+                marks = np.append(np.flatnonzero(found == MARK_ID), len(found))
+                return found[found != MARK_ID].astype(np.uint16), np.diff(marks, prepend=-1) - 1
+        each = [np.array(self.encode(text), np.uint16) for text in texts]
+        return np.concatenate(each), np.array([len(ids) for ids in each], np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids that hold no special one."""
@@ -101,6 +139,16 @@ class Vocabulary:
         made.decoder = decoders.ByteLevel()
         made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in self.specials])
         return made
+
+
+def _pieces(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Cut a list of texts where about `CHARS` characters have come together."""
+    first, chars = 0, 0
+    for place, text in enumerate(texts, 1):
+        chars += len(text)
+        if chars >= CHARS or place == len(texts):
+            yield texts[first:place]
+            first, chars = place, 0
 
 
 def _any_of(texts: Iterable[str]) -> str:

@@ -99,23 +99,6 @@ TEMPLATES: Mapping[str, Template] = {template.name: template for template in (CH
 
 
 @dataclass(frozen=True)
-class Document:
-    """A conversation as ids; n tokens, m messages.
-
-    Attributes:
-        ids: n token ids.
-        mask: n times 0 or 1: whether the token is a target of the loss.
-        stops: m times one past the last token of a message; the template's start and tail belong to the outer ones.
-        trained: m times how many of a message's tokens are targets.
-    """
-
-    ids: list[int]
-    mask: list[int]
-    stops: list[int]
-    trained: list[int]
-
-
-@dataclass(frozen=True)
 class Tags:
     """A template's pieces as ids, its attributes by the same names."""
 
@@ -123,10 +106,6 @@ class Tags:
     opens: Mapping[str, list[int]]
     closes: Mapping[str, list[int]]
     tail: list[int]
-
-    def around(self, role: str) -> int:
-        """Return how many tokens stand around the text of a turn."""
-        return len(self.opens[role]) + len(self.closes[role])
 
     def prompt(self, turns: Iterable[tuple[str, Sequence[int]]]) -> list[int]:
         """Return the ids of turns up to the open tag of the reply that is to come.
@@ -138,21 +117,6 @@ class Tags:
         for role, text in turns:
             ids += [*self.opens[role], *text, *self.closes[role]]
         return ids + self.opens["assistant"]
-
-    def document(self, turns: Iterable[tuple[str, Sequence[int]]]) -> Document:
-        """Return a whole conversation of turns such as `prompt` takes, with what it trains."""
-        made = Document(list(self.start), [0] * len(self.start), [], [])
-        for role, text in turns:
-            opens, closes = self.opens[role], self.closes[role]
-            trained = (len(text) + len(closes)) * (role == "assistant")
-            made.ids.extend([*opens, *text, *closes])
-            made.mask.extend([0] * (len(made.ids) - len(made.mask) - trained) + [1] * trained)
-            made.stops.append(len(made.ids))
-            made.trained.append(trained)
-        made.ids.extend(self.tail)
-        made.mask.extend([0] * len(self.tail))
-        made.stops[-1] = len(made.ids)
-        return made
 
 
 def tags(template: Template, specials: Mapping[str, int], encode: Encode) -> Tags:
@@ -191,6 +155,11 @@ class Dialect:
         self.vocab_size, self.block = vocab_size, block
         self.used: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self.tags = tags(template, specials, self.encode)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of each token, written in printable characters, and of each special one."""
+        found: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return found
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text; what no UTF-8 can hold becomes U+FFFD, as tiktoken does it in training."""

@@ -1,16 +1,21 @@
 """The gate: reads encoded data back from disk and refuses what must not reach training.
 
 It trusts nothing of the writer: it sees only the arrays, the index, the exported tokenizer and the messages themselves,
-and works out from these what must stand there. Structure is checked for every token. Texts are encoded again with the
-`tokenizers` library, all of them up to `CHARS` characters; above that, messages drawn by a hash of their id, as many as
-come to about that much (the library makes half a million tokens a second, a quarter of what tiktoken does).
+and works out from these what must stand there.
+
+- Structure is checked for every token: ranges, masks, positions, who sees whom, special ids, padding.
+- The bytes of every message are checked: its ids stand for as many of each byte as its text has. A text that was cut,
+  exchanged or altered is found; one whose parts changed places is not.
+- Texts are encoded again with the `tokenizers` library and compared id by id: all of them up to `SAMPLE` bytes; above
+  that, messages drawn by a hash of their id, as many as come to about that much. The library makes half a million
+  tokens a second, a quarter of what tiktoken does, so reading all again would take four times as long as encoding.
 
 Shapes: S sequences of T tokens; a chunk flattens some sequences to N tokens, and holds M messages of the index.
 """
 
 from __future__ import annotations
 
-import hashlib
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -22,11 +27,18 @@ from numpy.typing import NDArray
 
 from tasks.errors import GateError
 from tasks.progress import bar
-from tasks.text.chat import ROLES, Dialect
+from tasks.text.bpe import BYTE_OF
+from tasks.text.chat import Dialect
+from tasks.text.lay import ranges as spread
 
 Ints = NDArray[np.int64]
-CHARS = 8_000_000  # about 2 million tokens, 4 seconds
-CHUNK = 2_048  # sequences read at a time: 2 million tokens at a block of 1,024, some 100 MB of working arrays
+SAMPLE = 500_000  # UTF-8 bytes: about 150,000 tokens, a third of a second
+CHUNK = 256  # sequences read at a time: 2 MB an array at a block of 1,024, which caches hold
+WINDOW = 1 << 16  # messages whose texts are in memory at a time
+AT_ONCE = 1 << 10  # texts weighed at a time: half a MB, which caches hold
+SAID = ("message_tree_id", "message_id", "parent_id", "role", "split", "text")  # what is asked of the input
+WEIGHTS = bytes(np.random.default_rng(0).permutation(256).astype(np.uint8))  # of bytes, so that a swap shows in a sum
+COUNT = 1 << 40  # weight that each byte has besides: sums of the others stay below it
 DO = "Nothing was published. This is a fault of the encode step or of its input"
 
 
@@ -53,12 +65,19 @@ class Written:
 
 @dataclass(frozen=True)
 class Said:
-    """A message as it came in: text, role (prompter or assistant), parent's id, split."""
+    """The messages of the input as far as they are compared; R rows.
 
-    text: str
-    role: str
-    parent: str | None
-    split: str
+    Attributes:
+        row: (rows of the index,) which row of the input each is.
+        weight: (R,) sum of the `WEIGHTS` of the bytes of a text.
+        drawn: (R,) whether the text is encoded again.
+        text: Texts of the drawn rows.
+    """
+
+    row: Ints
+    weight: Ints
+    drawn: NDArray[np.bool_]
+    text: Mapping[int, str]
 
 
 @dataclass(frozen=True)
@@ -66,19 +85,21 @@ class Chunk:
     """Some sequences, flattened, with the messages in them; tokens and messages are numbered within the chunk.
 
     Attributes:
-        ids: (N,) token ids; `mask`, `positions` and `ends` likewise.
+        ids: (N,) token ids; `mask`, `positions` and `ends` likewise, all of them as they lie on disk.
         block: T.
         index: The rows of the index, M of them.
+        row: (M,) which row of the input each message is.
         start: (M,) first token of each message; `stop` one past its last.
         parent: (M,) message that holds the parent's tokens, -1 at a root, -2 for one of an earlier chunk.
     """
 
-    ids: Ints
-    mask: Ints
-    positions: Ints
-    ends: Ints
+    ids: NDArray[Any]
+    mask: NDArray[Any]
+    positions: NDArray[Any]
+    ends: NDArray[Any]
     block: int
     index: pl.DataFrame
+    row: Ints
     start: Ints
     stop: Ints
     parent: Ints
@@ -89,11 +110,20 @@ class Chunk:
         return self.index["message_id"].to_list()
 
     @cached_property
-    def owner(self) -> Ints:
-        """(N,) message of each token, -1 in padding."""
-        owner = np.full(len(self.ids), -1, np.int64)
-        owner[_ranges(self.start, self.stop)] = np.repeat(np.arange(len(self.start)), self.stop - self.start)
-        return owner
+    def tokens(self) -> Ints:
+        """(n,) tokens that belong to messages, in order."""
+        return spread(self.start, self.stop)
+
+    @cached_property
+    def targets(self) -> Ints:
+        """(M,) tokens of each message that are targets of the loss."""
+        return self.summed(self.mask)
+
+    def summed(self, values: NDArray[Any]) -> Ints:
+        """Return the sum of the values (N,) of each message's tokens: (M,)."""
+        sums = np.cumsum(values, dtype=np.int64)
+        summed: Ints = sums[self.stop - 1] - sums[self.start] + values[self.start]
+        return summed
 
     @cached_property
     def replies(self) -> NDArray[np.bool_]:
@@ -113,67 +143,109 @@ class Chunk:
         return self.names[max(place, 0)] if self.names else "none"
 
 
-def check(written: Written, dialect: Dialect, said: Mapping[tuple[str, str], Said]) -> int:
+def check(written: Written, dialect: Dialect, messages: pl.LazyFrame) -> int:
     """Return how many rows of the index were encoded again and found equal.
 
     Args:
         written: What the encode step wrote.
         dialect: Its exported tokenizer and template.
-        said: The messages of the input, by tree id and message id.
+        messages: The input: the columns `SAID`.
 
     Raises:
         GateError: At the first fault; it names the message.
     """
-    _sources(written, said)
-    drawn = _drawn(written.index, said)
-    again = lru_cache(maxsize=100_000)(dialect.encode)  # threads repeat their first messages
+    said = _said(messages, _sources(written, messages))
+    again = lru_cache(maxsize=10_000)(dialect.encode)  # paths of a tree repeat their first messages
+    weights = _weights(dialect)
     with bar("gate", written.index.height, "messages") as shown:
-        for chunk in _chunks(written):
+        for chunk in _chunks(written, said.row):
             for rule in RULES:
                 rule(chunk, dialect)
-            _texts(chunk, dialect, again, said, drawn)
+            _encoded_again(chunk, dialect, again, said)
+            _same_bytes(chunk, dialect, weights, said)
             shown.advance(len(chunk.start))
-    return sum(name in drawn for name in written.index["message_id"])
+    return int(said.drawn[said.row].sum())
 
 
 def _fail(code: str, message: str, what: str) -> NoReturn:
     raise GateError(what, f"message {message}", DO, f"gate.{code}")
 
 
-def _sources(written: Written, said: Mapping[tuple[str, str], Said]) -> None:
-    """Every row of the index is a message of the input, in its split, and goes on from its own parent."""
+def _sources(written: Written, messages: pl.LazyFrame) -> Ints:
+    """Every row of the index is a message of the input, in its split, and goes on from its own parent.
+
+    Returns:
+        (rows of the index,) rows of the input.
+    """
+    names = ["message_tree_id", "message_id"]
+    theirs = messages.drop("text").collect().with_row_index("row")
     index = written.index
-    split_of = {
-        sequence: split for split, (first, last) in written.splits.items() for sequence in range(first, last)
-    }  # fmt: skip
-    names = index["message_id"].to_list()
-    columns = ("message_tree_id", "sequence", "parent", "role", "split")
-    for name, tree, sequence, parent, role, split in zip(names, *(index[c].to_list() for c in columns), strict=True):
-        source = said.get((tree, name))
-        if source is None:
-            _fail("source", name, "is not in the input")
-        above = None if parent is None else names[parent]
-        found, expected = (above, role, split), (source.parent, source.role, source.split)
-        if found != expected:
-            _fail("source", name, f"expected parent, role and split {expected}, found {found}")
-        if split_of.get(sequence) != split:
-            _fail("split", name, f"belongs to {split} and lies in sequence {sequence} of {split_of.get(sequence)}")
+    row = index.select(names).join(theirs.select(*names, "row"), on=names, how="left", maintain_order="left")["row"]
+    for place in np.flatnonzero(row.is_null().to_numpy())[:1]:
+        _fail("source", index["message_id"][int(place)], "is not in the input")
+    found = index.select(pl.col("message_id").gather(pl.col("parent")).alias("parent_id"), "role", "split")
+    expected = theirs[row].select(found.columns)
+    same = pl.all_horizontal(pl.col(name).eq_missing(expected[name]) for name in found.columns)
+    for place in np.flatnonzero(~found.select(same.alias("same"))["same"].to_numpy())[:1]:
+        what = f"expected parent, role and split {expected.row(int(place))}, found {found.row(int(place))}"
+        _fail("source", index["message_id"][int(place)], what)
+    _in_their_splits(written)
+    return row.to_numpy().astype(np.int64)
 
 
-def _drawn(index: pl.DataFrame, said: Mapping[tuple[str, str], Said]) -> set[str]:
-    """Return the ids of the messages whose texts are encoded again."""
-    ids = set(zip(index["message_tree_id"].to_list(), index["message_id"].to_list(), strict=True))
-    chars = sum(len(said[key].text) for key in ids)
-    share = min(1.0, CHARS / max(chars, 1))
-    return {name for _, name in ids if _lot(name) <= share}
+def _in_their_splits(written: Written) -> None:
+    sequence = written.index["sequence"].to_numpy()
+    for split, (first, last) in written.splits.items():
+        outside = (written.index["split"] == split).to_numpy() & ((sequence < first) | (sequence >= last))
+        for place in np.flatnonzero(outside)[:1]:
+            what = f"belongs to {split} and lies in sequence {sequence[place]}, outside {first} to {last}"
+            _fail("split", written.index["message_id"][int(place)], what)
+
+
+def _said(messages: pl.LazyFrame, row: Ints) -> Said:
+    """Weigh the texts of the input, and keep those that are to be encoded again."""
+    ids = messages.select("message_id").collect()["message_id"]
+    texts = messages.select("text")
+    windows = (texts.slice(first, WINDOW).collect() for first in range(0, len(ids), WINDOW))
+    weight = np.concatenate([_weighed(some["text"]) for window in windows for some in window.iter_slices(AT_ONCE)])
+    used = np.zeros(len(ids), np.bool_)
+    used[row] = True
+    share = min(1.0, SAMPLE / max(int((weight[used] // COUNT).sum()), 1))
+    drawn = used & (np.fromiter(map(_lot, ids), np.float64, len(ids)) <= share)
+    kept = texts.filter(pl.lit(pl.Series(drawn))).collect()["text"]
+    return Said(row, weight, drawn, dict(zip(np.flatnonzero(drawn).tolist(), kept, strict=True)))
 
 
 def _lot(name: str) -> float:
     """Return a number from 0 to 1 that depends on the name alone."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) / 0xFFFFFFFF
+    mixed = zlib.crc32(name.encode()) * 0x9E3779B1  # of names that differ in a digit, the sums alone lie close together
+    return (mixed & 0xFFFFFFFF) / 0xFFFFFFFF
 
 
-def _chunks(written: Written) -> Iterator[Chunk]:
+def _weighed(texts: pl.Series) -> Ints:
+    """Return the weight of each text: `COUNT` a byte, and the sum of the bytes' `WEIGHTS`."""
+    column = texts.to_arrow(compat_level=pl.CompatLevel.oldest())  # one buffer of bytes, and where each text starts
+    _, places, content = column.buffers()
+    offsets = np.frombuffer(places, np.int64)[column.offset : column.offset + len(column) + 1]
+    weights = np.frombuffer(content.to_pybytes().translate(WEIGHTS), np.uint8)[: offsets[-1]]
+    sizes: Ints = np.diff(offsets)
+    full = sizes > 0  # `reduceat` would give an empty text the byte that follows it
+    sums = np.zeros(len(sizes), np.int64)
+    sums[full] = np.add.reduceat(weights, offsets[:-1][full], dtype=np.int64)
+    return sums + sizes * COUNT
+
+
+def _weights(dialect: Dialect) -> Ints:
+    """Return the weight of the bytes that each id stands for; special ones and those that pad the table: none."""
+    weights = np.zeros(dialect.vocab_size, np.int64)
+    of_char = {char: COUNT + WEIGHTS[byte] for char, byte in BYTE_OF.items()}.__getitem__
+    for token, number in dialect.vocabulary().items():
+        if token not in dialect.specials:
+            weights[number] = sum(map(of_char, token))
+    return weights
+
+
+def _chunks(written: Written, row: Ints) -> Iterator[Chunk]:
     """Yield the sequences in chunks, each with its rows of the index."""
     count, block = written.ids.shape
     sequence = written.index["sequence"].to_numpy()
@@ -187,26 +259,17 @@ def _chunks(written: Written) -> Iterator[Chunk]:
         start, stop = (base + index[name].to_numpy() for name in ("start", "stop"))
         parent = (index["parent"] - int(low)).clip(lower_bound=-2).fill_null(-1).to_numpy()
         yield Chunk(
-            ids=_flat(written.ids[first:last]),
-            mask=_flat(written.mask[first:last]),
-            positions=_flat(written.positions[first:last]),
-            ends=_flat(written.ends[first:last]),
+            ids=written.ids[first:last].reshape(-1),
+            mask=written.mask[first:last].reshape(-1),
+            positions=written.positions[first:last].reshape(-1),
+            ends=written.ends[first:last].reshape(-1),
             block=block,
             index=index,
+            row=row[int(low) : int(high)],
             start=start,
             stop=stop,
             parent=parent,
         )
-
-
-def _flat(array: NDArray[Any]) -> Ints:
-    return array.reshape(-1).astype(np.int64)
-
-
-def _ranges(start: Ints, stop: Ints) -> Ints:
-    """Return all numbers of the ranges start[i]..stop[i], one range after another."""
-    sizes = stop - start
-    return np.repeat(start - np.cumsum(sizes) + sizes, sizes) + np.arange(int(sizes.sum()))
 
 
 def known_ids(chunk: Chunk, dialect: Dialect) -> None:
@@ -231,7 +294,9 @@ def ranges(chunk: Chunk, dialect: Dialect) -> None:
 
 def padding(chunk: Chunk, dialect: Dialect) -> None:
     """What belongs to no message is padding, which is never trained on and sees only itself."""
-    rest = np.flatnonzero(chunk.owner < 0)
+    free = np.ones(len(chunk.ids), np.bool_)
+    free[chunk.tokens] = False
+    rest = np.flatnonzero(free)
     good = (chunk.ids[rest] == dialect.pad) & (chunk.mask[rest] == 0) & (chunk.positions[rest] == 0)
     good &= chunk.ends[rest] == rest % chunk.block + 1
     for token in rest[~good][:1]:
@@ -241,10 +306,8 @@ def padding(chunk: Chunk, dialect: Dialect) -> None:
 
 def only_replies(chunk: Chunk, dialect: Dialect) -> None:
     """Only an assistant's tokens are trained on, and never the first token of a conversation."""
-    targets = np.flatnonzero(chunk.mask)
-    targets = targets[chunk.owner[targets] >= 0]
-    for token in targets[~chunk.replies[chunk.owner[targets]]][:1]:
-        _fail("mask", chunk.named(token), "is not an assistant's, and one of its tokens is trained on")
+    for message in np.flatnonzero(~chunk.replies & (chunk.targets > 0))[:1]:
+        _fail("mask", chunk.names[message], "is not an assistant's, and one of its tokens is trained on")
     roots = np.flatnonzero(chunk.parent < 0)
     for message in roots[chunk.mask[chunk.start[roots]] != 0][:1]:
         _fail("first", chunk.names[message], "has its first token trained on, which nothing comes before")
@@ -252,13 +315,13 @@ def only_replies(chunk: Chunk, dialect: Dialect) -> None:
 
 def turns_end(chunk: Chunk, dialect: Dialect) -> None:
     """Every conversation teaches something, and every reply teaches to stop."""
-    targets = np.append(0, np.cumsum(chunk.mask))
-    trained = targets[chunk.stop] - targets[chunk.start]
+    trained = chunk.targets
     document = np.cumsum(chunk.parent < 0) - 1
     roots = np.flatnonzero(chunk.parent < 0)
     for place in np.flatnonzero(np.bincount(document, trained, len(roots)) == 0)[:1]:
         _fail("untrained", chunk.names[roots[place]], "opens a conversation with nothing to train on")
-    latest = np.maximum.accumulate(np.where(chunk.mask != 0, np.arange(len(chunk.ids)), 0))[chunk.stop - 1]
+    marked = np.append(-1, np.flatnonzero(chunk.mask))
+    latest = marked[np.searchsorted(marked, chunk.stop) - 1]
     for message in np.flatnonzero(chunk.replies & ((trained == 0) | (chunk.ids[latest] != dialect.stop)))[:1]:
         found = chunk.ids[latest[message]] if trained[message] else "nothing"
         what = f"must have the end of its turn, id {dialect.stop}, trained on last; found {found}"
@@ -274,8 +337,8 @@ def whole_replies(chunk: Chunk, dialect: Dialect) -> None:
     tags = dialect.tags
     head = len(tags.opens["assistant"]) + len(tags.start) * (chunk.parent < 0)
     first, last = chunk.start + head, chunk.stop - len(tags.tail) * chunk.leaves
-    expected = np.zeros(len(chunk.ids), np.int64)
-    expected[_ranges(first[chunk.replies], last[chunk.replies])] = 1
+    expected = np.zeros(len(chunk.ids), np.uint8)
+    expected[spread(first[chunk.replies], last[chunk.replies])] = 1
     for token in np.flatnonzero(expected != chunk.mask)[:1]:
         what = f"token {token % chunk.block}: expected mask {expected[token]}, found {chunk.mask[token]}"
         _fail("mask", chunk.named(token), what)
@@ -283,8 +346,8 @@ def whole_replies(chunk: Chunk, dialect: Dialect) -> None:
 
 def no_forged_ids(chunk: Chunk, dialect: Dialect) -> None:
     """No special id comes out of a text: a message holds those of its template and no more."""
-    special = np.isin(chunk.ids, list(dialect.specials.values()))
-    seen = np.append(0, np.cumsum(special))
+    special = np.zeros(1 << 16, np.bool_)
+    special[list(dialect.specials.values())] = True
     tags, ours = dialect.tags, set(dialect.specials.values())
 
     def count(ids: list[int]) -> int:
@@ -293,7 +356,7 @@ def no_forged_ids(chunk: Chunk, dialect: Dialect) -> None:
     of_role = {role: count(tags.opens[role]) + count(tags.closes[role]) for role in tags.opens}
     expected = np.where(chunk.replies, of_role["assistant"], of_role["user"])
     expected = expected + count(tags.start) * (chunk.parent < 0) + count(tags.tail) * chunk.leaves
-    found = seen[chunk.stop] - seen[chunk.start]
+    found = chunk.summed(special[chunk.ids])
     for message in np.flatnonzero(found != expected)[:1]:
         what = f"holds {found[message]} special ids, its template writes {expected[message]}"
         _fail("special", chunk.names[message], what)
@@ -308,15 +371,14 @@ def visibility(chunk: Chunk, dialect: Dialect) -> None:
     for message in range(len(parent) - 1, -1, -1):
         if (above := parent[message]) >= 0:
             end[above] = max(end[above], end[message])
-    tokens = np.flatnonzero(chunk.owner >= 0)
-    owner = chunk.owner[tokens]
-    positions = tokens - chunk.start[owner] + np.array(before, np.int64)[owner]
-    ends = np.array(end, np.int64)[owner] - tokens // chunk.block * chunk.block
-    for name, all_found, expected in (("positions", chunk.positions, positions), ("ends", chunk.ends, ends)):
-        found = all_found[tokens]
-        for place in np.flatnonzero(found != expected)[:1]:
-            token = int(tokens[place])
-            what = f"token {token % chunk.block}: expected {name} {expected[place]}, found {found[place]}"
+    depth = np.array(before, np.int64)
+    last = np.array(end, np.int64) - chunk.start // chunk.block * chunk.block
+    expected = {"positions": spread(depth, depth + chunk.stop - chunk.start), "ends": np.repeat(last, sizes)}
+    for name, values in expected.items():
+        found = getattr(chunk, name)[chunk.tokens]
+        for place in np.flatnonzero(found != values)[:1]:
+            token = int(chunk.tokens[place])
+            what = f"token {token % chunk.block}: expected {name} {values[place]}, found {found[place]}"
             _fail(name, chunk.named(token), what)
 
 
@@ -325,34 +387,38 @@ RULES: tuple[Callable[[Chunk, Dialect], None], ...] = (
 )  # fmt: skip
 
 
-def _texts(
-    chunk: Chunk,
-    dialect: Dialect,
-    again: Callable[[str], list[int]],
-    said: Mapping[tuple[str, str], Said],
-    drawn: set[str],
-) -> None:
+def _encoded_again(chunk: Chunk, dialect: Dialect, again: Callable[[str], list[int]], said: Said) -> None:
     """The ids are those of the exported tokenizer, so a prompt's ids are an exact prefix of the whole."""
     tags = dialect.tags
-    trees = chunk.index["message_tree_id"].to_list()
-    for message, name in enumerate(chunk.names):
-        if name not in drawn:
-            continue
-        source = said[trees[message], name]
-        role = ROLES[source.role]
+    for message in np.flatnonzero(said.drawn[chunk.row]).tolist():
+        role = "assistant" if chunk.replies[message] else "user"
         head = (tags.start if chunk.parent[message] < 0 else []) + tags.opens[role]
         foot = tags.closes[role] + (tags.tail if chunk.leaves[message] else [])
+        expected = head + again(said.text[int(chunk.row[message])]) + foot
         found = chunk.ids[chunk.start[message] : chunk.stop[message]].tolist()
-        text = again(source.text)
-        if found == head + text + foot:
+        if found == expected:
             continue
-        kept = found[: len(head)] == head and (role == "assistant" or found[len(head) :] == text + foot)
-        if not kept:
-            _fail(
-                "prefix", name, "has ids that no prompt would have: they differ from those that a model is asked with"
-            )
-        place = _differ(found, head + text + foot)
-        _fail("tokenizer", name, f"has ids that the exported tokenizer does not give its text, from token {place} on")
+        name = chunk.names[message]
+        if role == "user" or found[: len(head)] != head:
+            what = "has ids that no prompt would have: they differ from those that a model is asked with"
+            _fail("prefix", name, what)
+        what = f"has ids that the exported tokenizer does not give its text, from token {_differ(found, expected)} on"
+        _fail("tokenizer", name, what)
+
+
+def _same_bytes(chunk: Chunk, dialect: Dialect, weights: Ints, said: Said) -> None:
+    """The ids of a message stand for the bytes of its text."""
+    tags = dialect.tags
+
+    def weight(ids: list[int]) -> int:
+        return int(weights[ids].sum())
+
+    of_role = {role: weight(tags.opens[role]) + weight(tags.closes[role]) for role in tags.opens}
+    around = np.where(chunk.replies, of_role["assistant"], of_role["user"])
+    around = around + weight(tags.start) * (chunk.parent < 0) + weight(tags.tail) * chunk.leaves
+    found = chunk.summed(weights[chunk.ids]) - around
+    for message in np.flatnonzero(found != said.weight[chunk.row])[:1]:
+        _fail("bytes", chunk.names[message], "has ids that stand for other bytes than those of its text")
 
 
 def _differ(found: list[int], expected: list[int]) -> int:

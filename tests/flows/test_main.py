@@ -158,6 +158,15 @@ def test_tokens_alone_are_enough_to_go_on_with_on_another_machine(shell: Shell, 
     assert other("run", TINY, "--tokens", f"tokens/{made.name}", "--until", "train").stdout.count(" ran ") == 0
 
 
+def test_tokens_and_dialogues_are_exported_by_kind_or_id(shell: Shell, tmp_path: Path) -> None:
+    done = shell("export", "nanogpt", "tokens", str(tmp_path / "gpt"))
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "gpt")
+    assert (tmp_path / "gpt" / "train.bin").stat().st_size > 0
+    shell("export", "messages", "dialogues", str(tmp_path / "chat"))
+    assert (tmp_path / "chat" / "train.jsonl").stat().st_size > 0
+    assert "error[param.folder]" in shell("export", "messages", "dialogues", str(tmp_path / "chat"), code=2).stderr
+
+
 def test_chat_answers(shell: Shell) -> None:
     assert shell("chat", "--prompt", "What's the capital of Assam?").stdout.endswith("\n")
 

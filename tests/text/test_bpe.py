@@ -4,6 +4,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,6 +76,26 @@ def test_any_text_comes_back_makes_no_special_id_and_is_exported_alike(name: str
     assert vocabulary(name).decode(ids) == text
     assert max(ids, default=0) < len(vocabulary(name).tokens)
     assert exported(name).encode(text).ids == ids
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2 xml", "trained"])
+@given(texts=st.lists(any_text | st.sampled_from([bpe.MARK, f"a{bpe.MARK}{bpe.MARK}", "half \ud83d", "\ude00"])))
+@settings(max_examples=100, deadline=None)
+def test_many_texts_at_once_are_encoded_as_each_alone(name: str, texts: list[str]) -> None:
+    ids, lengths = vocabulary(name).encode_all(texts)
+    found = [part.tolist() for part in np.split(ids, np.cumsum(lengths))]
+    assert found[:-1] == [vocabulary(name).encode(text) for text in texts]
+    assert ids.dtype == np.uint16
+
+
+@given(texts=st.lists(any_text), chars=st.integers(1, 40), workers=st.integers(1, 3))
+@settings(max_examples=30, deadline=None)
+def test_pieces_and_threads_change_nothing(texts: list[str], chars: int, workers: int) -> None:
+    expected = vocabulary("trained").encode_all(texts)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bpe, "CHARS", chars)
+        found = vocabulary("trained").encode_all(texts, workers)
+    assert [array.tolist() for array in found] == [array.tolist() for array in expected]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2 xml", "trained"])

@@ -1,6 +1,6 @@
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,18 @@ from tasks.errors import GateError
 from tasks.store.manifest import Manifest
 from tasks.text import gate
 from tasks.text.chat import Dialect, load_dialect
-from tasks.text.gate import Said, Written, check
+from tasks.text.gate import Written, check
+
+
+@dataclass(frozen=True)
+class Said:
+    """A message as it came in."""
+
+    text: str
+    role: str
+    parent: str | None
+    split: str
+
 
 # Two conversations in the one sequence of each split: p0 a0 p1 a1, then q0 b0; in val v0 w0.
 MESSAGES = {
@@ -28,7 +39,15 @@ MESSAGES = {
     "v0": Said("Where?", "prompter", None, "val"),
     "w0": Said("There.", "assistant", "v0", "val"),
 }
-SAID = {("t", name): said for name, said in MESSAGES.items()}
+
+
+def frame(messages: dict[str, Said]) -> pl.LazyFrame:
+    """Return messages as the gate reads them."""
+    rows = [("t", name, said.parent, said.role, said.split, said.text) for name, said in messages.items()]
+    return pl.LazyFrame(rows, schema=dict.fromkeys(gate.SAID, pl.String), orient="row")
+
+
+SAID = frame(MESSAGES)
 
 
 def tokens_of(folder: Path, template: Literal["chat", "xml"]) -> Tokens:
@@ -216,7 +235,7 @@ def test_a_planted_fault_is_refused_and_its_message_named(plant: Plant, written:
 
 def test_a_first_token_is_never_trained_on(written: Written, dialect: Dialect) -> None:
     """Planted where roles cannot tell: a conversation that an assistant opens."""
-    opened = {**SAID, ("t", "q0"): replace(SAID["t", "q0"], role="assistant")}
+    opened = frame({**MESSAGES, "q0": replace(MESSAGES["q0"], role="assistant")})
     role = pl.when(pl.col("message_id") == "q0").then(pl.lit("assistant")).otherwise(pl.col("role"))
     sequence, tokens = span(written, "q0")
     written.mask[sequence, tokens.start] = 1
@@ -234,7 +253,7 @@ def test_a_message_in_the_sequences_of_another_split_is_refused(written: Written
 
 def test_a_message_that_nobody_wrote_is_refused(written: Written, dialect: Dialect) -> None:
     with pytest.raises(GateError, match="b0") as caught:
-        check(written, dialect, {key: said for key, said in SAID.items() if key[1] != "b0"})
+        check(written, dialect, SAID.filter(pl.col("message_id") != "b0"))
     assert caught.value.code == "gate.source"
 
 
@@ -251,8 +270,20 @@ def test_a_sequence_may_lie_in_a_chunk_of_its_own(
 def test_of_much_text_a_sample_is_read_and_of_little_all(
     written: Written, dialect: Dialect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "CHARS", 30)
+    monkeypatch.setattr(gate, "SAMPLE", 30)
     assert 0 < check(written, dialect, SAID) < len(MESSAGES)
+
+
+@pytest.mark.parametrize("name", ["p1", "b0"])
+def test_a_text_that_was_not_drawn_is_still_checked_for_its_bytes(
+    name: str, written: Written, dialect: Dialect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "SAMPLE", -1)
+    assert check(written, dialect, SAID) == 0
+    {"p1": other_prompt, "b0": other_reply}[name](written, dialect)
+    with pytest.raises(GateError) as caught:
+        check(written, dialect, SAID)
+    assert (caught.value.code, caught.value.where) == ("gate.bytes", f"message {name}")
 
 
 def test_the_tokenizer_file_counts_not_the_one_in_memory(tokens: Tokens, written: Written, tmp_path: Path) -> None:

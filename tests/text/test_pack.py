@@ -1,12 +1,11 @@
 import random
 from itertools import chain
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.text.pack import best_fit, lay
+from tasks.text.pack import best_fit
 
 BLOCK = 32
 lengths_of = st.lists(st.integers(1, BLOCK))
@@ -60,26 +59,3 @@ def test_a_document_that_fits_no_sequence_is_refused(lengths: list[int]) -> None
 
 def test_nothing_packs_into_nothing() -> None:
     assert best_fit([], BLOCK) == []
-
-
-def test_a_sequence_isolates_its_documents_and_pads_the_rest() -> None:
-    laid = lay([([5, 6, 7], [0, 0, 1]), ([8, 9], [0, 1])], block=7, pad=3)
-    assert laid.ids.tolist() == [5, 6, 7, 8, 9, 3, 3]
-    assert laid.mask.tolist() == [0, 0, 1, 0, 1, 0, 0]
-    assert laid.positions.tolist() == [0, 1, 2, 0, 1, 0, 0]
-    assert laid.ends.tolist() == [3, 3, 3, 5, 5, 6, 7]
-    assert laid.starts == [0, 3]
-    assert [array.dtype for array in (laid.ids, laid.mask, laid.positions, laid.ends)] == [
-        np.uint16, np.uint8, np.uint16, np.uint16,
-    ]  # fmt: skip
-
-
-@given(st.lists(st.integers(1, 6), max_size=5))
-def test_a_token_sees_what_came_before_it_in_its_document_and_nothing_else(sizes: list[int]) -> None:
-    laid = lay([([1] * size, [0] * size) for size in sizes], BLOCK, 0)
-    document = [number for number, size in enumerate(sizes) for _ in range(size)]
-    document += [1_000 + place for place in range(BLOCK - len(document))]
-    for query in range(BLOCK):
-        for key in range(BLOCK):
-            sees = key <= query < laid.ends[key]
-            assert sees == (key <= query and document[key] == document[query])
