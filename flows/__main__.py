@@ -1,4 +1,4 @@
-"""The command line: python -m flows run | plan | why | ls | show | verify | gc | lock | serve | chat."""
+"""The command line: python -m flows run | plan | why | ls | show | export | verify | gc | lock | chat | serve."""
 
 from __future__ import annotations
 
