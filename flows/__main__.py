@@ -1,4 +1,4 @@
-"""The command line: python -m flows run | plan | why | ls | show | verify | gc | lock | serve | chat."""
+"""The command line: python -m flows run | plan | why | ls | show | why-dropped | verify | gc | lock | serve | chat."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from flows import chain, recipe
 from flows.chain import STEP_NAMES
-from tasks.artifacts import KINDS, Artifact, Model, Tokens
+from tasks.artifacts import KINDS, Artifact, Dialogues, Model, Tokens
 from tasks.errors import ParameterError, TreelineError
 from tasks.step import home, session
 from tasks.store import collect
@@ -137,6 +137,10 @@ def parser() -> argparse.ArgumentParser:
     made = command("show", show, "look into an artifact")
     made.add_argument("artifact", metavar="ID_OR_KIND", help="an id as `ls` prints it, or a kind for its youngest")
     made.add_argument("-n", type=int, default=5, metavar="N", help="how many rows, trees or sequences (default: 5)")
+    as_json(made)
+    made = command("why-dropped", why_dropped, "say which rule dropped a message, what it saw, and the twin that stays")
+    made.add_argument("message", metavar="MESSAGE_ID", help="as `show` and the report name it")
+    made.add_argument("--dialogues", default="dialogues", metavar="ID", help="an id (default: the youngest)")
     as_json(made)
     as_json(command("verify", verify, "hash every file of every artifact again"))
     made = command("gc", gc, "remove artifacts that no recipe's last run needs")
@@ -272,6 +276,29 @@ def show(asked: argparse.Namespace) -> int:
         _json(showing.rows(artifact, asked.n))
     else:
         print(showing.text(artifact, asked.n))
+    return 0
+
+
+def why_dropped(asked: argparse.Namespace) -> int:
+    """Print what curation decided about a message, and about those that its evidence names."""
+    from flows import showing
+
+    dialogues = chain.open_artifact(asked.dialogues)
+    if not isinstance(dialogues, Dialogues):
+        raise ParameterError(
+            f"expected the id of dialogues, found {dialogues.id}", "--dialogues", code="param.artifact"
+        )
+    found = showing.verdicts(dialogues, asked.message)
+    if not found:
+        raise ParameterError(
+            f"no message {asked.message!r} in {dialogues.id}",
+            do="`python -m flows show messages --json` lists ids; a bad line's messages are in rejected.parquet",
+            code="param.message",
+        )
+    if asked.json:
+        _json(found)
+    else:
+        print("\n".join(showing.verdict(row) for row in found))
     return 0
 
 

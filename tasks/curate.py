@@ -25,7 +25,7 @@ from tasks.artifacts import (
     arrow_schema,
     parquet_writer,
 )
-from tasks.dialogue.record import PROTECTION, CopyLimits, Limits, Share, Verdicts
+from tasks.dialogue.record import PROTECTION, CopyLimits, Limits, Share, Verdicts, near_evidence
 from tasks.errors import InputError
 from tasks.step import Params, step
 
@@ -126,8 +126,7 @@ def decide(table: pl.DataFrame, params: CurateParams) -> tuple[Verdicts, dict[st
 
 
 def _named(twins: Mapping[int, Twin], ids: list[str]) -> dict[int, str]:
-    """Return the evidence of near copies: the twin that stays, and how similar it is, 0 to 1."""
-    return {row: f"{ids[twin]} {similarity:.3f}" for row, (twin, similarity) in twins.items()}
+    return {row: near_evidence(ids[twin], similarity) for row, (twin, similarity) in twins.items()}
 
 
 def _shared(

@@ -77,6 +77,18 @@ class CopyLimits(BaseModel):
     """Jaccard index of two texts' sets of n-grams, over 0 and up to 1, from which on they are near copies."""
 
 
+def near_evidence(twin: str, similarity: float) -> str:
+    """Return the evidence of a near copy or a leak: the id of the twin that stays, and the Jaccard index."""
+    return f"{twin} {similarity:.3f}"
+
+
+def named_in(reason: str, evidence: str) -> str | None:
+    """Return the id of the message that a verdict is about: the twin that stays, or the ancestor that went; or None."""
+    if reason in {"near_duplicate", "leak"}:
+        return evidence.rpartition(" ")[0]
+    return evidence if reason in {"duplicate", "parent"} else None
+
+
 @dataclass(frozen=True)
 class Verdicts:
     """Why each message is dropped, by its row; None where it is kept. A message gets one reason, the first.
