@@ -50,6 +50,7 @@ def pairs(texts: Sequence[str], ngram: int, permutations: int, threshold: float)
     Returns:
         (P,) texts, (P,) the later text of each pair, and (P,) their Jaccard index; in order, each pair once.
     """
+    texts = _spaced(texts)
     keys, sizes = _band_keys(texts, ngram, *bands(permutations, threshold))
     left, right = _candidates(keys)
     similarity = _jaccard(texts, ngram, sizes, left, right)
@@ -105,21 +106,24 @@ def _blocks(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
         yield start, len(texts)
 
 
-def _encoded(texts: Sequence[str]) -> NDArray[np.uint8]:
-    """Return texts as UTF-8, a line end after each: (B,). Characters of scripts without spaces stand apart."""
-    data = _bytes(texts)
-    rare = np.flatnonzero((data >= 0xE0) & (data != 0xE2))  # such scripts, and few others: E2 leads quotes
-    if not len(rare):
-        return data
+def _spaced(texts: Sequence[str]) -> list[str]:
+    """Set the characters of scripts without spaces apart, so that each is a word."""
     apart = [*texts]
-    rows = np.unique(np.searchsorted(np.flatnonzero(data == 10), rare)).tolist()
-    column = pl.Series([apart[row] for row in rows], dtype=pl.String).str.replace_all(_SPACELESS, " $1 ")
-    for row, text in zip(rows, column, strict=True):
+    wide = [row for row, text in enumerate(texts) if not text.isascii()]
+    found = []
+    for start, stop in _blocks([texts[row] for row in wide]):
+        data = _encoded([texts[row] for row in wide[start:stop]])
+        leads = (data >= 0xE0) & (data != 0xE2)  # of such scripts, and of few others: E2 leads quotes and dashes
+        starts = np.concatenate(([0], np.flatnonzero(data[:-1] == 10) + 1))
+        found += [wide[start + at] for at in np.flatnonzero(np.logical_or.reduceat(leads, starts)).tolist()]
+    column = pl.Series([texts[row] for row in found], dtype=pl.String).str.replace_all(_SPACELESS, " $1 ")
+    for row, text in zip(found, column.to_list(), strict=True):
         apart[row] = " ".join(text.split())
-    return _bytes(apart)
+    return apart
 
 
-def _bytes(texts: Sequence[str]) -> NDArray[np.uint8]:
+def _encoded(texts: Sequence[str]) -> NDArray[np.uint8]:
+    """Return texts as UTF-8, a line end after each: (B,)."""
     return np.frombuffer("\n".join((*texts, "")).encode("utf-8", "surrogatepass"), dtype=np.uint8)
 
 

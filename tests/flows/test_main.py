@@ -131,7 +131,7 @@ def test_a_dropped_message_says_why_and_where_it_is_kept_if_it_is(shell: Shell) 
     assert told[0] in said
     assert f"dropped by {told[1]}: {told[2]}" in said
     copied = dropped.filter(reason="duplicate").row(0)
-    copy, twin = shell.json("why-dropped", copied[0])  # type: ignore[misc]
+    copy, twin = json.loads(shell("why-dropped", copied[0], "--json").stdout)
     assert (copy["message_id"], copy["reason"], copy["evidence"]) == copied
     assert twin["message_id"] == copied[2]
     assert twin["split"] in {"train", "val", "test"}
