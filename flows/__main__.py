@@ -1,4 +1,4 @@
-"""The command line: python -m flows run | plan | why | ls | show | export | verify | gc | lock | chat | serve."""
+"""The command line: python -m flows run | plan | why | ls | show | why-dropped | export | verify | gc | ..."""
 
 from __future__ import annotations
 
@@ -185,6 +185,12 @@ def parser() -> argparse.ArgumentParser:
     made = command("show", commands.show, "look into an artifact")
     made.add_argument("artifact", metavar="ID_OR_KIND", help="an id as `ls` prints it, or a kind for its youngest")
     made.add_argument("-n", type=_count, default=5, metavar="N", help="how many rows, trees or sequences (default: 5)")
+    as_json(made)
+    made = command(
+        "why-dropped", commands.why_dropped, "say which rule dropped a message, what it saw, and the twin that stays"
+    )
+    made.add_argument("message", metavar="MESSAGE_ID", help="as `show` and the report name it")
+    made.add_argument("--dialogues", default="dialogues", metavar="ID", help="an id (default: the youngest)")
     as_json(made)
     made = command("export", commands.export, "write an artifact into a new folder, for another program")
     made.add_argument(

@@ -14,7 +14,7 @@ from typing import Any
 
 from flows import chain, recipe
 from flows.chain import STEP_NAMES
-from tasks.artifacts import Artifact, Model, Tokens
+from tasks.artifacts import Artifact, Dialogues, Model, Tokens
 from tasks.dialogue.scorecard import printable
 from tasks.errors import ParameterError, PermissionRefused, StoreError
 from tasks.step import Step, home, session
@@ -165,6 +165,29 @@ def export(asked: argparse.Namespace) -> int:
     counts = exporting.export(asked.form, chain.open_artifact(asked.artifact), asked.folder)
     print(", ".join(f"{split} {count:,}" for split, count in counts.items()))
     print(asked.folder)
+    return 0
+
+
+def why_dropped(asked: argparse.Namespace) -> int:
+    """Print what curation decided about a message, and about those that its evidence names."""
+    from flows import showing
+
+    dialogues = chain.open_artifact(asked.dialogues)
+    if not isinstance(dialogues, Dialogues):
+        raise ParameterError(
+            f"expected the id of dialogues, found {dialogues.id}", "--dialogues", code="param.artifact"
+        )
+    found = showing.verdicts(dialogues, asked.message)
+    if not found:
+        raise ParameterError(
+            f"no message {asked.message!r} in {dialogues.id}",
+            do="`python -m flows show messages --json` lists ids; a bad line's messages are in rejected.parquet",
+            code="param.message",
+        )
+    if asked.json:
+        _json(found)
+    else:
+        print("\n".join(showing.verdict(row) for row in found))
     return 0
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tasks.artifacts import Artifact, Dialogues, Messages, Model, RawTrees, Report, Tokens
+from tasks.dialogue.record import named_in
 
 TRAINED = ("«", "»")  # around the text that the loss sees
 
@@ -36,6 +37,33 @@ def text(artifact: Artifact, count: int) -> str:
     }
     head = f"{artifact.id}  {artifact.path}\n{json.dumps(artifact.counts, ensure_ascii=False)}\n"
     return f"{head}\n{shown[type(artifact)](artifact, count)}"
+
+
+def verdicts(artifact: Dialogues, message: str) -> list[dict[str, Any]]:
+    """Return what curation decided about a message, then about the one that its evidence names, and so on.
+
+    Returns:
+        One entry a message, as JSON values: `split` of a kept one, `reason` and `evidence` of a dropped one. Empty if
+        there is no such message.
+    """
+    import polars as pl
+
+    wanted = ("message_id", "message_tree_id", "role", "depth", "rank", "text")
+    tables = (artifact.scan().select(*wanted, "split"), artifact.dropped().select(*wanted, "reason", "evidence"))
+    found: list[dict[str, Any]] = []
+    asked: str | None = message
+    while asked is not None and asked not in {row["message_id"] for row in found}:
+        rows = [row for table in tables for row in table.filter(pl.col("message_id") == asked).collect().to_dicts()]
+        found += [_plain(row) for row in rows]
+        asked = next((named_in(row["reason"], row["evidence"]) for row in rows if "reason" in row), None)
+    return found
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """Render one entry of `verdicts`: which message, what became of it, and its text."""
+    rank = f", rank {row['rank']}" if "rank" in row else ""
+    became = f"kept in {row['split']}" if "split" in row else f"dropped by {row['reason']}: {row['evidence']}"
+    return f"{row['role']} {row['message_id']}{rank}: {became}\n    {_line(row['text'])}"
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Step 3, curate: keep the messages worth learning from, still as trees, and give each tree a split.
 
-Rules filter message by message, subtrees follow, prompts without a reply go, copies go. Every message ends in exactly
-one of two tables: kept with its split, or dropped with the reason and what the rule saw.
+Rules filter message by message, subtrees follow, prompts without a reply go, copies and near copies go. Every message
+ends in exactly one of two tables: kept with its split, or dropped with the reason and what the rule saw.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from tasks import progress
 from tasks.artifacts import (
@@ -25,7 +25,7 @@ from tasks.artifacts import (
     arrow_schema,
     parquet_writer,
 )
-from tasks.dialogue.record import PROTECTION, Limits, Share, Verdicts
+from tasks.dialogue.record import PROTECTION, CopyLimits, Limits, Share, Verdicts, near_evidence
 from tasks.errors import InputError
 from tasks.step import Params, step
 
@@ -33,21 +33,25 @@ if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
 
+    from tasks.dialogue.dedupe import Likeness, Twin
+
 ROWS = 16_384  # of a row group: some 10 MB of text, so memory stays flat and readers can skip
 TOP_LANGUAGES = 20  # what a summary can show
 
 
-class CurateParams(Params, Limits):
+class CurateParams(Params, Limits, CopyLimits):
     """Settings of the curate step."""
 
     require_reply: bool = True
     """Whether prompts with no reply anywhere below them are dropped: there is nothing to train on."""
     dedupe: bool = True
     """Whether exact copies are dropped: the same said after the same, up to case, width and white space."""
+    near_dedupe: bool = True
+    """Whether near copies of a long reply are dropped, but for the best: by rank, then by quality."""
+    repeat_prompts: bool = True
+    """Whether first prompts may repeat within a split, nearly or exactly, where their replies differ."""
     separate_splits: bool = True
-    """Whether a first prompt or a long reply that two splits hold goes from the less protected one: train, then val."""
-    leak_chars: int = Field(default=200, ge=1)
-    """Characters from which on a reply that two splits hold counts as a copy; shorter ones answer many questions."""
+    """Whether what two splits hold, nearly or exactly, goes from the less protected one: train, then val."""
     test_share: Share = 0.05
     """Share of the trees that only the evaluation sees, 0 to 1."""
     val_share: Share = 0.05
@@ -60,7 +64,7 @@ class CurateParams(Params, Limits):
         return self
 
 
-@step("curate", version=1, makes=Dialogues)
+@step("curate", version=2, makes=Dialogues)
 def curate(out: Path, messages: Messages, params: CurateParams) -> Counts:
     """Write `dialogues.parquet` and `dropped.parquet`, both in the order of the messages.
 
@@ -73,15 +77,15 @@ def curate(out: Path, messages: Messages, params: CurateParams) -> Counts:
     asked = {"message_tree_id", "message_id", "parent_id", "rank", *COLUMNS}
     table = messages.scan().select(name for name in MESSAGE_COLUMNS if name in asked).collect()
     table = table.with_columns(splits(table["message_tree_id"], params.test_share, params.val_share))
-    verdicts = decide(table, params)
-    counts = _counts(messages.scan(), table, verdicts, params)
+    verdicts, shared = decide(table, params)
+    counts = {**_counts(messages.scan(), table, verdicts, params), "shared_across_splits": shared}
     if not counts["messages"]:
         raise _nothing_left(counts, messages.path)
     _write(out, messages.scan(), table["split"], verdicts)
     return counts
 
 
-def decide(table: pl.DataFrame, params: CurateParams) -> Verdicts:
+def decide(table: pl.DataFrame, params: CurateParams) -> tuple[Verdicts, dict[str, int]]:
     """Judge every message.
 
     Args:
@@ -89,28 +93,60 @@ def decide(table: pl.DataFrame, params: CurateParams) -> Verdicts:
         params: The settings.
 
     Returns:
-        One verdict a message; a message is kept only if its parent is.
+        One verdict a message, kept only if its parent is; and how many messages the splits share, see `_shared`.
     """
-    from tasks.dialogue.dedupe import duplicates, leaks, normalised
+    from tasks.dialogue.dedupe import duplicates, leaks, likeness, near_duplicates, normalised, repeated_prompts
     from tasks.dialogue.quality import in_thread, judge, rules_of
     from tasks.dialogue.threads import parent_rows
 
     parents, ids = parent_rows(table), table["message_id"].to_list()
-    with progress.bar("curate", 3, "passes") as bar:
+    with progress.bar("curate", 4, "passes") as bar:
         verdicts = judge(in_thread(table, parents), rules_of(params))
         _settle(table, parents, verdicts, params)
+        filtered = verdicts.kept()
         bar.advance(note="filtered")
-        texts = normalised(table["text"]) if params.dedupe or params.separate_splits else []
+        texts = normalised(table["text"])
+        alike = likeness(table, texts, filtered, params)
+        bar.advance(note="compared")
         if params.dedupe:
-            twins = duplicates(table, texts, parents, verdicts.kept())
+            twins = duplicates(table, texts, parents, filtered)
             verdicts.drop("duplicate", {row: ids[twin] for row, twin in twins.items()})
+        if not params.repeat_prompts:
+            verdicts.drop("near_duplicate", _named(repeated_prompts(table, alike, parents, verdicts.kept()), ids))
+            _settle(table, parents, verdicts, params)
+        if params.near_dedupe:
+            verdicts.drop("near_duplicate", _named(near_duplicates(table, alike, parents, verdicts.kept()), ids))
+            _settle(table, parents, verdicts, params)
         bar.advance(note="deduplicated")
         for yielding in PROTECTION[1:] if params.separate_splits else ():
-            twins = leaks(table, texts, verdicts.kept(), yielding, params.leak_chars)
-            verdicts.drop("leak", {row: ids[twin] for row, twin in twins.items()})
+            verdicts.drop("leak", _named(leaks(table, alike, verdicts.kept(), yielding), ids))
             _settle(table, parents, verdicts, params)
         bar.advance(note="splits separated")
-    return verdicts
+    return verdicts, _shared(table, alike, filtered, verdicts.kept(), params)
+
+
+def _named(twins: Mapping[int, Twin], ids: list[str]) -> dict[int, str]:
+    return {row: near_evidence(ids[twin], similarity) for row, (twin, similarity) in twins.items()}
+
+
+def _shared(
+    table: pl.DataFrame, alike: Likeness, filtered: list[bool], kept: list[bool], params: CurateParams
+) -> dict[str, int]:
+    """Count the first prompts and long replies of which a copy or near copy stands in another split.
+
+    `kept` is what is written, 0 if splits are separated. The others are what three ways to split would share of what
+    the filters left: by tree as here, by row at random, and by the order of the file.
+    """
+    from tasks.dialogue.dedupe import shared
+    from tasks.dialogue.split import in_order, splits
+
+    by_tree, shares = table["split"].to_list(), (params.test_share, params.val_share)
+    return {
+        "kept": shared(alike, by_tree, kept),
+        "by_tree": shared(alike, by_tree, filtered),
+        "by_row": shared(alike, splits(table["message_id"], *shares).to_list(), filtered),
+        "by_file_order": shared(alike, in_order(len(table), *shares), filtered),
+    }
 
 
 def _settle(table: pl.DataFrame, parents: list[int], verdicts: Verdicts, params: CurateParams) -> None:
@@ -146,8 +182,13 @@ def _counts(messages: pl.LazyFrame, table: pl.DataFrame, verdicts: Verdicts, par
 
 def _funnel(verdicts: Verdicts, params: CurateParams) -> dict[str, int]:
     """Return messages dropped by each rule that was asked for, in the order of judgement."""
-    stages = {"parent": True, "no_reply": params.require_reply, "duplicate": params.dedupe,
-              "leak": params.separate_splits}  # fmt: skip
+    stages = {
+        "parent": True,
+        "no_reply": params.require_reply,
+        "duplicate": params.dedupe,
+        "near_duplicate": params.near_dedupe or not params.repeat_prompts,
+        "leak": params.separate_splits,
+    }
     names = [*params.rules, *(name for name, active in stages.items() if active)]
     found = dict.fromkeys(names, 0)
     for reason in verdicts.reasons:

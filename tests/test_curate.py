@@ -36,7 +36,7 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 ALL_TRAIN = {"test_share": 0.0, "val_share": 0.0}
 MODERN = "oasst1_en_validation.trees.jsonl.gz"  # every field
 OLD = "en_100_tree.jsonl"  # an older export: no labels, no detoxify
-AS_PUBLISHED = CurateParams(rules=(), require_reply=False, dedupe=False, separate_splits=False)
+AS_PUBLISHED = CurateParams(rules=(), require_reply=False, dedupe=False, near_dedupe=False, separate_splits=False)
 GOOD = {"lang": "en", "tree_state": "ready_for_export", "deleted": False, "synthetic": False, "review_result": True}
 
 
@@ -173,32 +173,38 @@ def test_a_tree_has_one_split_and_it_is_the_hash_of_its_id(real: Messages, tmp_p
 def test_counts_are_plain_json(real: Messages, tmp_path: Path) -> None:
     _, counts = curated(real, tmp_path / "out", CurateParams())
     assert json.loads(json.dumps(counts)) == counts
-    assert list(counts["funnel"]) == [*RULES, "parent", "no_reply", "duplicate", "leak"]
+    assert list(counts["funnel"]) == [*RULES, "parent", "no_reply", "duplicate", "near_duplicate", "leak"]
 
 
-def test_188_real_trees_give_1177_messages(opened: Open, tmp_path: Path) -> None:
+def test_188_real_trees_give_1176_messages(opened: Open, tmp_path: Path) -> None:
     _, counts = curated(opened(MODERN), tmp_path / "out", CurateParams())
-    assert (counts["trees"], counts["messages"], counts["dropped"]) == (164, 1_177, 842)
+    assert (counts["trees"], counts["messages"], counts["dropped"]) == (164, 1_176, 843)
     assert counts["label_coverage"] == {"labels": 0.9975, "detoxify": 1.0}
     assert counts["languages"] == {"en": 2_019}
     funnel = {name: number for name, number in counts["funnel"].items() if number}
     assert funnel == {
         "deleted": 40, "rejected": 43, "lang_mismatch": 1, "pii": 1, "not_appropriate": 14, "sexual_content": 1,
         "quality": 196, "toxicity": 1, "paste": 19, "parent": 337, "no_reply": 189,
+        "near_duplicate": 1,  # a song text that two replies hold
     }  # fmt: skip
 
 
 def test_the_seeds_333_pairs_are_all_there_without_filters(opened: Open, tmp_path: Path) -> None:
     messages = opened(OLD)
-    made, counts = curated(messages, tmp_path / "out", CurateParams(rules=()))
+    made, counts = curated(messages, tmp_path / "out", CurateParams(rules=(), near_dedupe=False))
     pairs = made.scan().filter((pl.col("depth") == 1) & (pl.col("role") == "assistant")).collect()
     assert len(pairs) == 333
     assert counts["funnel"] == {"parent": 0, "no_reply": 226, "duplicate": 0, "leak": 0}
 
 
 def test_the_rules_find_what_was_planted_in_the_sample_and_nothing_else(opened: Open, tmp_path: Path) -> None:
-    _, counts = curated(opened(SAMPLE_NAME), tmp_path / "out", CurateParams())
+    made, counts = curated(opened(SAMPLE_NAME), tmp_path / "out", CurateParams())
     funnel, known = counts["funnel"], planted()
+    copies = made.dropped().filter(reason="near_duplicate").collect()
+    assert len(copies.filter(role="assistant")) == known["near_duplicate"]
+    left = len(copies.filter(role="prompter")) + funnel["no_reply"] - known["unanswered"]
+    assert left == known["near_duplicate"]  # each copy's prompt goes with it, for one reason or the other
+    funnel["no_reply"] = known["unanswered"]
     same = {"deleted": "deleted", "synthetic": "synthetic", "rejected": "rejected", "role_break": "role_break",
             "pii": "pii", "hate_speech": "hate_speech", "not_appropriate": "not_appropriate", "toxicity": "toxic",
             "quality": "low_quality", "spam": "spam_label", "paste": "ai_paste", "no_reply": "unanswered"}  # fmt: skip
@@ -257,7 +263,9 @@ def test_a_prompt_of_the_test_split_is_not_trained_on(tmp_path: Path) -> None:
         {"id": test, "text": "hi"},
         {"id": "d", "parent": test},
     ]
-    assert reasons(tmp_path, *rows, test_share=0.4, val_share=0.2) == {train: ("leak", test), "b": ("parent", train)}
+    assert reasons(tmp_path, *rows, test_share=0.4, val_share=0.2) == {
+        train: ("leak", f"{test} 1.000"), "b": ("parent", train),
+    }  # fmt: skip
     assert reasons(tmp_path, *rows, test_share=0.4, val_share=0.2, separate_splits=False) == {}
 
 
@@ -269,8 +277,8 @@ def test_a_prompt_that_loses_its_only_reply_to_the_test_split_goes_with_it(tmp_p
         {"id": test},
         {"id": "d", "parent": test, "text": "Long"},
     ]
-    found = reasons(tmp_path, *rows, test_share=0.4, val_share=0.2, leak_chars=4)
-    assert found == {train: ("no_reply", "no reply below"), "b": ("leak", "d")}
+    found = reasons(tmp_path, *rows, test_share=0.4, val_share=0.2, copy_chars=4, near_dedupe=False)
+    assert found == {train: ("no_reply", "no reply below"), "b": ("leak", "d 1.000")}
 
 
 def test_a_prompt_without_replies_takes_nothing_from_another_split(tmp_path: Path) -> None:
@@ -287,6 +295,55 @@ def test_nothing_left_is_an_error_that_says_what_took_it(tmp_path: Path) -> None
     assert found.value.exit_code == 65
     with pytest.raises(InputError, match="there were none"):
         reasons(tmp_path)
+
+
+ESSAY = "the tide is the slow rise and fall of the sea and the moon pulls on the water that faces it"
+
+
+def test_a_near_duplicate_names_its_twin_and_the_similarity_and_can_be_allowed(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a"}, {"id": "b", "parent": "a", "text": ESSAY}, {"id": "c"},
+        {"id": "d", "parent": "c", "text": f"{ESSAY} indeed"},
+    ]  # fmt: skip
+    wanted = {"c": ("no_reply", "no reply below"), "d": ("near_duplicate", "b 0.950")}
+    assert reasons(tmp_path, *rows, copy_chars=50) == wanted
+    assert reasons(tmp_path, *rows, copy_chars=50, near_threshold=0.96) == {}
+    assert reasons(tmp_path, *rows, copy_chars=50, near_dedupe=False) == {}
+    assert reasons(tmp_path, *rows) == {}
+
+
+def test_first_prompts_repeat_within_a_split_only_where_that_is_wanted(tmp_path: Path) -> None:
+    rows = [{"id": "a", "text": ESSAY}, {"id": "b", "parent": "a"}, {"id": "c", "text": ESSAY.upper()}]
+    rows += [{"id": "d", "parent": "c"}]
+    assert reasons(tmp_path, *rows) == {}
+    assert reasons(tmp_path, *rows, repeat_prompts=False) == {"c": ("near_duplicate", "a 1.000"), "d": ("parent", "c")}
+
+
+def essay(*words: int) -> str:
+    """Write thirty words, of which some are others than usual."""
+    return " ".join(f"other{at}" if at in words else f"word{at}" for at in range(30))
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.sampled_from([(), (0,), (29,), (0, 29), (15,)]), st.booleans(), st.integers(0, 2))))
+def test_as_data_grows_no_tree_moves_the_test_split_only_grows_and_nothing_is_shared(
+    tmp_path: Path, drawn: list[tuple[tuple[int, ...], bool, int]]
+) -> None:
+    rows: list[dict[str, Any]] = []
+    before: dict[str, str] = {}
+    params = CurateParams(test_share=0.3, val_share=0.3, copy_chars=20, near_dedupe=False)
+    for number, (words, of_prompt, rank) in enumerate([((1, 9, 20), False, 0), *drawn]):
+        rows.append({"id": f"p{number}", "text": essay(*words) if of_prompt else f"prompt {number}"})
+        rows.append({"id": f"r{number}", "parent": f"p{number}", "rank": rank})
+        rows[-1]["text"] = f"reply {number}" if of_prompt else essay(*words)
+        if number % 5 and number < len(drawn):
+            continue  # looked at now and then: growth by several trees
+        made, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", params)
+        kept = dict(made.scan().select("message_tree_id", "split").collect().iter_rows())
+        assert all(kept[tree] == split for tree, split in before.items() if tree in kept)
+        assert {tree for tree, split in before.items() if split == "test"} <= set(kept)
+        assert counts["shared_across_splits"]["kept"] == 0
+        before |= kept
 
 
 def test_a_conversation_of_5000_turns_is_curated(tmp_path: Path) -> None:
@@ -328,11 +385,14 @@ def test_whatever_the_trees_nothing_is_lost_and_nobody_outlives_an_ancestor(
     rows.append({"id": "kept", "text": "kept"})  # so that something is left
     rows.append({"id": "reply", "parent": "kept"})
     messages = messages_of(tmp_path / "in", *rows)
-    params = CurateParams(rules=rules, require_reply=on, dedupe=on, test_share=0.3, val_share=0.3, leak_chars=1)
+    params = CurateParams(rules=rules, require_reply=on, dedupe=on, near_dedupe=on, test_share=0.3, val_share=0.3,
+                          copy_chars=1, repeat_prompts=on)  # fmt: skip
     made, counts = curated(messages, tmp_path / "out", params)
     assert_whole(messages, made, counts)
     kept, dropped = made.scan().collect(), made.dropped().collect()
-    assert set(dropped.filter(reason="leak")["evidence"]) <= set(kept["message_id"])
+    twins = dropped.filter(pl.col("reason").is_in(["leak", "near_duplicate"]))["evidence"].str.split(" ").list.first()
+    assert set(twins) <= set(kept["message_id"])
+    assert counts["shared_across_splits"]["kept"] == 0
     assert set(dropped.filter(reason="parent")["evidence"]) <= set(dropped["message_id"])
     is_reply = pl.col("role") == "assistant"
     said = kept.filter(pl.when(is_reply).then(pl.col("text") != "").otherwise(pl.col("parent_id").is_null()))

@@ -62,6 +62,33 @@ class Limits(BaseModel):
         return tuple(sorted({tag.strip().lower().replace("_", "-").split("-")[0] for tag in chosen}))
 
 
+class CopyLimits(BaseModel):
+    """Which messages are compared by their own text, and what counts as a near copy."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    copy_chars: int = Field(default=200, ge=1)
+    """Characters from which on a reply is compared with others by its text; shorter ones answer many questions."""
+    near_ngram: int = Field(default=3, ge=1, le=16)
+    """Words of an n-gram, by whose sets texts are compared; 5 is usual for web pages, messages are shorter."""
+    near_permutations: int = Field(default=128, ge=8, le=1024)
+    """MinHash permutations that propose near copies; more find more of those just over the threshold."""
+    near_threshold: float = Field(default=0.8, gt=0, le=1)
+    """Jaccard index of two texts' sets of n-grams, over 0 and up to 1, from which on they are near copies."""
+
+
+def near_evidence(twin: str, similarity: float) -> str:
+    """Return the evidence of a near copy or a leak: the id of the twin that stays, and the Jaccard index."""
+    return f"{twin} {similarity:.3f}"
+
+
+def named_in(reason: str, evidence: str) -> str | None:
+    """Return the id of the message that a verdict is about: the twin that stays, or the ancestor that went; or None."""
+    if reason in {"near_duplicate", "leak"}:
+        return evidence.rpartition(" ")[0]
+    return evidence if reason in {"duplicate", "parent"} else None
+
+
 @dataclass(frozen=True)
 class Verdicts:
     """Why each message is dropped, by its row; None where it is kept. A message gets one reason, the first.

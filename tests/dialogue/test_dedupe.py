@@ -2,10 +2,21 @@ import time
 from typing import Any
 
 import polars as pl
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.dialogue.dedupe import duplicates, leaks, normalised, path_keys
+from tasks.dialogue.dedupe import (
+    Likeness,
+    duplicates,
+    leaks,
+    likeness,
+    near_duplicates,
+    normalised,
+    path_keys,
+    repeated_prompts,
+    shared,
+)
+from tasks.dialogue.record import CopyLimits
 from tasks.dialogue.threads import parent_rows
 
 Row = tuple[str, str | None, str, dict[str, Any]]  # id, parent, text, other fields
@@ -32,12 +43,20 @@ def gone(messages: pl.DataFrame) -> dict[str, str]:
     return {ids[row]: ids[twin] for row, twin in found.items()}
 
 
+def compared(messages: pl.DataFrame, chars: int = 5) -> Likeness:
+    return likeness(messages, normalised(messages["text"]), [True] * len(messages), CopyLimits(copy_chars=chars))
+
+
 def leaked(messages: pl.DataFrame, yielding: Any, chars: int = 5) -> dict[str, str]:
-    ids, texts = messages["message_id"], normalised(messages["text"])
-    return {
-        ids[row]: ids[twin]
-        for row, twin in leaks(messages, texts, [True] * len(messages), yielding, chars).items()
-    }  # fmt: skip
+    ids, found = messages["message_id"], leaks(messages, compared(messages, chars), [True] * len(messages), yielding)
+    return {ids[row]: ids[twin] for row, (twin, _) in found.items()}
+
+
+def nearly_gone(messages: pl.DataFrame, chars: int = 5) -> dict[str, tuple[str, float]]:
+    """Return message -> (twin that stays, similarity)."""
+    ids, alike = messages["message_id"], compared(messages, chars)
+    found = near_duplicates(messages, alike, parent_rows(messages), [True] * len(messages))
+    return {ids[row]: (ids[twin], round(similarity, 3)) for row, (twin, similarity) in found.items()}
 
 
 def test_case_width_and_white_space_do_not_tell_texts_apart() -> None:
@@ -117,6 +136,7 @@ def forests(draw: st.DrawFn) -> pl.DataFrame:
     return table(*rows)
 
 
+@settings(deadline=None)
 @given(forests())
 def test_no_path_is_lost_no_message_is_orphaned_and_a_second_pass_finds_nothing(messages: pl.DataFrame) -> None:
     parents = parent_rows(messages)
@@ -149,3 +169,75 @@ def test_a_reply_leaks_only_where_it_is_long_and_a_later_prompt_never() -> None:
 def test_a_prompt_that_is_a_reply_elsewhere_does_not_leak() -> None:
     messages = table(("a", None, "same words", {}), ("b", None, "2", {"split": "test"}), ("c", "b", "same words", {}))
     assert leaked(messages, "train") == {}
+
+
+# ---- near copies
+
+LONG = "one two three four five six seven eight nine ten eleven twelve"
+NEAR = f"{LONG} thirteen"  # 10 n-grams of 11
+FAR = "something else altogether is what this reply says to whoever asked it"
+
+
+def test_of_near_copies_the_best_rank_then_quality_stays_and_similarity_is_told() -> None:
+    low, high = {"rank": 1, "label_quality": 0.9}, {"rank": 0, "label_quality": 0.1}
+    messages = table(("a", None, "1", {}), ("b", "a", LONG, low), ("c", None, "2", {}), ("d", "c", NEAR, high))
+    assert nearly_gone(messages) == {"b": ("d", 0.909)}
+    poor, fine = {"label_quality": 0.2}, {"label_quality": 0.7}
+    messages = table(("a", None, "1", {}), ("b", "a", LONG, poor), ("c", "a", NEAR, fine))
+    assert nearly_gone(messages) == {"b": ("c", 0.909)}
+
+
+def test_short_replies_are_never_copies_by_their_own_text() -> None:
+    messages = table(("a", None, "1", {}), ("b", "a", LONG, {}), ("c", None, "2", {}), ("d", "c", LONG, {}))
+    assert nearly_gone(messages) == {"d": ("b", 1.0)}
+    assert nearly_gone(messages, chars=len(LONG) + 1) == {}
+
+
+def test_a_near_copy_stays_where_another_reply_below_it_stays() -> None:
+    messages = table(
+        ("a", None, "1", {}), ("b", "a", LONG, {}), ("c", None, "2", {}), ("d", "c", NEAR, {}), ("e", "d", "More!", {}),
+        ("f", "e", FAR, {}),
+    )  # fmt: skip
+    assert nearly_gone(messages) == {}
+    assert nearly_gone(messages[:-1]) == {"d": ("b", 0.909)}
+
+
+def test_a_reply_may_repeat_one_of_its_own_conversation_but_not_its_sibling() -> None:
+    messages = table(("a", None, "1", {}), ("b", "a", LONG, {}), ("c", "b", "Longer!", {}), ("d", "c", NEAR, {}))
+    assert nearly_gone(messages) == {}
+    assert nearly_gone(table(("a", None, "1", {}), ("b", "a", LONG, {}), ("c", "a", NEAR, {}))) == {"c": ("b", 0.909)}
+
+
+def test_a_first_prompt_goes_with_its_replies_and_names_a_prompt_like_it() -> None:
+    messages = table(("a", None, LONG, {}), ("b", "a", FAR, {}), ("c", None, NEAR, {}), ("d", "c", f"{FAR} now", {}))
+    assert nearly_gone(messages) == {"c": ("a", 0.909), "d": ("b", 0.909)}
+    messages = table(("a", None, LONG, {}), ("b", "a", FAR, {}), ("c", None, NEAR, {}), ("d", "c", LONG, {}))
+    assert nearly_gone(messages) == {}
+
+
+def test_a_prompt_that_repeats_can_go_whatever_stands_below_it() -> None:
+    messages = table(("a", None, LONG, {}), ("b", "a", "x", {}), ("c", None, NEAR, {}), ("d", "c", "y", {}))
+    found = repeated_prompts(messages, compared(messages), parent_rows(messages), [True] * 4)
+    assert found == {2: (0, 10 / 11)}
+
+
+def test_a_near_copy_in_two_splits_goes_from_the_less_protected() -> None:
+    messages = table(
+        ("a", None, LONG, {}), ("b", "a", FAR, {}),
+        ("c", None, NEAR, {"split": "test"}), ("d", "c", f"{FAR} now", {"split": "test"}),
+    )  # fmt: skip
+    assert leaked(messages, "train") == {"a": "c", "b": "d"}
+    assert shared(compared(messages), messages["split"].to_list(), [True] * 4) == 4
+    assert shared(compared(messages), messages["split"].to_list(), [True, True, False, False]) == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.permutations(range(12)))
+def test_the_order_of_the_trees_does_not_decide_which_near_copy_stays(order: list[int]) -> None:
+    texts = [LONG, NEAR, f"zero {LONG}", FAR, f"{FAR} now", f"{FAR} and then"]
+    trees: list[tuple[Row, Row]] = [
+        ((f"p{at:02}", None, f"{at}", {}), (f"r{at:02}", f"p{at:02}", texts[at % 6], {"rank": at % 2}))
+        for at in range(12)
+    ]
+    mixed = table(*(row for at in order for row in trees[at]))
+    assert nearly_gone(mixed) == nearly_gone(table(*(row for tree in trees for row in tree)))

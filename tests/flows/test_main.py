@@ -124,6 +124,23 @@ def test_the_report_has_the_figures_that_others_rely_on(shell: Shell) -> None:
     assert "by_region" in report["facts"]
 
 
+def test_a_dropped_message_says_why_and_where_it_is_kept_if_it_is(shell: Shell) -> None:
+    import polars as pl
+
+    (path,) = (shell.folder / "artifacts" / "dialogues").glob("*/dropped.parquet")
+    dropped = pl.read_parquet(path, columns=["message_id", "reason", "evidence"])
+    told = dropped.filter(pl.col("reason").is_in(["deleted", "spam", "quality"])).row(0)
+    said = shell("why-dropped", told[0]).stdout
+    assert told[0] in said
+    assert f"dropped by {told[1]}: {told[2]}" in said
+    copied = dropped.filter(reason="duplicate").row(0)
+    copy, twin = json.loads(shell("why-dropped", copied[0], "--json").stdout)
+    assert (copy["message_id"], copy["reason"], copy["evidence"]) == copied
+    assert twin["message_id"] == copied[2]
+    assert twin["split"] in {"train", "val", "test"}
+    assert "error[param.message]" in shell("why-dropped", "nobody", code=2).stderr
+
+
 def test_verify_finds_a_flipped_bit_and_the_next_run_mends_it(shell: Shell) -> None:
     assert shell.json("verify") == {"checked": 6, "corrupt": []}
     path = next((shell.folder / "artifacts" / "dialogues").glob("*/dialogues.parquet"))
