@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.hub import Hub
+
+settings.register_profile("treeline", deadline=None)  # a busy machine is no failure
+settings.load_profile("treeline")
 
 # Before torch is loaded: tests run side by side, and OpenMP's threads would wait for each other by spinning.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
