@@ -34,6 +34,7 @@ from tasks.oasst.facts import (
     short_reply,
     trained_questions,
 )
+from tasks.progress import track
 
 SAMPLE_NAME = "sample.trees.jsonl.gz"
 
@@ -387,4 +388,5 @@ def _gzip(data: bytes) -> bytes:
 
 def sample_bytes() -> bytes:
     """Return the file `SAMPLE_NAME`: gzip around one JSON tree a line, the same bytes on every machine."""
-    return _gzip(b"".join(orjson.dumps(tree) + b"\n" for tree in sample_trees()))
+    trees = track(sample_trees(), "write the sample", unit="trees")
+    return _gzip(b"".join(orjson.dumps(tree) + b"\n" for tree in trees))
