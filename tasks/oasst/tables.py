@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from tasks.oasst.typed import NO_SCORES, NO_VOTES, Arranged, Message, Rest, Vote
 PIECE = 500  # rows held as Python objects: these take several times the memory of arrays, and no cache holds more
 
 
-class Table:
+class Table(ABC):
     """A Parquet file that is written by row groups.
 
     Attributes:
@@ -39,9 +40,9 @@ class Table:
                 self._flush()
             self._writer.close()
 
+    @abstractmethod
     def _turn(self) -> None:
         """Turn the rows that wait into a piece."""
-        raise NotImplementedError
 
     def _hold(self, columns: Iterable[Sequence[Any]]) -> None:
         """Hold a piece, and write a row group if there is one."""
