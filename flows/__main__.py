@@ -125,6 +125,10 @@ def _hours(text: str) -> float:
     return hours
 
 
+Does = Callable[[argparse.Namespace], int]
+Command = Callable[[str, Does, str], argparse.ArgumentParser]  # name, what it does, a line about it
+
+
 def parser() -> argparse.ArgumentParser:
     """Build the parser of all commands."""
     top = _Parser(
@@ -135,70 +139,54 @@ def parser() -> argparse.ArgumentParser:
     )
     known = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, does: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
+    def command(name: str, does: Does, about: str) -> argparse.ArgumentParser:
         made = known.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
         made.set_defaults(command=does)
         return made
 
-    def about_recipe(made: argparse.ArgumentParser) -> None:
-        made.add_argument(
-            "recipe",
-            nargs="?",
-            default="quickstart",
-            metavar="RECIPE",
-            help=f"one of {', '.join(recipe.names())}, or a .toml file (default: quickstart)",
-        )
-        made.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="SECTION.NAME=VALUE",
-            dest="settings",
-            help="change a setting, such as train.epochs=2; may be repeated",
-        )
-        made.add_argument("--tokens", default="", metavar="ID", help="begin with these tokens, such as copied ones")
-        made.add_argument("--until", metavar="STEP", help="stop after this step")
-        made.add_argument(
-            "--force",
-            action="append",
-            default=[],
-            metavar="STEP",
-            help="build this step's artifact anew even if it is there; may be repeated",
-        )
+    _add_runs(command)
+    _add_looks(command)
+    _add_upkeep(command)
+    return top
 
-    def as_json(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--json", action="store_true", help="print JSON for programs")
 
+def _add_runs(command: Command) -> None:
     made = command("run", commands.run, "run a recipe, doing only what is not done yet")
-    about_recipe(made)
+    _about_recipe(made)
     made.add_argument("--verbose", action="store_true", help="show Prefect's own log, too")
     for name, does, about in (
         ("plan", commands.plan, "say what a run would do, step by step"),
         ("why", commands.why, "say why steps would run"),
     ):
         made = command(name, does, about)
-        about_recipe(made)
-        as_json(made)
+        _about_recipe(made)
+        _as_json(made)
+
+
+def _add_looks(command: Command) -> None:
     made = command("ls", commands.ls, "list the artifacts")
     made.add_argument("kind", nargs="?", choices=[*KINDS], metavar="KIND", help=", ".join(KINDS))
-    as_json(made)
+    _as_json(made)
     made = command("show", commands.show, "look into an artifact")
     made.add_argument("artifact", metavar="ID_OR_KIND", help="an id as `ls` prints it, or a kind for its youngest")
     made.add_argument("-n", type=_count, default=5, metavar="N", help="how many rows, trees or sequences (default: 5)")
-    as_json(made)
+    _as_json(made)
     made = command(
         "why-dropped", commands.why_dropped, "say which rule dropped a message, what it saw, and the twin that stays"
     )
     made.add_argument("message", metavar="MESSAGE_ID", help="as `show` and the report name it")
     made.add_argument("--dialogues", default="dialogues", metavar="ID", help="an id (default: the youngest)")
-    as_json(made)
+    _as_json(made)
     made = command("export", commands.export, "write an artifact into a new folder, for another program")
     made.add_argument(
         "form", choices=("nanogpt", "messages"), metavar="FORM", help="nanogpt (of tokens), messages (of dialogues)"
     )
     made.add_argument("artifact", metavar="ID_OR_KIND", help="an id as `ls` prints it, or a kind for its youngest")
     made.add_argument("folder", type=Path, metavar="DIR", help="a folder that is not there yet, or is empty")
-    as_json(command("verify", commands.verify, "hash every file of every artifact again"))
+
+
+def _add_upkeep(command: Command) -> None:
+    _as_json(command("verify", commands.verify, "hash every file of every artifact again"))
     made = command("gc", commands.gc, "remove artifacts that no recipe's last run needs")
     made.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     made.add_argument("--grace", type=_hours, default=1.0, metavar="HOURS", help="keep what is younger (default: 1)")
@@ -211,7 +199,37 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--port", type=int, default=4200, help="port of the server that it starts, unless PREFECT_API_URL is set"
     )
-    return top
+
+
+def _about_recipe(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "recipe",
+        nargs="?",
+        default="quickstart",
+        metavar="RECIPE",
+        help=f"one of {', '.join(recipe.names())}, or a .toml file (default: quickstart)",
+    )
+    made.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.NAME=VALUE",
+        dest="settings",
+        help="change a setting, such as train.epochs=2; may be repeated",
+    )
+    made.add_argument("--tokens", default="", metavar="ID", help="begin with these tokens, such as copied ones")
+    made.add_argument("--until", metavar="STEP", help="stop after this step")
+    made.add_argument(
+        "--force",
+        action="append",
+        default=[],
+        metavar="STEP",
+        help="build this step's artifact anew even if it is there; may be repeated",
+    )
+
+
+def _as_json(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
 if __name__ == "__main__":
