@@ -80,6 +80,18 @@ def load(name: str = "quickstart", settings: Sequence[str] = ()) -> Recipe:
     return build(data, where=name)
 
 
+def changed(base: Recipe, settings: Sequence[str], name: str) -> Recipe:
+    """Return a recipe with some settings changed, under another name.
+
+    Raises:
+        ParameterError: If a setting is unknown, or a value is out of its range.
+    """
+    data = base.model_dump(mode="python")
+    for setting in settings:
+        _put(data, setting)
+    return build({**data, "name": name}, where=name)
+
+
 def build(data: dict[str, Any], where: str) -> Recipe:
     """Validate plain data as a recipe, saying each fault in one line.
 
