@@ -11,7 +11,7 @@ from typing import Any
 
 from prefect import flow
 
-from flows import cards, chain, sweep
+from flows import cards, chain, runners, sweep
 from flows.chain import StepName
 from flows.recipe import Recipe
 from tasks.artifacts import Artifact, Tokens
@@ -26,7 +26,11 @@ def _run(recipe: Recipe, force: Sequence[str]) -> Iterator[Session]:
     """Open a session that shows itself in the UI; in a flow of a flow, go on with the outer one."""
     now = listener()
     shown = now if isinstance(now, cards.UiProgress) else cards.UiProgress(now)
-    with session(recipe.name, frozenset(force), shown=cards.publish_card) as run, listening(shown):
+    with (
+        session(recipe.name, frozenset(force), shown=cards.publish_card) as run,
+        listening(shown),
+        runners.on(recipe.runtime.runner),
+    ):
         yield run
         Store(home()).note_run(recipe.name, {outcome.step: outcome.artifact.id for outcome in run.outcomes})
 

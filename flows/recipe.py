@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from flows.runners import Runner
 from tasks.curate import CurateParams
 from tasks.download import DownloadParams, DownloadRuntime
 from tasks.encode import EncodeParams
@@ -27,6 +28,8 @@ class RuntimeSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    runner: Runner = "threads"
+    """Where texts are worked on: threads of this machine, or the workers of a Dask or Ray cluster."""
     download: DownloadRuntime = DownloadRuntime()
     """The download step."""
     train: TrainRuntime = TrainRuntime()
@@ -141,7 +144,7 @@ def _put(data: dict[str, Any], setting: str) -> None:
 
 def _route(parts: list[str]) -> list[str]:
     """Lead `train.device` to `runtime.train.device`: who sets it need not know which settings are keyed."""
-    if len(parts) == 2 and parts[0] in RuntimeSettings.model_fields:
+    if len(parts) == 2 and parts[0] in RuntimeSettings.model_fields and parts[0] in Recipe.model_fields:
         section, name = parts
         keyed = Recipe.model_fields[section].default
         runtime = RuntimeSettings.model_fields[section].default
