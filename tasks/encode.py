@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tasks.artifacts import (
     INDEX_COLUMNS,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tasks.text.bpe import Vocabulary
     from tasks.text.chat import Tags, Template
     from tasks.text.lay import Texts, Turns
-    from tasks.text.layout import Fitted
+    from tasks.text.layout import Conversation, Forest
 
 SPLITS = ("train", "val", "test")
 PAD = "<|endoftext|>"
@@ -58,16 +58,31 @@ class EncodeParams(Params):
     """Most token ids of a trained vocabulary, its 4 special tokens among them; GPT-2's own has 50,260."""
 
     block: int = Field(default=1_024, ge=16, le=65_535)
-    """Tokens in a sequence; GPT-2 knows 1,024 positions."""
+    """Most tokens of a conversation, from its start to a reply; GPT-2 knows 1,024 positions."""
 
     template: Literal["chat", "xml"] = "chat"
     """How turns are written: with role tokens, or with the plain-text tags of the seed."""
 
-    layout: Literal["paths", "top1", "first-reply"] = "paths"
-    """Which paths of a tree are trained on: all from root to leaf, the best-ranked one, or prompt and first replies."""
+    pack: int | None = Field(default=None, ge=16, le=65_535)
+    """Tokens of a sequence, at least block: a larger one cuts fewer trees, and costs attention. None: block."""
+
+    layout: Literal["tree", "paths", "top1", "first-reply"] = "tree"
+    """How trees become sequences: whole, each message once; as all paths from root to leaf, the best-ranked path, or
+    prompt and first replies."""
+
+    @model_validator(mode="after")
+    def _holds_a_path(self) -> EncodeParams:
+        if self.pack is not None and self.pack < self.block:
+            raise ValueError(f"pack {self.pack} is less than block {self.block}, so not every path would fit")
+        return self
+
+    @property
+    def length(self) -> int:
+        """T, tokens of a sequence."""
+        return self.pack or self.block
 
 
-@step("encode", version=1, makes=Tokens)
+@step("encode", version=2, makes=Tokens)
 def encode(out: Path, dialogues: Dialogues, params: EncodeParams) -> Counts:
     """Write the memmaps, their index, the tokenizer and the encoding; nothing is published that the gate refuses.
 
@@ -81,9 +96,10 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams) -> Counts:
     vocabulary = _vocabulary(dialogues, template, params)
     pieces = tags(template, vocabulary.specials, vocabulary.encode)
     talks = _talks(dialogues, rows, vocabulary, pieces, params)
-    written = _write(out, rows, talks, params.block, vocabulary.specials[PAD])
+    written = _write(out, rows, talks, params.length, vocabulary.specials[PAD])
     encoding = Encoding(
         block=params.block,
+        length=params.length,
         vocab_size=vocabulary.size_padded,
         template=params.template,
         layout=params.layout,
@@ -128,22 +144,26 @@ class _Talks:
     """Which conversations are written, and the ids of their messages.
 
     Attributes:
-        fitted: The conversations, by row.
+        conversations: Rows of each, depth first: a path, or as much of a tree as fits.
+        contexts: How many rows at the start of each are not trained: another conversation trains them.
         tags: The template's pieces as ids.
         texts: Ids of the texts in them.
+        parents: (rows,) row of each row's parent, -1 at a root.
         replies: (rows,) whether a row is an assistant's.
         sizes: Tokens of each conversation.
         utf8: (rows,) bytes of each text in them.
-        found: How many conversations the layout gave; the rest was left out (see `Fitted`).
+        counts: What the layout did: how many conversations it found, and what of them was left out.
     """
 
-    fitted: Fitted
+    conversations: list[Conversation]
+    contexts: list[int]
     tags: Tags
     texts: Texts
+    parents: NDArray[np.int64]
     replies: NDArray[np.bool_]
     sizes: list[int]
     utf8: NDArray[np.int64]
-    found: int
+    counts: Counts
 
 
 def _talks(
@@ -153,19 +173,66 @@ def _talks(
     import numpy as np
 
     from tasks.text.lay import around
-    from tasks.text.layout import LAYOUTS, fit, forest
+    from tasks.text.layout import LAYOUTS, forest
 
-    found = list(LAYOUTS[params.layout](forest(*(rows[name].to_list() for name in LINKS))))
-    asked = np.zeros(rows.height, np.bool_)
-    asked[np.fromiter(chain.from_iterable(found), np.int64)] = True
+    trees = forest(*(rows[name].to_list() for name in LINKS))
+    found = None if params.layout == "tree" else list(LAYOUTS[params.layout](trees))
+    asked = np.full(rows.height, found is None)
+    if found is not None:
+        asked[np.fromiter(chain.from_iterable(found), np.int64)] = True
     texts, utf8 = _encoded(dialogues, asked, vocabulary)
     replies = (rows["role"] == "assistant").to_numpy()
-    nowhere = np.zeros(rows.height, np.bool_)  # what stands at the ends of a conversation is counted once, apart
+    nowhere = np.zeros(rows.height, np.bool_)  # what stands at the ends of a conversation is counted apart
     lengths = (texts.lengths + sum(around(replies, nowhere, nowhere, tags))).tolist()
+    laid = (
+        _whole(trees, replies, lengths, tags, params)
+        if found is None
+        else _paths(found, replies, lengths, tags, params)
+    )
+    return _Talks(*laid[:2], tags, texts, np.array(trees.parents, np.int64), replies, laid[2], utf8, laid[3])
+
+
+_Laid = tuple[list["Conversation"], list[int], list[int], Counts]  # conversations, contexts, sizes, counts
+
+
+def _whole(trees: Forest, replies: NDArray[np.bool_], lengths: list[int], tags: Tags, params: EncodeParams) -> _Laid:
+    """Take trees as they are, or as much of one as fits a sequence."""
+    from tasks.text.branches import Sizes, cut
+
+    made = cut(trees, replies.tolist(), Sizes(lengths, len(tags.start), len(tags.tail), params.block, params.length))
+    counts = {
+        "found": made.trees + made.skipped,
+        "cut": made.divided,
+        "skipped": made.skipped,
+        "too_long": made.too_long,
+        "context": sum(lengths[row] for piece in made.pieces for row in piece.rows[: piece.context]),
+    }
+    pieces = made.pieces
+    return (
+        [piece.rows for piece in pieces],
+        [piece.context for piece in pieces],
+        [piece.tokens for piece in pieces],
+        counts,
+    )
+
+
+def _paths(
+    found: list[Conversation], replies: NDArray[np.bool_], lengths: list[int], tags: Tags, params: EncodeParams
+) -> _Laid:
+    """Take paths, each to its last reply that fits."""
+    from tasks.text.layout import fit
+
     outer = len(tags.start) + len(tags.tail)
     fitted = fit(found, replies.tolist(), lengths, params.block - outer)
     sizes = [outer + sum(map(lengths.__getitem__, conversation)) for conversation in fitted.conversations]
-    return _Talks(fitted, tags, texts, replies, sizes, utf8, len(found))
+    counts = {
+        "found": len(found),
+        "cut": fitted.cut,
+        "skipped": fitted.skipped,
+        "repeated": fitted.repeated,
+        "too_long": fitted.too_long,
+    }
+    return fitted.conversations, [0] * len(sizes), sizes, counts
 
 
 def _encoded(dialogues: Dialogues, asked: NDArray[np.bool_], vocabulary: Vocabulary) -> tuple[Texts, NDArray[np.int64]]:
@@ -210,7 +277,9 @@ def _write(out: Path, rows: pl.DataFrame, talks: _Talks, block: int, pad: int) -
 
     packed = _packed(rows, talks, block)
     plan = [numbers for sequences in packed.values() for numbers in sequences]
-    placed = turns(talks.fitted.conversations, plan, talks.replies, talks.texts.lengths, talks.tags)
+    placed = turns(
+        talks.conversations, talks.contexts, plan, talks.parents, talks.replies, talks.texts.lengths, talks.tags
+    )
     with ExitStack() as stack:
         files = {name: stack.enter_context((out / f"{name}.bin").open("wb")) for name in ARRAYS}
         for first in track(range(0, len(plan), CHUNK), "pack", -(-len(plan) // CHUNK), f"times {CHUNK} sequences"):
@@ -223,7 +292,7 @@ def _write(out: Path, rows: pl.DataFrame, talks: _Talks, block: int, pad: int) -
     for split, sequences in packed.items():
         here = placed.of(first, first + len(sequences))
         first += len(sequences)
-        spoken = int(talks.utf8[here.row[here.reply]].sum())
+        spoken = int(talks.utf8[here.row[here.trained > 0]].sum())
         written[split] = _Tally(len(sequences), int(here.size.sum()), int(here.trained.sum()), spoken)
     return written
 
@@ -238,10 +307,10 @@ def _packed(rows: pl.DataFrame, talks: _Talks, block: int) -> dict[str, list[lis
 
     of_split: dict[str, list[int]] = {split: [] for split in SPLITS}
     splits = rows["split"].to_list()
-    for number, conversation in enumerate(talks.fitted.conversations):
+    for number, conversation in enumerate(talks.conversations):
         of_split[splits[conversation[0]]].append(number)
     if not of_split["train"]:
-        what = f"the train split holds no reply that fits a block of {block:,} tokens"
+        what = f"the train split holds no reply that fits {block:,} tokens"
         where = f"{rows.height:,} messages came in, {splits.count('train'):,} of them to train on"
         raise InputError(what, where, "Keep more messages in curate, or raise encode.block", "encode.empty")
     return {
@@ -254,12 +323,10 @@ def _packed(rows: pl.DataFrame, talks: _Talks, block: int) -> dict[str, list[lis
 
 
 def _write_index(path: Path, rows: pl.DataFrame, placed: Turns) -> None:
-    """Write the token ranges of messages; each goes on from the one before it."""
-    import numpy as np
+    """Write the token ranges of messages, and which one each goes on from."""
     import pyarrow as pa
 
     schema = arrow_schema(INDEX_COLUMNS)
-    before = np.arange(-1, len(placed.row) - 1)
     with parquet_writer(path, INDEX_COLUMNS) as writer:
         for first in range(0, len(placed.row), GROUP):
             here = slice(first, first + GROUP)
@@ -271,7 +338,7 @@ def _write_index(path: Path, rows: pl.DataFrame, placed: Turns) -> None:
                 "trained": placed.trained[here],
             }
             columns = {name: pa.array(values, pa.int32()) for name, values in numbers.items()}
-            columns["parent"] = pa.array(before[here], pa.int64(), mask=placed.opens[here])
+            columns["parent"] = pa.array(placed.parent[here], pa.int64(), mask=placed.opens[here])
             for name in NAMES:
                 columns[name] = named[name].to_arrow().cast(pa.string())
             writer.write_table(pa.table([columns[name] for name in INDEX_COLUMNS], schema=schema))
@@ -294,13 +361,9 @@ def _counts(written: dict[str, _Tally], talks: _Talks, encoding: Encoding) -> Co
         "sequences": sequences,
         "tokens": tokens,
         "trained": trained,
-        "padding": sequences * encoding.block - tokens,
-        "found": talks.found,
-        "conversations": len(talks.fitted.conversations),
-        "cut": talks.fitted.cut,
-        "skipped": talks.fitted.skipped,
-        "repeated": talks.fitted.repeated,
-        "too_long": talks.fitted.too_long,
+        "padding": sequences * encoding.length - tokens,
+        "conversations": len(talks.conversations),
+        **talks.counts,
         "vocab_size": encoding.vocab_size,
         "splits": {split: asdict(tally) for split, tally in written.items()},
     }
@@ -313,5 +376,6 @@ def _gate(out: Path, dialogues: Dialogues) -> int:
 
     tokens = Tokens(out, Manifest(key="", kind=Tokens.kind, recipe={}, files={}, digest=""))
     arrays = (tokens.ids(), tokens.mask(), tokens.positions(), tokens.ends())
-    written = Written(*arrays, tokens.index().collect(), tokens.encoding().splits)
+    encoding = tokens.encoding()
+    written = Written(*arrays, tokens.index().collect(), encoding.splits, once=encoding.layout == "tree")
     return check(written, load_dialect(out), dialogues.scan().select(SAID))

@@ -28,10 +28,12 @@ class Piece:
 
     Attributes:
         rows: (M,) its messages, depth first: a parent before its replies, siblings the best first.
+        tokens: What they take together, with the start of the conversation and the tail after each leaf.
         context: The first so many are the ancestors of the others, and trained in another piece. 0: nothing is.
     """
 
     rows: tuple[int, ...]
+    tokens: int
     context: int = 0
 
 
@@ -133,10 +135,11 @@ def _pieces(
         size[row] = sizes.rows[row] + (loads[least] if below else sizes.tail)
         onward[row] = [below[place] for place in bins[least]]
         closed += [(row, [below[place] for place in places]) for number, places in enumerate(bins) if number != least]
-    pieces = [Piece(tuple(_depth_first(root, onward)))]
+    pieces = [Piece(tuple(_depth_first(root, onward)), sizes.start + size[root])]
     for row, tops in reversed(closed):
         above = forest.path(row)
-        pieces.append(Piece((*above, *(low for top in tops for low in _depth_first(top, onward))), len(above)))
+        rows = (*above, *(low for top in tops for low in _depth_first(top, onward)))
+        pieces.append(Piece(rows, paths[row] + sum(size[top] for top in tops), len(above)))
     return pieces
 
 

@@ -53,6 +53,7 @@ class Written:
         ends: (S, T) token q sees token k when k <= q < ends[k].
         index: Token ranges of messages, by sequence and start.
         splits: Sequences of each split: (first, one past the last).
+        once: Whether each reply is to be trained exactly once, wherever else it stands as context.
     """
 
     ids: NDArray[Any]
@@ -61,6 +62,7 @@ class Written:
     ends: NDArray[Any]
     index: pl.DataFrame
     splits: Mapping[str, tuple[int, int]]
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,12 @@ class Chunk:
         return (self.index["role"] == "assistant").to_numpy()
 
     @cached_property
+    def taught(self) -> NDArray[np.bool_]:
+        """(M,) whether a message is an assistant's, and trained here: not context of what is."""
+        taught: NDArray[np.bool_] = self.replies & (self.index["trained"] > 0).to_numpy()
+        return taught
+
+    @cached_property
     def leaves(self) -> NDArray[np.bool_]:
         """(M,) whether no message of the sequence goes on from this one."""
         leaves = np.ones(len(self.start), np.bool_)
@@ -164,6 +172,7 @@ def check(written: Written, dialect: Dialect, messages: pl.LazyFrame) -> int:
             _encoded_again(chunk, dialect, again, said)
             _same_bytes(chunk, dialect, weights, said)
             shown.advance(len(chunk.start))
+    _trained_as_often(written, said.row)
     return int(said.drawn[said.row].sum())
 
 
@@ -191,6 +200,20 @@ def _sources(written: Written, messages: pl.LazyFrame) -> Ints:
         _fail("source", index["message_id"][int(place)], what)
     _in_their_splits(written)
     return row.to_numpy().astype(np.int64)
+
+
+def _trained_as_often(written: Written, row: Ints) -> None:
+    """Every reply is trained where it stands; of those that are to be trained once, one is, the others are context."""
+    replies, trained = (written.index["role"] == "assistant").to_numpy(), (written.index["trained"] > 0).to_numpy()
+    if written.once:
+        times = np.bincount(row[trained], minlength=int(row.max(initial=-1)) + 1)
+        odd = np.flatnonzero(replies & (times[row] != 1))
+        wanted = "exactly once"
+    else:
+        odd, wanted, times = np.flatnonzero(replies & ~trained), "wherever it stands", trained
+    for place in odd[:1]:
+        found = times[row[place]] if written.once else "not"
+        _fail("untrained", written.index["message_id"][int(place)], f"is to be trained {wanted}; found: {found}")
 
 
 def _in_their_splits(written: Written) -> None:
@@ -322,7 +345,7 @@ def turns_end(chunk: Chunk, dialect: Dialect) -> None:
         _fail("untrained", chunk.names[roots[place]], "opens a conversation with nothing to train on")
     marked = np.append(-1, np.flatnonzero(chunk.mask))
     latest = marked[np.searchsorted(marked, chunk.stop) - 1]
-    for message in np.flatnonzero(chunk.replies & ((trained == 0) | (chunk.ids[latest] != dialect.stop)))[:1]:
+    for message in np.flatnonzero(chunk.taught & ((trained == 0) | (chunk.ids[latest] != dialect.stop)))[:1]:
         found = chunk.ids[latest[message]] if trained[message] else "nothing"
         what = f"must have the end of its turn, id {dialect.stop}, trained on last; found {found}"
         _fail("stop", chunk.names[message], what)
@@ -338,7 +361,7 @@ def whole_replies(chunk: Chunk, dialect: Dialect) -> None:
     head = len(tags.opens["assistant"]) + len(tags.start) * (chunk.parent < 0)
     first, last = chunk.start + head, chunk.stop - len(tags.tail) * chunk.leaves
     expected = np.zeros(len(chunk.ids), np.uint8)
-    expected[spread(first[chunk.replies], last[chunk.replies])] = 1
+    expected[spread(first[chunk.taught], last[chunk.taught])] = 1
     for token in np.flatnonzero(expected != chunk.mask)[:1]:
         what = f"token {token % chunk.block}: expected mask {expected[token]}, found {chunk.mask[token]}"
         _fail("mask", chunk.named(token), what)
