@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tasks.curate import CurateParams
 from tasks.download import DownloadParams, DownloadRuntime
-from tasks.encode import EncodeParams
+from tasks.encode import EncodeParams, EncodeRuntime
 from tasks.errors import ParameterError
 from tasks.evaluate import EvaluateParams, EvaluateRuntime
 from tasks.parse import ParseParams
@@ -29,6 +29,8 @@ class RuntimeSettings(BaseModel):
 
     download: DownloadRuntime = DownloadRuntime()
     """The download step."""
+    encode: EncodeRuntime = EncodeRuntime()
+    """The encode step."""
     train: TrainRuntime = TrainRuntime()
     """The train step."""
     evaluate: EvaluateRuntime = EvaluateRuntime()
