@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flows.runners import Runner
 from tasks.curate import CurateParams
 from tasks.download import DownloadParams, DownloadRuntime
-from tasks.encode import EncodeParams
+from tasks.encode import EncodeParams, EncodeRuntime
 from tasks.errors import ParameterError
 from tasks.evaluate import EvaluateParams, EvaluateRuntime
 from tasks.parse import ParseParams
@@ -32,6 +32,8 @@ class RuntimeSettings(BaseModel):
     """Where texts are worked on: threads of this machine, or the workers of a Dask or Ray cluster."""
     download: DownloadRuntime = DownloadRuntime()
     """The download step."""
+    encode: EncodeRuntime = EncodeRuntime()
+    """The encode step."""
     train: TrainRuntime = TrainRuntime()
     """The train step."""
     evaluate: EvaluateRuntime = EvaluateRuntime()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -24,7 +24,8 @@ from tasks.artifacts import (
 )
 from tasks.errors import InputError
 from tasks.progress import bar, track
-from tasks.step import Params, step
+from tasks.rows import PerText, per_text
+from tasks.step import Params, TextsRuntime, step
 from tasks.store.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -82,8 +83,12 @@ class EncodeParams(Params):
         return self.pack or self.block
 
 
+class EncodeRuntime(TextsRuntime):
+    """How fast texts become ids, never which."""
+
+
 @step("encode", version=2, makes=Tokens)
-def encode(out: Path, dialogues: Dialogues, params: EncodeParams) -> Counts:
+def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRuntime) -> Counts:
     """Write the memmaps, their index, the tokenizer and the encoding; nothing is published that the gate refuses.
 
     Raises:
@@ -95,7 +100,7 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams) -> Counts:
     rows, template = _rows(dialogues), TEMPLATES[params.template]
     vocabulary = _vocabulary(dialogues, template, params)
     pieces = tags(template, vocabulary.specials, vocabulary.encode)
-    talks = _talks(dialogues, rows, vocabulary, pieces, params)
+    talks = _talks(dialogues, rows, _ids_of(vocabulary, params), pieces, params)
     written = _write(out, rows, talks, params.length, vocabulary.specials[PAD])
     encoding = Encoding(
         block=params.block,
@@ -139,6 +144,15 @@ def _vocabulary(dialogues: Dialogues, template: Template, params: EncodeParams) 
     return trained(track(texts, "vocabulary", len(texts), "messages"), params.vocab_size, template.plain())
 
 
+def _ids_of(vocabulary: Vocabulary, params: EncodeParams) -> PerText:
+    """Return what gives the ids of a text; a run remembers them for the next one."""
+    from tasks.text.bpe import gpt2_ids, ids_of
+
+    known = params.tokenizer == "gpt2"
+    compute = partial(gpt2_ids, vocabulary.apart) if known else partial(ids_of, vocabulary)
+    return PerText(f"{params.tokenizer}-ids", 1, {"vocabulary": vocabulary.digest}, compute)
+
+
 @dataclass(frozen=True)
 class _Talks:
     """Which conversations are written, and the ids of their messages.
@@ -166,9 +180,7 @@ class _Talks:
     counts: Counts
 
 
-def _talks(
-    dialogues: Dialogues, rows: pl.DataFrame, vocabulary: Vocabulary, tags: Tags, params: EncodeParams
-) -> _Talks:
+def _talks(dialogues: Dialogues, rows: pl.DataFrame, ids_of: PerText, tags: Tags, params: EncodeParams) -> _Talks:
     """Lay the trees out, encode the texts that are asked for, and end every conversation on a reply that fits."""
     import numpy as np
 
@@ -180,7 +192,7 @@ def _talks(
     asked = np.full(rows.height, found is None)
     if found is not None:
         asked[np.fromiter(chain.from_iterable(found), np.int64)] = True
-    texts, utf8 = _encoded(dialogues, asked, vocabulary)
+    texts, utf8 = _encoded(dialogues, asked, ids_of)
     replies = (rows["role"] == "assistant").to_numpy()
     nowhere = np.zeros(rows.height, np.bool_)  # what stands at the ends of a conversation is counted apart
     lengths = (texts.lengths + sum(around(replies, nowhere, nowhere, tags))).tolist()
@@ -235,8 +247,8 @@ def _paths(
     return fitted.conversations, [0] * len(sizes), sizes, counts
 
 
-def _encoded(dialogues: Dialogues, asked: NDArray[np.bool_], vocabulary: Vocabulary) -> tuple[Texts, NDArray[np.int64]]:
-    """Encode the texts of the rows asked for; equal ones among some thousand neighbours once.
+def _encoded(dialogues: Dialogues, asked: NDArray[np.bool_], ids_of: PerText) -> tuple[Texts, NDArray[np.int64]]:
+    """Encode the texts of the rows asked for, those that were never encoded before.
 
     Returns:
         The ids, and (rows,) the UTF-8 bytes of each text.
@@ -250,13 +262,12 @@ def _encoded(dialogues: Dialogues, asked: NDArray[np.bool_], vocabulary: Vocabul
     with bar("encode", int(asked.sum()), "messages") as shown:
         for number, window in enumerate(_texts(dialogues, len(asked))):
             chosen = np.flatnonzero(asked[number * WINDOW : number * WINDOW + len(window)])
-            place: dict[str, int] = {}
-            of_row = [place.setdefault(text, len(place)) for text in window.gather(chosen)]
-            made, counted = vocabulary.encode_all([*place], os.cpu_count() or 1)
-            ids.append(made)
-            rows = number * WINDOW + chosen
-            starts[rows], lengths[rows] = (np.cumsum(counted) - counted)[of_row], counted[of_row]
-            utf8[rows] = window.str.len_bytes().to_numpy()[chosen]
+            texts = window.gather(chosen)
+            made = per_text(ids_of, texts).column("ids").combine_chunks()
+            ids.append(made.flatten().to_numpy())
+            rows, ends = number * WINDOW + chosen, made.offsets.to_numpy().astype(np.int64)
+            starts[rows], lengths[rows] = ends[:-1] - ends[0], np.diff(ends)
+            utf8[rows] = texts.str.len_bytes().to_numpy()
             shown.advance(len(chosen))
     return Texts(WINDOW, ids, starts, lengths), utf8
 

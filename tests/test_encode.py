@@ -13,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from tasks.artifacts import DIALOGUE_COLUMNS, Dialogues, Tokens, arrow_schema, parquet_writer
-from tasks.encode import EncodeParams, encode
+from tasks.encode import EncodeParams, EncodeRuntime, encode
 from tasks.errors import InputError
 from tasks.store.manifest import Manifest
 from tasks.text.chat import load_dialect
@@ -63,7 +63,7 @@ def dialogues(folder: Path, rows: list[Row]) -> Dialogues:
 def encoded(folder: Path, rows: list[Row], params: EncodeParams = SMALL) -> Tokens:
     out = folder / "tokens"
     out.mkdir(parents=True)
-    counts = encode.function(out, dialogues(folder / "dialogues", rows), params)
+    counts = encode.function(out, dialogues(folder / "dialogues", rows), params, EncodeRuntime(workers=1))
     return Tokens(out, manifest(kind="tokens", counts=counts))
 
 

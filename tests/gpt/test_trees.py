@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from tasks.artifacts import DIALOGUE_COLUMNS, Dialogues, Tokens, arrow_schema, parquet_writer
-from tasks.encode import EncodeParams, encode
+from tasks.encode import EncodeParams, EncodeRuntime, encode
 from tasks.gpt.attention import visible
 from tasks.gpt.loss import supervised_nats
 from tasks.gpt.weights import build_start, scratch_spec
@@ -53,7 +53,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
     manifest = Manifest("0" * 64, "", {}, {}, "0" * 64)
     (folder / "tokens").mkdir()
     params = EncodeParams(tokenizer="trained", vocab_size=512, block=BLOCK, pack=2 * BLOCK)
-    encode.function(folder / "tokens", Dialogues(folder, manifest), params)
+    encode.function(folder / "tokens", Dialogues(folder, manifest), params, EncodeRuntime())
     return Tokens(folder / "tokens", manifest)
 
 
@@ -154,6 +154,8 @@ def test_a_tree_of_one_branch_is_an_isolated_document(tmp_path: Path) -> None:
     for layout in ("tree", "paths"):
         (tmp_path / layout).mkdir()
         params = EncodeParams(tokenizer="trained", vocab_size=300, block=128, layout=layout)
-        encode.function(tmp_path / layout, Dialogues(tmp_path, Manifest("0" * 64, "", {}, {}, "0" * 64)), params)
+        encode.function(
+            tmp_path / layout, Dialogues(tmp_path, Manifest("0" * 64, "", {}, {}, "0" * 64)), params, EncodeRuntime()
+        )
         made.append([(tmp_path / layout / f"{name}.bin").read_bytes() for name in ("ids", "mask", "positions", "ends")])
     assert made[0] == made[1]

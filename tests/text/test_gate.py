@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from tasks.artifacts import DIALOGUE_COLUMNS, Dialogues, Tokens, arrow_schema, parquet_writer
-from tasks.encode import EncodeParams, encode
+from tasks.encode import EncodeParams, EncodeRuntime, encode
 from tasks.errors import GateError
 from tasks.store.manifest import Manifest
 from tasks.text import gate
@@ -64,7 +64,7 @@ def tokens_of(folder: Path, template: Literal["chat", "xml"]) -> Tokens:
     out = folder / "tokens"
     out.mkdir()
     params = EncodeParams(tokenizer="trained", vocab_size=280, block=256, template=template)
-    encode.function(out, Dialogues(folder, manifest), params)
+    encode.function(out, Dialogues(folder, manifest), params, EncodeRuntime(workers=1))
     return Tokens(out, manifest)
 
 
