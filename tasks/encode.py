@@ -26,6 +26,7 @@ from tasks.errors import InputError
 from tasks.progress import bar, track
 from tasks.rows import PerText, per_text
 from tasks.step import Params, TextsRuntime, step
+from tasks.store.canonical import sha256_file
 from tasks.store.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -383,10 +384,15 @@ def _counts(written: dict[str, _Tally], talks: _Talks, encoding: Encoding) -> Co
 def _gate(out: Path, dialogues: Dialogues) -> int:
     """Read everything back as a reader of the artifact would, and check it."""
     from tasks.text.chat import load_dialect
-    from tasks.text.gate import SAID, Written, check
+    from tasks.text.gate import check, ids_again
+    from tasks.text.said import SAID
+    from tasks.text.written import Written
 
     tokens = Tokens(out, Manifest(key="", kind=Tokens.kind, recipe={}, files={}, digest=""))
     arrays = (tokens.ids(), tokens.mask(), tokens.positions(), tokens.ends())
     encoding = tokens.encoding()
     written = Written(*arrays, tokens.index().collect(), encoding.splits, once=encoding.layout == "tree")
-    return check(written, load_dialect(out), dialogues.scan().select(SAID))
+    tokenizer = (out / "tokenizer.json").read_text(encoding="utf-8")
+    settings = {"tokenizer": sha256_file(out / "tokenizer.json")}
+    again = PerText("exported-ids", 1, settings, partial(ids_again, tokenizer))
+    return check(written, load_dialect(out), dialogues.scan().select(SAID), partial(per_text, again))

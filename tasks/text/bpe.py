@@ -54,6 +54,7 @@ def _printable() -> dict[str, int]:
 
 
 BYTE_OF: Mapping[str, int] = _printable()
+BYTES = str.maketrans({char: chr(byte) for char, byte in BYTE_OF.items()})  # to Latin-1, which has a character a byte
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Vocabulary:
     @property
     def ranks(self) -> dict[bytes, int]:
         """Rank of each token's bytes."""
-        return {bytes(BYTE_OF[char] for char in token): rank for token, rank in self.tokens.items()}
+        return {token.translate(BYTES).encode("latin-1"): rank for token, rank in self.tokens.items()}
 
     @cached_property
     def _engine(self) -> tiktoken.Encoding:
