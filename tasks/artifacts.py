@@ -88,6 +88,19 @@ INDEX_COLUMNS: Mapping[str, str] = {
     "trained": "int32!",  # supervised tokens in the range
 }
 
+REPLY_COLUMNS: Mapping[str, str] = {
+    "sequence": "int32!",  # row of the memmaps
+    "start": "int32!",  # first token of the reply in that row
+    "stop": "int32!",  # one past its last token
+    "trained": "int32!",  # tokens in the range that its probability is taken over
+    "contest": "int32!",  # replies of one number answer one prompt
+    "rank": "int32!",  # 0 = best; within a contest, a lesser rank is preferred
+    "message_id": "string!",
+    "message_tree_id": "string!",
+    "split": "string!",
+}
+
+ARRAYS = ("ids.bin", "mask.bin", "positions.bin", "ends.bin")
 _ARROW = {
     "string": "string", "int32": "int32", "int64": "int64", "float32": "float32", "bool": "bool_",
 }  # fmt: skip
@@ -228,28 +241,20 @@ class Encoding:
 
 
 @dataclass(frozen=True)
-class Tokens(Artifact):
+class Sequences(Artifact):
     """Token ids and what the loss and attention need, as memmaps of S sequences of T tokens.
 
     ids.bin        (S, T) uint16  token ids
     mask.bin       (S, T) uint8   1 where this token is a target of the loss (predicted from the one before it)
     positions.bin  (S, T) uint16  position in its conversation, for the position embedding
     ends.bin       (S, T) uint16  token q sees token k when k <= q < ends[k]; padding sees only itself
-    index.parquet                 token ranges back to messages: INDEX_COLUMNS
     tokenizer.json                the same encoding for the `tokenizers` library
     encoding.json                 the fields of `Encoding`
     """
 
-    kind = "tokens"
-    files = ("ids.bin", "mask.bin", "positions.bin", "ends.bin", "index.parquet", "tokenizer.json", "encoding.json")
-
     def encoding(self) -> Encoding:
         """Read how the tokens were made."""
         return read_encoding(self.path)
-
-    def index(self) -> pl.LazyFrame:
-        """Scan the token ranges of messages: INDEX_COLUMNS."""
-        return self.table("index.parquet")
 
     def ids(self, split: str | None = None) -> np.ndarray:
         """Map the token ids of a split, or of all: (S, T) uint16."""
@@ -277,6 +282,36 @@ class Tokens(Artifact):
         whole = np.memmap(self.path / name, dtype=dtype, mode="r").reshape(-1, encoding.length)
         first, last = encoding.splits[split] if split else (0, len(whole))
         return whole[first:last]
+
+
+@dataclass(frozen=True)
+class Tokens(Sequences):
+    """Conversations as token ids, and where each message lies.
+
+    index.parquet                 token ranges back to messages: INDEX_COLUMNS
+    """
+
+    kind = "tokens"
+    files = (*ARRAYS, "index.parquet", "tokenizer.json", "encoding.json")
+
+    def index(self) -> pl.LazyFrame:
+        """Scan the token ranges of messages: INDEX_COLUMNS."""
+        return self.table("index.parquet")
+
+
+@dataclass(frozen=True)
+class Contests(Sequences):
+    """Replies to one prompt that people ranked, as token ids: each prompt once, its replies blind to each other.
+
+    replies.parquet               which tokens are which reply, and its rank: REPLY_COLUMNS
+    """
+
+    kind = "contests"
+    files = (*ARRAYS, "replies.parquet", "tokenizer.json", "encoding.json")
+
+    def replies(self) -> pl.LazyFrame:
+        """Scan the replies, by sequence and start: REPLY_COLUMNS."""
+        return self.table("replies.parquet")
 
 
 @dataclass(frozen=True)
@@ -321,7 +356,7 @@ class Report(Artifact):
 
 
 KINDS: Mapping[str, type[Artifact]] = {
-    made.kind: made for made in (RawTrees, Messages, Dialogues, Tokens, Model, Report)
+    made.kind: made for made in (RawTrees, Messages, Dialogues, Tokens, Model, Report, Contests)
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STEPS = {"download", "parse", "curate", "encode", "train", "evaluate"}
+STEPS = {"download", "parse", "curate", "encode", "train", "evaluate", "pair", "refer", "prefer"}
 NOUNS = {"dialogue", "oasst", "text", "gpt"}
 TOP = {"pyproject.toml", "README.md", "LICENSE", "flows", "tasks", "tests", "artifacts"}
 

@@ -1,0 +1,238 @@
+"""Beside the chain, pair: lay out replies that people ranked, so that a model can be tuned to prefer the better ones.
+
+All replies of a contest share one sequence with what stands above them, by the rule of packed trees: the prompt is
+there once, each reply sees it, and none sees another. So a contest of K replies costs the prompt once, not twice for
+each of its K (K - 1) / 2 pairs.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from tasks.artifacts import (
+    REPLY_COLUMNS,
+    Contests,
+    Counts,
+    Dialogues,
+    Tokens,
+    arrow_schema,
+    parquet_writer,
+    write_encoding,
+)
+from tasks.errors import InputError
+from tasks.progress import track
+from tasks.step import Params, step
+
+if TYPE_CHECKING:
+    import numpy as np
+    import polars as pl
+    from numpy.typing import NDArray
+
+    from tasks.dialogue.preference import Contest
+    from tasks.text.chat import Dialect
+    from tasks.text.lay import Texts, Turns
+    from tasks.text.layout import Forest
+
+SPLITS = ("train", "val", "test")
+ARRAYS = ("ids", "mask", "positions", "ends")
+LINKS = ("message_tree_id", "message_id", "parent_id", "rank", "sibling")
+CHUNK = 256  # sequences laid at a time, as the encode step does
+
+
+class PairParams(Params):
+    """Settings of the pair step."""
+
+    replies: int = Field(default=8, ge=2, le=64)
+    """Most replies of a contest; of more, those in the middle are left out: the best and the worst teach the most."""
+
+
+@step("pair", version=1, makes=Contests)
+def pair(out: Path, dialogues: Dialogues, tokens: Tokens, params: PairParams) -> Counts:
+    """Write the contests of the dialogues, in the vocabulary, template and lengths of the tokens.
+
+    Raises:
+        InputError: If no two replies of the train split were put in an order.
+    """
+    from tasks.text.chat import load_dialect
+
+    dialect, encoding = load_dialect(tokens.path), tokens.encoding()
+    rows = dialogues.scan().select(*LINKS, "role", "split").collect()
+    table = _Table.of(dialogues, rows, dialect, encoding.block, encoding.length)
+    found = list(table.contests(params.replies))
+    kept = {split: [one for one in found if table.splits[one.prompt] == split] for split in SPLITS}
+    if not kept["train"]:
+        what = f"no two replies to one prompt of the train split are ranked, of {rows.height:,} messages"
+        raise InputError(what, str(dialogues.path), "Keep more messages, or take a source with ranks", "pair.empty")
+    packed = {split: table.packed(some, first=sum(map(len, _before(kept, split)))) for split, some in kept.items()}
+    placed = table.turns(
+        [one for some in kept.values() for one in some], [one for some in packed.values() for one in some]
+    )
+    _write(out, placed, table, encoding.length)
+    _write_replies(out / "replies.parquet", rows, placed)
+    shutil.copyfile(tokens.path / "tokenizer.json", out / "tokenizer.json")
+    write_encoding(out, replace(encoding, layout="contests", splits=_spans(packed), utf8_bytes={}))
+    return {
+        "sequences": sum(map(len, packed.values())),
+        "contests": sum(map(len, kept.values())),
+        "replies": sum(len(one.replies) for some in kept.values() for one in some),
+        "pairs": sum(one.pairs for some in kept.values() for one in some),
+        "splits": {
+            split: {"contests": len(some), "pairs": sum(one.pairs for one in some)} for split, some in kept.items()
+        },
+    }
+
+
+def _before(kept: dict[str, list[Contest]], split: str) -> list[list[Contest]]:
+    return [kept[other] for other in SPLITS[: SPLITS.index(split)]]
+
+
+def _spans(packed: dict[str, list[list[int]]]) -> dict[str, tuple[int, int]]:
+    spans, first = {}, 0
+    for split, sequences in packed.items():
+        spans[split] = (first, first + len(sequences))
+        first += len(sequences)
+    return spans
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The messages of the dialogues, R rows, and how they are written.
+
+    Attributes:
+        trees: How they are linked.
+        replies: (R,) whether a row is an assistant's.
+        ranks: (R,) rank among siblings; None: unranked.
+        splits: (R,) split of each row.
+        texts: Ids of the texts that contests hold.
+        sizes: (R,) tokens of a row, with all that stands around it but the start of its conversation.
+        dialect: Vocabulary and template.
+        block: Most tokens from a start to the end of a reply.
+        length: T, tokens of a sequence.
+    """
+
+    trees: Forest
+    replies: NDArray[np.bool_]
+    ranks: list[int | None]
+    splits: list[str]
+    texts: Texts
+    sizes: list[int]
+    dialect: Dialect
+    block: int
+    length: int
+
+    @classmethod
+    def of(cls, dialogues: Dialogues, rows: pl.DataFrame, dialect: Dialect, block: int, length: int) -> _Table:
+        """Read the dialogues, and encode what any contest may hold."""
+        import numpy as np
+
+        from tasks.dialogue.preference import contests
+        from tasks.text.lay import around
+        from tasks.text.layout import forest
+
+        trees = forest(*(rows[name].to_list() for name in LINKS))
+        replies, ranks = (rows["role"] == "assistant").to_numpy(), rows["rank"].to_list()
+        asked = np.zeros(rows.height, np.bool_)
+        for one in contests(trees.children, replies.tolist(), ranks):
+            asked[[*trees.path(one.prompt), *one.replies]] = True
+        texts = _encoded(dialogues, asked, dialect)
+        nowhere = np.zeros(rows.height, np.bool_)  # what stands at the ends of a conversation is counted apart
+        sizes = (texts.lengths + sum(around(replies, nowhere, nowhere, dialect.tags))).tolist()
+        return cls(trees, replies, ranks, rows["split"].to_list(), texts, sizes, dialect, block, length)
+
+    def contests(self, most: int) -> Iterator[Contest]:
+        """Yield the contests as far as they fit: replies that are too long go, then those in the middle."""
+        from tasks.dialogue.preference import contests
+
+        for found in contests(self.trees.children, self.replies.tolist(), self.ranks):
+            above, contest = self.above(found), found
+            for row in found.replies:
+                if above + self.leaf(row) > self.block:
+                    contest = contest.without(row)
+            while len(contest.replies) > most or (contest.pairs and self.size(contest) > self.length):
+                contest = contest.without(contest.replies[len(contest.replies) // 2])
+            if contest.pairs:
+                yield contest
+
+    def leaf(self, row: int) -> int:
+        """Tokens of a row that nothing is below."""
+        return self.sizes[row] + len(self.dialect.tags.tail)
+
+    def above(self, contest: Contest) -> int:
+        """Tokens from the start of a conversation to the end of the prompt."""
+        return len(self.dialect.tags.start) + sum(self.sizes[row] for row in self.trees.path(contest.prompt))
+
+    def size(self, contest: Contest) -> int:
+        """Tokens of a contest."""
+        return self.above(contest) + sum(self.leaf(row) for row in contest.replies)
+
+    def packed(self, some: list[Contest], first: int) -> list[list[int]]:
+        """Return the numbers of the contests of each sequence; the first of `some` has number `first`."""
+        from tasks.text.pack import best_fit
+
+        return [[first + place for place in places] for places in best_fit([*map(self.size, some)], self.length)]
+
+    def turns(self, order: list[Contest], packed: list[list[int]]) -> Turns:
+        """Give every message its place; what is above the replies is context."""
+        import numpy as np
+
+        from tasks.text.lay import turns
+
+        paths = [self.trees.path(one.prompt) for one in order]
+        conversations = [(*path, *one.replies) for path, one in zip(paths, order, strict=True)]
+        parents = np.array(self.trees.parents, np.int64)
+        contexts = [*map(len, paths)]
+        return turns(conversations, contexts, packed, parents, self.replies, self.texts.lengths, self.dialect.tags)
+
+
+def _encoded(dialogues: Dialogues, asked: NDArray[np.bool_], dialect: Dialect) -> Texts:
+    """Encode the texts of the rows asked for."""
+    import numpy as np
+
+    from tasks.text.lay import Texts
+
+    lengths, ids = np.zeros(len(asked), np.int64), [np.zeros(0, np.uint16)]
+    texts = dialogues.scan().select("text").collect()["text"]
+    for row in track(np.flatnonzero(asked).tolist(), "pair: encode", int(asked.sum()), "messages"):
+        ids.append(np.array(dialect.encode(texts[row]), np.uint16))
+        lengths[row] = len(ids[-1])
+    return Texts(max(1, len(asked)), [np.concatenate(ids)], np.cumsum(lengths) - lengths, lengths)
+
+
+def _write(out: Path, placed: Turns, table: _Table, length: int) -> None:
+    """Write the arrays."""
+    from tasks.text.lay import lay
+
+    count = int(placed.sequence[-1]) + 1
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((out / f"{name}.bin").open("wb")) for name in ARRAYS}
+        for first in range(0, count, CHUNK):
+            last = min(first + CHUNK, count)
+            laid = lay(placed, table.texts, table.dialect.tags, first, last, length, table.dialect.pad)
+            for name, file in files.items():
+                file.write(getattr(laid, name))
+
+
+def _write_replies(path: Path, rows: pl.DataFrame, placed: Turns) -> None:
+    """Write where the replies lie, by sequence; a contest's replies answer one message in one place."""
+    import numpy as np
+    import polars as pl
+
+    at = np.flatnonzero(placed.trained > 0)
+    columns = {
+        "sequence": placed.sequence[at],
+        "start": placed.start[at],
+        "stop": (placed.start + placed.size)[at],
+        "trained": placed.trained[at],
+        "contest": np.unique(placed.parent[at], return_inverse=True)[1],
+    }
+    named = rows[placed.row[at]].select("rank", "message_id", "message_tree_id", "split")
+    table = pl.DataFrame(columns).cast(pl.Int32).with_columns(named).select(list(REPLY_COLUMNS))
+    with parquet_writer(path, REPLY_COLUMNS) as writer:
+        writer.write_table(table.to_arrow().cast(arrow_schema(REPLY_COLUMNS)))
