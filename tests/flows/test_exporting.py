@@ -12,7 +12,7 @@ import pytest
 from flows import exporting
 from flows.exporting import export
 from tasks.artifacts import DIALOGUE_COLUMNS, Dialogues, Tokens, arrow_schema, parquet_writer
-from tasks.encode import EncodeParams, encode
+from tasks.encode import EncodeParams, EncodeRuntime, encode
 from tasks.errors import InputError, ParameterError, StoreError
 from tasks.store.manifest import Manifest
 
@@ -46,7 +46,7 @@ def dialogues(tmp_path: Path) -> Dialogues:
 def tokens(dialogues: Dialogues, tmp_path: Path) -> Tokens:
     out = tmp_path / "tokens"
     out.mkdir()
-    encode.function(out, dialogues, EncodeParams(tokenizer="trained", vocab_size=300, block=64))
+    encode.function(out, dialogues, EncodeParams(tokenizer="trained", vocab_size=300, block=64), EncodeRuntime())
     return Tokens(out, MANIFEST)
 
 
@@ -78,7 +78,7 @@ def test_a_split_that_nanogpt_could_not_open_is_refused(tmp_path: Path) -> None:
         writer.write_table(pa.Table.from_pylist(rows("a", "train"), schema=arrow_schema(DIALOGUE_COLUMNS)))
     (tmp_path / "tokens").mkdir()
     params = EncodeParams(tokenizer="trained", vocab_size=300, block=64)
-    encode.function(tmp_path / "tokens", Dialogues(tmp_path, MANIFEST), params)
+    encode.function(tmp_path / "tokens", Dialogues(tmp_path, MANIFEST), params, EncodeRuntime())
     with pytest.raises(InputError, match="val split holds no tokens"):
         export("nanogpt", Tokens(tmp_path / "tokens", MANIFEST), tmp_path / "out")
     assert not (tmp_path / "out").exists()
