@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -42,9 +41,8 @@ if TYPE_CHECKING:
 SPLITS = ("train", "val", "test")
 PAD = "<|endoftext|>"
 ARRAYS = ("ids", "mask", "positions", "ends")  # each a file: ids.bin, ...
-LINKS = ("message_tree_id", "message_id", "parent_id", "rank", "sibling")  # what makes rows a forest
 NAMES = ("message_id", "message_tree_id", "role", "split")  # what the index says of a row
-ROWS = (*LINKS, "role", "split")
+ROWS = (*NAMES, "parent_id", "rank", "sibling")  # what is read of all rows
 WINDOW = 1 << 16  # rows whose texts are in memory at a time: 40 MB
 CHUNK = 256  # sequences laid at a time: 2 MB an array at a block of 1,024, which caches hold
 GROUP = 1 << 20  # rows of a row group of the index, as pyarrow makes them of a whole table
@@ -147,7 +145,7 @@ class _Talks:
         tags: The template's pieces as ids.
         texts: Ids of the texts in them.
         replies: (rows,) whether a row is an assistant's.
-        sizes: Tokens of each conversation.
+        sizes: (conversations,) tokens of each.
         utf8: (rows,) bytes of each text in them.
         found: How many conversations the layout gave; the rest was left out (see `Fitted`).
     """
@@ -156,7 +154,7 @@ class _Talks:
     tags: Tags
     texts: Texts
     replies: NDArray[np.bool_]
-    sizes: list[int]
+    sizes: NDArray[np.int64]
     utf8: NDArray[np.int64]
     found: int
 
@@ -166,18 +164,19 @@ def _talks(dialogues: Dialogues, rows: pl.DataFrame, ids_of: PerText, tags: Tags
     import numpy as np
 
     from tasks.text.lay import around
-    from tasks.text.layout import LAYOUTS, fit, forest
+    from tasks.text.layout import LAYOUTS, fit, flat, forest
 
-    found = list(LAYOUTS[params.layout](forest(*(rows[name].to_list() for name in LINKS))))
+    found = list(LAYOUTS[params.layout](forest(rows)))
     asked = np.zeros(rows.height, np.bool_)
-    asked[np.fromiter(chain.from_iterable(found), np.int64)] = True
+    asked[flat(found)[0]] = True
     texts, utf8 = _encoded(dialogues, asked, ids_of)
     replies = (rows["role"] == "assistant").to_numpy()
     nowhere = np.zeros(rows.height, np.bool_)  # what stands at the ends of a conversation is counted once, apart
-    lengths = (texts.lengths + sum(around(replies, nowhere, nowhere, tags))).tolist()
+    lengths = texts.lengths + sum(around(replies, nowhere, nowhere, tags))
     outer = len(tags.start) + len(tags.tail)
-    fitted = fit(found, replies.tolist(), lengths, params.block - outer)
-    sizes = [outer + sum(map(lengths.__getitem__, conversation)) for conversation in fitted.conversations]
+    fitted = fit(found, replies, lengths, params.block - outer)
+    inside, stops = flat(fitted.conversations)
+    sizes = np.diff(np.cumsum(lengths[inside])[stops - 1], prepend=0) + outer
     return _Talks(fitted, tags, texts, replies, sizes, utf8, len(found))
 
 
@@ -246,21 +245,20 @@ def _packed(rows: pl.DataFrame, talks: _Talks, block: int) -> dict[str, list[lis
     Raises:
         InputError: If the train split has no conversation.
     """
+    import numpy as np
+
     from tasks.text.pack import best_fit
 
-    of_split: dict[str, list[int]] = {split: [] for split in SPLITS}
-    splits = rows["split"].to_list()
-    for number, conversation in enumerate(talks.fitted.conversations):
-        of_split[splits[conversation[0]]].append(number)
-    if not of_split["train"]:
+    splits = rows["split"]
+    conversations = talks.fitted.conversations
+    of_each = splits.gather([conversation[0] for conversation in conversations])
+    of_split = {split: np.flatnonzero((of_each == split).to_numpy()) for split in SPLITS}
+    if not len(of_split["train"]):
         what = f"the train split holds no reply that fits a block of {block:,} tokens"
-        where = f"{rows.height:,} messages came in, {splits.count('train'):,} of them to train on"
+        where = f"{rows.height:,} messages came in, {(splits == 'train').sum():,} of them to train on"
         raise InputError(what, where, "Keep more messages in curate, or raise encode.block", "encode.empty")
     return {
-        split: [
-            [numbers[place] for place in places]
-            for places in best_fit([talks.sizes[number] for number in numbers], block)
-        ]
+        split: [numbers[places].tolist() for places in best_fit(talks.sizes[numbers].tolist(), block)]
         for split, numbers in of_split.items()
     }
 
