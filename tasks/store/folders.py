@@ -3,6 +3,7 @@
 <root>/<kind>/<12 hex of the key>/      a finished artifact: manifest.json and files
 <root>/.scratch/<kind>-<12 hex>.<mark>  being built; `.left` in place of the mark: left for the next try
 <root>/.aside/                          what was found broken or was replaced
+<root>/.memo/                           what is remembered of texts, see `parts`
 <root>/.verified/, .locks/, .leases/    hashes remembered; waits spared; artifacts in use by running programs
 <root>/.refs/<recipe>.json              the artifacts of the last run of each recipe
 """
