@@ -390,12 +390,13 @@ def _gate(out: Path, dialogues: Dialogues) -> int:
     from tasks.text.chat import load_dialect
     from tasks.text.gate import check, ids_again
     from tasks.text.said import SAID
-    from tasks.text.written import Written
+    from tasks.text.written import Stored, Written
 
     tokens = Tokens(out, Manifest(key="", kind=Tokens.kind, recipe={}, files={}, digest=""))
-    arrays = (tokens.ids(), tokens.mask(), tokens.positions(), tokens.ends())
+    ids, mask, positions, ends = map(Stored, (tokens.ids(), tokens.mask(), tokens.positions(), tokens.ends()))
     encoding = tokens.encoding()
-    written = Written(*arrays, tokens.index().collect(), encoding.splits, once=encoding.layout == "tree")
+    once = encoding.layout == "tree"
+    written = Written(ids, mask, positions, ends, tokens.index().collect(), encoding.splits, once)
     tokenizer = (out / "tokenizer.json").read_text(encoding="utf-8")
     settings = {"tokenizer": sha256_file(out / "tokenizer.json")}
     again = PerText("exported-ids", 1, settings, partial(ids_again, tokenizer))
