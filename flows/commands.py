@@ -18,7 +18,7 @@ from tasks.artifacts import Artifact, Dialogues, Model, Tokens
 from tasks.dialogue.scorecard import printable
 from tasks.errors import ParameterError, PermissionRefused, StoreError
 from tasks.step import Step, home, session
-from tasks.store import collect
+from tasks.store import collect, parts
 from tasks.store.check import Fault, examine
 from tasks.store.folders import SHORT, Store
 
@@ -54,7 +54,7 @@ def _wanted(asked: argparse.Namespace) -> _Wanted:
 
 def run(asked: argparse.Namespace) -> int:
     """Run a recipe; its last line on standard output is the id of what it ends with."""
-    from flows.terminal import console, summary_table
+    from flows.terminal import asked_of_texts, console, summary_table
 
     wanted, started = _wanted(asked), time.monotonic()
     planned = wanted.plan()
@@ -66,6 +66,9 @@ def run(asked: argparse.Namespace) -> int:
         made = _work(wanted, asked)
     rows = [(step, cached, seconds, why, one.counts, one.path) for step, cached, seconds, why, one in made]
     console().print(summary_table(f"{wanted.recipe.name}: {time.monotonic() - started:.1f} s", rows))
+    for step, cached, *_, one in made:
+        for line in [] if cached else asked_of_texts(one.manifest):
+            console().print(f"{step}: {line}", highlight=False)
     print(made[-1][-1].id)
     return 0
 
@@ -158,7 +161,7 @@ def why(asked: argparse.Namespace) -> int:
 
 def ls(asked: argparse.Namespace) -> int:
     """List the artifacts."""
-    from flows.terminal import artifact_table, console, size
+    from flows.terminal import artifact_table, console, remembered, size
 
     found = [manifest for _, manifest in Store(home()).manifests(asked.kind)]
     if asked.json:
@@ -178,6 +181,8 @@ def ls(asked: argparse.Namespace) -> int:
         )
     elif found:
         console().print(artifact_table(found))
+        for line in remembered(parts.memos(home())):
+            print(line)
     else:
         print(f"no artifacts in {home()}; `python -m flows run` makes some")
     return 0
@@ -236,12 +241,15 @@ def verify(asked: argparse.Namespace) -> int:
         for folder, fault in found
         if isinstance(fault, Fault)
     ]
+    written = [part for folder in parts.memos(home()) for part in parts.parts(folder)]
+    faults = [(part, what) for part in written if (what := parts.fault(part)) and part.exists()]
+    corrupt += [{"id": f"{parts.FOLDER}/{part.parent.name}", "file": part.name, "what": what} for part, what in faults]
     if asked.json:
-        _json({"checked": len(found), "corrupt": corrupt})
+        _json({"checked": len(found), "remembered": len(written), "corrupt": corrupt})
     else:
         for entry in corrupt:
             print(f"{entry['id']}: {entry['file']} {entry['what']}; the next run moves it aside and rebuilds it")
-        print(f"{len(found)} artifacts checked, {len(corrupt)} corrupt")
+        print(f"{len(found)} artifacts and {len(written)} parts of what is remembered checked, {len(corrupt)} corrupt")
     return 65 if corrupt else 0
 
 

@@ -169,10 +169,9 @@ def _paths(rows: pl.DataFrame) -> Iterator[dict[str, Any]]:
     from tasks.text.chat import ROLES
     from tasks.text.layout import forest, paths
 
-    names = ("message_tree_id", "message_id", "parent_id", "rank", "sibling")
-    trees, ids, parents, ranks, siblings = (rows[name].to_list() for name in names)
+    trees, ids = (rows[name].to_list() for name in ("message_tree_id", "message_id"))
     said, roles, langs = (rows[name].to_list() for name in ("text", "role", "lang"))
-    for path in paths(forest(trees, ids, parents, ranks, siblings)):
+    for path in paths(forest(rows)):
         yield {
             "id": ids[path[-1]],
             "tree_id": trees[path[0]],

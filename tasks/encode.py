@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -42,9 +41,8 @@ if TYPE_CHECKING:
 SPLITS = ("train", "val", "test")
 PAD = "<|endoftext|>"
 ARRAYS = ("ids", "mask", "positions", "ends")  # each a file: ids.bin, ...
-LINKS = ("message_tree_id", "message_id", "parent_id", "rank", "sibling")  # what makes rows a forest
 NAMES = ("message_id", "message_tree_id", "role", "split")  # what the index says of a row
-ROWS = (*LINKS, "role", "split")
+ROWS = (*NAMES, "parent_id", "rank", "sibling")  # what is read of all rows
 WINDOW = 1 << 16  # rows whose texts are in memory at a time: 40 MB
 CHUNK = 256  # sequences laid at a time: 2 MB an array at a block of 1,024, which caches hold
 GROUP = 1 << 20  # rows of a row group of the index, as pyarrow makes them of a whole table
@@ -165,7 +163,7 @@ class _Talks:
         texts: Ids of the texts in them.
         parents: (rows,) row of each row's parent, -1 at a root.
         replies: (rows,) whether a row is an assistant's.
-        sizes: Tokens of each conversation.
+        sizes: (conversations,) tokens of each.
         utf8: (rows,) bytes of each text in them.
         counts: What the layout did: how many conversations it found, and what of them was left out.
     """
@@ -176,7 +174,7 @@ class _Talks:
     texts: Texts
     parents: NDArray[np.int64]
     replies: NDArray[np.bool_]
-    sizes: list[int]
+    sizes: NDArray[np.int64]
     utf8: NDArray[np.int64]
     counts: Counts
 
@@ -186,17 +184,17 @@ def _talks(dialogues: Dialogues, rows: pl.DataFrame, ids_of: PerText, tags: Tags
     import numpy as np
 
     from tasks.text.lay import around
-    from tasks.text.layout import LAYOUTS, forest
+    from tasks.text.layout import LAYOUTS, flat, forest
 
-    trees = forest(*(rows[name].to_list() for name in LINKS))
+    trees = forest(rows)
     found = None if params.layout == "tree" else list(LAYOUTS[params.layout](trees))
     asked = np.full(rows.height, found is None)
     if found is not None:
-        asked[np.fromiter(chain.from_iterable(found), np.int64)] = True
+        asked[flat(found)[0]] = True
     texts, utf8 = _encoded(dialogues, asked, ids_of)
     replies = (rows["role"] == "assistant").to_numpy()
     nowhere = np.zeros(rows.height, np.bool_)  # what stands at the ends of a conversation is counted apart
-    lengths = (texts.lengths + sum(around(replies, nowhere, nowhere, tags))).tolist()
+    lengths = texts.lengths + sum(around(replies, nowhere, nowhere, tags))
     laid = (
         _whole(trees, replies, lengths, tags, params)
         if found is None
@@ -205,39 +203,47 @@ def _talks(dialogues: Dialogues, rows: pl.DataFrame, ids_of: PerText, tags: Tags
     return _Talks(*laid[:2], tags, texts, np.array(trees.parents, np.int64), replies, laid[2], utf8, laid[3])
 
 
-_Laid = tuple[list["Conversation"], list[int], list[int], Counts]  # conversations, contexts, sizes, counts
+_Laid = tuple[list["Conversation"], list[int], "NDArray[np.int64]", Counts]  # conversations, contexts, sizes, counts
 
 
-def _whole(trees: Forest, replies: NDArray[np.bool_], lengths: list[int], tags: Tags, params: EncodeParams) -> _Laid:
+def _whole(
+    trees: Forest, replies: NDArray[np.bool_], lengths: NDArray[np.int64], tags: Tags, params: EncodeParams
+) -> _Laid:
     """Take trees as they are, or as much of one as fits a sequence."""
+    import numpy as np
+
     from tasks.text.branches import Sizes, cut
 
-    made = cut(trees, replies.tolist(), Sizes(lengths, len(tags.start), len(tags.tail), params.block, params.length))
+    sizes = Sizes(lengths.tolist(), len(tags.start), len(tags.tail), params.block, params.length)
+    made = cut(trees, replies.tolist(), sizes)
     counts = {
         "found": made.trees + made.skipped,
         "cut": made.divided,
         "skipped": made.skipped,
         "too_long": made.too_long,
-        "context": sum(lengths[row] for piece in made.pieces for row in piece.rows[: piece.context]),
+        "context": sum(sizes.rows[row] for piece in made.pieces for row in piece.rows[: piece.context]),
     }
     pieces = made.pieces
-    return (
-        [piece.rows for piece in pieces],
-        [piece.context for piece in pieces],
-        [piece.tokens for piece in pieces],
-        counts,
-    )
+    tokens = np.array([piece.tokens for piece in pieces], np.int64)
+    return [piece.rows for piece in pieces], [piece.context for piece in pieces], tokens, counts
 
 
 def _paths(
-    found: list[Conversation], replies: NDArray[np.bool_], lengths: list[int], tags: Tags, params: EncodeParams
+    found: list[Conversation],
+    replies: NDArray[np.bool_],
+    lengths: NDArray[np.int64],
+    tags: Tags,
+    params: EncodeParams,
 ) -> _Laid:
     """Take paths, each to its last reply that fits."""
-    from tasks.text.layout import fit
+    import numpy as np
+
+    from tasks.text.layout import fit, flat
 
     outer = len(tags.start) + len(tags.tail)
-    fitted = fit(found, replies.tolist(), lengths, params.block - outer)
-    sizes = [outer + sum(map(lengths.__getitem__, conversation)) for conversation in fitted.conversations]
+    fitted = fit(found, replies, lengths, params.block - outer)
+    inside, stops = flat(fitted.conversations)
+    sizes = np.diff(np.cumsum(lengths[inside])[stops - 1], prepend=0) + outer
     counts = {
         "found": len(found),
         "cut": fitted.cut,
@@ -315,21 +321,19 @@ def _packed(rows: pl.DataFrame, talks: _Talks, block: int) -> dict[str, list[lis
     Raises:
         InputError: If the train split has no conversation.
     """
+    import numpy as np
+
     from tasks.text.pack import best_fit
 
-    of_split: dict[str, list[int]] = {split: [] for split in SPLITS}
-    splits = rows["split"].to_list()
-    for number, conversation in enumerate(talks.conversations):
-        of_split[splits[conversation[0]]].append(number)
-    if not of_split["train"]:
+    splits = rows["split"]
+    of_each = splits.gather([conversation[0] for conversation in talks.conversations])
+    of_split = {split: np.flatnonzero((of_each == split).to_numpy()) for split in SPLITS}
+    if not len(of_split["train"]):
         what = f"the train split holds no reply that fits {block:,} tokens"
-        where = f"{rows.height:,} messages came in, {splits.count('train'):,} of them to train on"
+        where = f"{rows.height:,} messages came in, {(splits == 'train').sum():,} of them to train on"
         raise InputError(what, where, "Keep more messages in curate, or raise encode.block", "encode.empty")
     return {
-        split: [
-            [numbers[place] for place in places]
-            for places in best_fit([talks.sizes[number] for number in numbers], block)
-        ]
+        split: [numbers[places].tolist() for places in best_fit(talks.sizes[numbers].tolist(), block)]
         for split, numbers in of_split.items()
     }
 
@@ -386,12 +390,13 @@ def _gate(out: Path, dialogues: Dialogues) -> int:
     from tasks.text.chat import load_dialect
     from tasks.text.gate import check, ids_again
     from tasks.text.said import SAID
-    from tasks.text.written import Written
+    from tasks.text.written import Stored, Written
 
     tokens = Tokens(out, Manifest(key="", kind=Tokens.kind, recipe={}, files={}, digest=""))
-    arrays = (tokens.ids(), tokens.mask(), tokens.positions(), tokens.ends())
+    ids, mask, positions, ends = map(Stored, (tokens.ids(), tokens.mask(), tokens.positions(), tokens.ends()))
     encoding = tokens.encoding()
-    written = Written(*arrays, tokens.index().collect(), encoding.splits, once=encoding.layout == "tree")
+    once = encoding.layout == "tree"
+    written = Written(ids, mask, positions, ends, tokens.index().collect(), encoding.splits, once)
     tokenizer = (out / "tokenizer.json").read_text(encoding="utf-8")
     settings = {"tokenizer": sha256_file(out / "tokenizer.json")}
     again = PerText("exported-ids", 1, settings, partial(ids_again, tokenizer))

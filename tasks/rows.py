@@ -19,6 +19,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tasks.store.parts import FOLDER, name_of
+
 if TYPE_CHECKING:
     import numpy as np
     import polars as pl
@@ -87,7 +89,7 @@ class Desk:
 
     def memo(self, function: PerText) -> Memo | None:
         """Return the function's memo, opened once."""
-        from tasks.store.memo import FOLDER, Memo, name_of
+        from tasks.store.memo import Memo
 
         if self.root is None:
             return None
@@ -99,8 +101,6 @@ class Desk:
 
     def tally(self, function: PerText) -> Tally:
         """Return what is counted of a function."""
-        from tasks.store.memo import FOLDER, name_of
-
         name = name_of(function.name, function.version, function.settings)
         return self.tallies.setdefault(f"{FOLDER}/{name}", Tally())
 

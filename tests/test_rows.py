@@ -15,7 +15,7 @@ import pytest
 
 from tasks import rows
 from tasks.rows import PerText, Tally, keys_of, mapping, per_text, remembering
-from tasks.store.memo import parts
+from tasks.store.parts import parts
 
 
 def lengths(factor: int, texts: pa.StringArray) -> pa.RecordBatch:

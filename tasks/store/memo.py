@@ -1,21 +1,13 @@
 """Remembering: the rows that a pure function gave for texts, by a hash of each text.
 
-<root>/.memo/<function>-<12 hex>/    one function, in one version, with one set of settings
-    about.json                       which; touched at each use
-    <64 hex>.arrow                   a part: keys and rows, named by the sha256 of its content; written once
-    .<mark>.part                     a part being written
-
 Nothing depends on it: a row that is not there is computed, and two that are there for one key are equal. So no lock is
 needed, parts may be written and merged by several processes at once, and one that is broken is moved aside.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,31 +19,21 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tasks.store.canonical import canonical, sha256_file, sha256_of
+from tasks.store.canonical import canonical, sha256_file
 from tasks.store.check import identity, recall, remember_files
 from tasks.store.folders import SHORT, sync, write_whole
 from tasks.store.owner import is_alive, mark
+from tasks.store.parts import ABOUT, FOLDER, described, fault, memory_of, name_of, parts
 
 log = logging.getLogger("treeline.store")
-FOLDER = ".memo"
 KEY = "key"  # the column of keys in a part
 KEY_BYTES = 16  # of a hash: two of 10^9 texts share one with a chance of 10^-21
 PART_BYTES = 32 << 20  # of rows that wait in memory to become a part
 MOST = 32  # parts of a memo, each an open file; more are merged
 KEPT = 8  # of them, the largest, which a merge leaves alone: most rows are not copied again and again
-_PART = re.compile(r"([0-9a-f]{64})\.arrow")
 
 Keys = NDArray[np.uint64]  # (N, 2): the two halves of each key
 Places = NDArray[np.int64]
-
-
-def name_of(function: str, version: int, settings: Mapping[str, Any]) -> str:
-    """Return the name of a memo's folder: the function's, and a digest of all that its rows depend on."""
-    return f"{function}-{sha256_of(_about(function, version, settings))[:SHORT]}"
-
-
-def _about(function: str, version: int, settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {"function": function, "version": version, "settings": dict(settings)}
 
 
 @dataclass(frozen=True)
@@ -103,10 +85,10 @@ class Memo:
         self._new: list[tuple[Keys, pa.RecordBatch]] = []
         self._parts: dict[str, list[_Rows]] = {}
         self._writable = True
-        about = self.folder / "about.json"
+        about = self.folder / ABOUT
         with suppress(OSError):
             if not about.exists():
-                write_whole(about, canonical(_about(function, version, settings)))
+                write_whole(about, canonical(described(function, version, settings)))
             os.utime(about)
         self._open_all()
 
@@ -213,41 +195,6 @@ class Memo:
         with suppress(OSError):
             seen = {name: (name.removesuffix(".arrow"), identity(self.folder / name)) for name in self._parts}
             remember_files(self._memory, seen)
-
-
-def memory_of(root: Path, name: str) -> Path:
-    """Return the file that remembers which parts of a memo were hashed."""
-    return root / ".verified" / f"memo-{name}.json"
-
-
-def parts(folder: Path) -> list[Path]:
-    """List what is named like a part."""
-    return sorted(path for path in folder.glob("*.arrow") if _PART.fullmatch(path.name))
-
-
-def fault(path: Path, hashed: Sequence[int] = ()) -> str | None:
-    """Say what is wrong with a part; None, where its content is what its name says.
-
-    Args:
-        path: The part.
-        hashed: Its identity when it was last hashed and found right; it is not hashed again if that is still its own.
-    """
-    try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            return "is not a regular file"
-        if list(hashed) == identity(path) or sha256_file(path) == path.name.removesuffix(".arrow"):
-            return None
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    return "is not what was written"
-
-
-def about(folder: Path) -> dict[str, Any]:
-    """Read which function a memo is of; nothing, where that cannot be read."""
-    with suppress(OSError, ValueError):
-        found = json.loads((folder / "about.json").read_bytes())
-        return found if isinstance(found, dict) else {}
-    return {}
 
 
 def _opened(path: Path) -> list[_Rows]:

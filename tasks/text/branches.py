@@ -86,7 +86,7 @@ def cut(forest: Forest, replies: Sequence[bool], sizes: Sizes) -> Cut:
     made, paths = Cut(), _paths(forest, sizes)
     stays = _staying(forest, replies, paths, sizes.block - sizes.tail)
     made.too_long = sum(reply and not kept for reply, kept in zip(replies, stays, strict=True))
-    places = forest.places.__getitem__
+    places = forest.places.tolist().__getitem__
     children = [sorted((row for row in below if stays[row]), key=places) for below in forest.children]
     for root in forest.roots:
         if not stays[root]:

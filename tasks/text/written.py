@@ -23,8 +23,29 @@ DO = "Nothing was published. This is a fault of the encode step or of its input"
 
 
 @dataclass(frozen=True)
+class Stored:
+    """An array on disk. What is read of it does not stay in memory, as pages of a map would."""
+
+    array: Any  # an np.memmap
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """S and T."""
+        count, block = self.array.shape
+        return count, block
+
+    def __getitem__(self, rows: slice, /) -> NDArray[Any]:
+        """Read some sequences."""
+        first, last, _ = rows.indices(len(self.array))
+        dtype, (_, block) = self.array.dtype, self.array.shape
+        offset = self.array.offset + first * block * dtype.itemsize
+        found = np.fromfile(str(self.array.filename), dtype, (last - first) * block, offset=offset)
+        return found.reshape(last - first, block)
+
+
+@dataclass(frozen=True)
 class Written:
-    """What the encode step wrote, as its readers will see it.
+    """What the encode step wrote, as its readers will see it; the four are arrays, or `Stored`.
 
     Attributes:
         ids: (S, T) token ids.
@@ -36,10 +57,10 @@ class Written:
         once: Whether each reply is to be trained exactly once, wherever else it stands as context.
     """
 
-    ids: NDArray[Any]
-    mask: NDArray[Any]
-    positions: NDArray[Any]
-    ends: NDArray[Any]
+    ids: Any
+    mask: Any
+    positions: Any
+    ends: Any
     index: pl.DataFrame
     splits: Mapping[str, tuple[int, int]]
     once: bool = False

@@ -13,7 +13,9 @@ import pyarrow as pa
 import pytest
 
 from tasks.store import memo as memos
-from tasks.store.memo import Keys, Memo, fault, first_places, parts
+from tasks.store import parts as store_parts
+from tasks.store.memo import Keys, Memo, first_places
+from tasks.store.parts import fault, parts
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,7 +108,7 @@ def test_a_part_that_is_not_what_was_written_is_a_miss_moved_aside_and_said(
 
 def test_an_unchanged_part_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (part,) = parts(remember(tmp_path, 1).folder)
-    monkeypatch.setattr(memos, "sha256_file", lambda path: pytest.fail("hashed again"))
+    monkeypatch.setattr(store_parts, "sha256_file", lambda path: pytest.fail("hashed again"))
     assert known(opened(tmp_path), 1) == right(1)
     os.utime(part)
     with pytest.raises(pytest.fail.Exception):
@@ -159,7 +161,7 @@ def test_a_store_that_cannot_be_written_is_said_once_and_costs_no_result(
 PROCESS = """
 import os, signal, sys
 from pathlib import Path
-from tasks.store import memo as memos
+from tasks.store import memo as memos, parts as store_parts
 from tests.store.test_memo import keys, opened, rows
 root, first, count, kill = Path(sys.argv[1]), *map(int, sys.argv[2:])
 if kill:

@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 
+import polars as pl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +15,10 @@ def tree(parents: Sequence[int]) -> Forest:
     names = [str(row) for row in range(len(parents))]
     siblings = [parents[:row].count(parent) for row, parent in enumerate(parents)]
     above = [None if parent < 0 else str(parent) for parent in parents]
-    return forest(["t"] * len(names), names, above, [None] * len(names), siblings)
+    columns = {"message_tree_id": ["t"] * len(names), "message_id": names, "parent_id": above, "sibling": siblings}
+    return forest(
+        pl.DataFrame(columns, schema_overrides={"parent_id": pl.String}).with_columns(rank=pl.lit(None, pl.Int32))
+    )
 
 
 def in_turns(parents: Sequence[int]) -> list[bool]:
