@@ -136,7 +136,7 @@ class _Table:
         from tasks.text.lay import around
         from tasks.text.layout import forest
 
-        trees = forest(*(rows[name].to_list() for name in LINKS))
+        trees = forest(rows)
         replies, ranks = (rows["role"] == "assistant").to_numpy(), rows["rank"].to_list()
         asked = np.zeros(rows.height, np.bool_)
         for one in contests(trees.children, replies.tolist(), ranks):
