@@ -1,0 +1,118 @@
+"""Preferences: how likely a model finds each reply, and the loss that makes better ones likelier than worse ones.
+
+Direct preference optimisation: of two replies to one prompt, with log-probabilities p under the model and r under the
+model that it started from, the loss is -log sigmoid(beta ((p - r of the better) - (p - r of the worse))).
+
+Legend: B sequences, T tokens in a sequence, N supervised tokens, R replies, P pairs.
+
+Source: Rafailov et al. 2023, "Direct Preference Optimization", arXiv:2305.18290.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from torch.utils.checkpoint import checkpoint
+from transformers import GPT2LMHeadModel
+
+from tasks.gpt.batches import Batch
+from tasks.gpt.loss import CHUNK, predictors
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Replies:
+    """Where the replies of a split lie, by sequence and start, and which are better than which.
+
+    Attributes:
+        sequence: (R,) sequence of the split.
+        trained: (R,) supervised tokens.
+        contest: (R,) replies of one number answer one prompt, in one sequence.
+        rank: (R,) 0 = best.
+    """
+
+    sequence: Ints
+    trained: Ints
+    contest: Ints
+    rank: Ints
+
+    def of(self, rows: Ints) -> Ints:
+        """Return the numbers of the replies of some sequences, in the order of those: a batch has them so."""
+        low, high = np.searchsorted(self.sequence, [rows, rows + 1])
+        return np.concatenate([np.arange(*pair) for pair in zip(low, high, strict=True)]) if len(rows) else low
+
+    def pairs(self, numbers: Ints) -> tuple[Ints, Ints]:
+        """Return all pairs of a better and a worse reply among some, as places in `numbers`: two of (P,)."""
+        better, worse = [], []
+        contest, rank = self.contest[numbers], self.rank[numbers]
+        for number in np.unique(contest):
+            places = np.flatnonzero(contest == number)
+            above = rank[places][:, None] < rank[places][None, :]
+            first, second = np.nonzero(above)
+            better.append(places[first])
+            worse.append(places[second])
+        nobody = np.zeros(0, np.int64)
+        return np.concatenate([nobody, *better]), np.concatenate([nobody, *worse])
+
+
+def reply_logps(model: GPT2LMHeadModel, batch: Batch, trained: Sequence[int], chunk: int = CHUNK) -> Tensor:
+    """Return how likely the model finds each reply of a batch, given all that is above it.
+
+    Args:
+        model: The model; its mode is the caller's business.
+        batch: Sequences whose supervised tokens are those of the replies, and no others.
+        trained: (R,) supervised tokens of each reply, in the order of the batch.
+        chunk: Rows that reach the head at once; the backward pass computes their logits again.
+
+    Returns:
+        (R,) float32 nats, summed over the reply's tokens; at most 0.
+    """
+    hidden, targets = predictors(model, *batch)  # (N, D), (N,)
+    weight = model.lm_head.weight
+    parts = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
+    nats = torch.cat([checkpoint(_nats, rows, weight, wanted, use_reentrant=False) for rows, wanted in parts])  # (N,)
+    sizes = torch.tensor(trained, device=nats.device)
+    owner = torch.repeat_interleave(torch.arange(len(sizes), device=nats.device), sizes)  # (N,)
+    return -torch.zeros(len(sizes), device=nats.device).index_add(0, owner, nats)
+
+
+def _nats(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logits = (rows @ weight.T).float()  # (C, V)
+    return logits.logsumexp(dim=1) - logits.gather(1, targets[:, None]).squeeze(1)  # (C,)
+
+
+class Verdict(NamedTuple):
+    """What a model makes of pairs; each (P,).
+
+    Attributes:
+        loss: Of the pair, nats.
+        margin: beta times how much more the better reply has gained on the start than the worse one; over 0 is right.
+        chosen: Log-probability of the better reply, nats: where it falls, the model unlearns to speak.
+    """
+
+    loss: Tensor
+    margin: Tensor
+    chosen: Tensor
+
+
+def judge(logps: Tensor, reference: Tensor, better: Tensor, worse: Tensor, beta: float) -> Verdict:
+    """Compare pairs of replies.
+
+    Args:
+        logps: (R,) under the model.
+        reference: (R,) under the model that it started from.
+        better: (P,) int64, which replies are the better ones of the pairs.
+        worse: (P,) int64.
+        beta: How hard the model is held to its start; larger is harder.
+    """
+    gained = logps - reference  # (R,)
+    margin = beta * (gained[better] - gained[worse])
+    return Verdict(-logsigmoid(margin), margin, logps[better])
