@@ -6,7 +6,7 @@ was read (OASST2's 135,174 messages: about 0.6 GB), and their trees come then, i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from tasks.oasst.tree import TREE, Layout, Row, arrange, flat_tree_id, messages_
 from tasks.oasst.typed import Arranged, arranged, read
 
 PARQUET = b"PAR1"
+TOGETHER = 1 << 19  # bytes of lines that are looked at together: some 30 trees
 BATCH = 1_000  # Parquet rows turned into Python objects at a time
 NEEDED = ("message_id", "text", "role")  # columns that a flat table must have
 
@@ -113,35 +114,37 @@ class Dump:
     def _of_jsonl(self, index: int, path: Path) -> Iterator[Found | Bad]:
         lines, before = Lines(path, self._limits, self._advance), self.bytes
         flat = False  # so far in this file
-        for line in lines:
-            self.lines, self.bytes = self.lines + 1, before + lines.bytes
-            place = Place(index, line.number, line.offset)
-            if not flat and (good := read(line.raw, self._layout.max_text)):
-                yield Found(place, *good, 0)
-                continue
-            try:
-                value = loads(line.raw)
-            except Fault as fault:
-                self.unreadable += 1
-                # a published file holds one tree a line; among flat messages nobody knows whose line this was
-                yield Bad(place, fault.code, fault.message, None, 0 if flat else 1, 0, line.raw)
-                continue
-            if "prompt" in value:
-                yield self._nested(place, value, line)
-            elif bad := self._gather(place, value, line.raw):
-                yield bad
-            else:
-                flat = True
+        for some in _batches(lines):
+            quick = [None] * len(some) if flat else read([line.raw for line in some], self._layout.max_text)
+            for line, good in zip(some, quick, strict=True):
+                self.lines, self.bytes = self.lines + 1, before + lines.bytes
+                place = Place(index, line.number, line.offset)
+                if good and not flat:
+                    yield Found(place, *good, 0)
+                elif found := self._carefully(place, line.raw, flat):
+                    yield found
+                else:
+                    flat = True
         self.bytes = before + lines.bytes
 
-    def _nested(self, place: Place, tree: Mapping[str, Any], line: Line) -> Found | Bad:
+    def _carefully(self, place: Place, raw: bytes, flat: bool) -> Found | Bad | None:
+        """Read a line field by field; None for a flat message that was put to its tree."""
+        try:
+            value = loads(raw)
+        except Fault as fault:
+            self.unreadable += 1
+            # a published file holds one tree a line; among flat messages nobody knows whose line this was
+            return Bad(place, fault.code, fault.message, None, 0 if flat else 1, 0, raw)
+        return self._nested(place, value, raw) if "prompt" in value else self._gather(place, value, raw)
+
+    def _nested(self, place: Place, tree: Mapping[str, Any], raw: bytes) -> Found | Bad:
         try:
             rows = self._layout.rows_of(tree)
             in_order = arrange(rows)
         except Fault as fault:
             tree_id = tree.get("message_tree_id")
             named = tree_id if type(tree_id) is str else None
-            return Bad(place, fault.code, fault.message, named, 1, messages_in(tree), line.raw)
+            return Bad(place, fault.code, fault.message, named, 1, messages_in(tree), raw)
         return Found(place, rows[0][TREE], arranged(in_order), len(rows) - len(in_order))
 
     def _gather(self, place: Place, message: Mapping[str, Any], raw: bytes | None) -> Bad | None:
@@ -179,6 +182,18 @@ class Dump:
                 if place in wanted:
                     wanted.discard(place)
                     yield place, raw
+
+
+def _batches(lines: Iterable[Line]) -> Iterator[list[Line]]:
+    """Yield lines, about TOGETHER bytes at a time."""
+    some, held = list[Line](), 0
+    for line in lines:
+        some.append(line)
+        held += len(line.raw)
+        if held >= TOGETHER:
+            yield some
+            some, held = [], 0
+    yield some
 
 
 def _gathered(tree_id: str, group: _Group) -> Found | Bad:
