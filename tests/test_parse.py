@@ -346,22 +346,86 @@ def test_a_tree_that_comes_again_is_counted_and_left_out(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("group", [1, 3, 20_000])
-def test_a_tree_that_comes_again_changed_takes_the_place_of_the_earlier_one(
+def test_of_two_versions_the_later_message_wins_and_what_only_the_earlier_had_stays(
     tmp_path: Path, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tasks.parse, "GROUP", group)
-    content = lines(tree("a", message("b")), tree("c"), tree("a", message("d")), tree("e"), tree("a", message("b2")))
+    content = lines(
+        tree("a", message("b"), message("x", message("y"))), tree("c"), tree("a", message("d")), tree("e"),
+        tree("a", message("b", message("n"), text="new")),
+    )  # fmt: skip
     counts, messages, rejected = parsed(tmp_path, content)
-    assert messages["message_id"].to_list() == ["c", "e", "a", "b2"]
+    assert messages.select("message_id", "parent_id", "depth", "sibling", "text").rows() == [
+        ("c", None, 0, 0, "text of c"),
+        ("e", None, 0, 0, "text of e"),
+        ("a", None, 0, 0, "text of a"),
+        ("b", "a", 1, 0, "new"),
+        ("n", "b", 2, 0, "text of n"),
+        ("d", "a", 1, 1, "text of d"),
+        ("x", "a", 1, 2, "text of x"),
+        ("y", "x", 2, 0, "text of y"),
+    ]
+    # the second version only added to the first one; the third changed `b`
     assert rejected.select("line", "code", "message_tree_id", "trees", "messages").rows() == [
-        (1, "tree.replaced", "a", 1, 2),
-        (3, "tree.replaces", "a", 0, 0),
-        (3, "tree.replaced", "a", 1, 2),
+        (3, "tree.replaced", "a", 1, 1),
         (5, "tree.replaces", "a", 0, 0),
     ]
     raw = [hashlib.sha256(line).hexdigest() for line in content.splitlines()]
-    assert rejected["line_sha256"].to_list() == [raw[0], raw[2], raw[2], raw[4]]
-    assert counts["trees_replaced"] == 2
+    assert rejected["line_sha256"].to_list() == [raw[2], raw[4]]
+    assert (counts["trees_replaced"], counts["trees_repeated"], counts["conflicts"]) == (1, 1, 1)
+
+
+def test_what_hangs_on_a_message_that_moved_moves_with_it_and_a_lost_parent_takes_its_replies_along(
+    tmp_path: Path,
+) -> None:
+    moved = tree("a", message("b"), message("c", message("d", text="new")))
+    content = lines(tree("a", message("b", message("d", message("e"))), message("c")), moved)
+    counts, messages, _ = parsed(tmp_path, content)
+    assert dict(messages.select("message_id", "depth").rows()) == {"a": 0, "b": 1, "c": 1, "d": 2, "e": 3}
+    assert dict(messages.select("message_id", "parent_id").rows())["d"] == "c"
+    other_root = {"message_tree_id": "a", "prompt": message("r")}
+    counts, messages, rejected = parsed(tmp_path, lines(tree("a", message("b")), other_root))
+    assert messages["message_id"].to_list() == ["r"]
+    assert counts["messages_rejected"] == 2
+    assert "2 lost what they reply to" in rejected["message"][0]
+
+
+VERSIONS = st.lists(  # of one tree: message -> (parent, salt); a parent comes before its replies
+    st.lists(st.tuples(st.integers(1, 6), st.integers(0, 5), st.integers(0, 1)), max_size=6), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(VERSIONS, st.booleans())
+def test_versions_unite_message_by_message_as_in_a_dictionary(tmp_path: Path, found: list[Any], apart: bool) -> None:
+    united: dict[str, tuple[str | None, int]] = {}
+    trees = []
+    for number, version in enumerate(found):
+        links: dict[str, tuple[str | None, int]] = {"m0": (None, 0)}
+        for own, parent, salt in version:
+            if f"m{parent}" in links and own != parent:
+                links.setdefault(f"m{own}", (f"m{parent}", salt))
+        nodes = {name: message(name, rank=salt) for name, (_, salt) in links.items()}
+        for name, (parent_id, _) in links.items():
+            if parent_id:
+                nodes[parent_id]["replies"].append(nodes[name])
+        trees.append({"message_tree_id": "m0", "prompt": nodes["m0"]})
+        united = {**united, **links}  # parents of the later version's messages are there again, too
+        trees.append(tree(f"between {number}"))
+    files = [tmp_path / "raw" / f"{place}.jsonl" for place in range(len(trees) if apart else 1)]
+    files[0].parent.mkdir(exist_ok=True)
+    for place, file in enumerate(files):
+        file.write_bytes(lines(*(trees[place : place + 1] if apart else trees)))
+    _, messages, _ = run(tmp_path / "out", files)
+    own = messages.filter(pl.col("message_tree_id") == "m0")
+    rows = own.select("message_id", "parent_id", "rank").rows()
+    assert {name: (parent, salt) for name, parent, salt in rows} == united
+    place = {name: row for row, (name, *_) in enumerate(rows)}
+    depth = dict(own.select("message_id", "depth").rows())
+    for name, parent, _ in rows:
+        assert parent is None or (place[parent] < place[name] and depth[name] == depth[parent] + 1)
+    for _, below in own.filter(pl.col("parent_id").is_not_null()).group_by("parent_id", maintain_order=True):
+        assert below["sibling"].to_list() == list(range(len(below)))
 
 
 def test_a_message_id_of_another_tree_rejects_the_later_tree(tmp_path: Path) -> None:
@@ -477,7 +541,7 @@ def test_the_quick_reader_changes_no_byte_of_what_the_careful_reader_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick, *_ = run(tmp_path / "quick", [VALIDATION])
-    monkeypatch.setattr("tasks.oasst.dump.read", lambda *_: None)
+    monkeypatch.setattr("tasks.oasst.dump.read", lambda raws, _: [None] * len(raws))
     careful, *_ = run(tmp_path / "careful", [VALIDATION])
     assert quick == careful
     for file in Messages.files:

@@ -22,7 +22,7 @@ from tasks.oasst.tree import TREE, Layout, Row, arrange, flat_tree_id, messages_
 from tasks.oasst.typed import Arranged, arranged, read
 
 PARQUET = b"PAR1"
-TOGETHER = 1 << 19  # bytes of lines that are looked at together: some 30 trees
+TOGETHER = 1 << 20  # bytes of lines that are looked at together: some 60 trees
 BATCH = 1_000  # Parquet rows turned into Python objects at a time
 NEEDED = ("message_id", "text", "role")  # columns that a flat table must have
 

@@ -8,15 +8,15 @@ import numpy as np
 import pyarrow as pa
 
 KIND = pa.timestamp("us", tz="UTC")
-_FORM = np.frombuffer(b"0000-00-00T00:00:00.000000+00:00", np.uint8)
-_DIGITS = np.flatnonzero(_FORM[:26] == ord("0"))  # 20 places: the zone stands as it is
-_FIXED = np.setdiff1d(np.arange(_FORM.size), _DIGITS)
-_PARTS = (4, 2, 2, 2, 2, 2, 6)  # digits of year, month, day, hour, minute, second, microsecond
-_WEIGHTS = np.zeros((_DIGITS.size, len(_PARTS)))  # (20, 7) what a digit counts for a part; float64 is exact, and fast
-_WEIGHTS[np.arange(_DIGITS.size), np.repeat(np.arange(len(_PARTS)), _PARTS)] = np.concatenate(
-    [10.0 ** np.arange(size)[::-1] for size in _PARTS]
-)
+_FORM = b"0000-00-00T00:00:00.000000+00:00"
+_LEAST = np.frombuffer(_FORM, np.uint8)
+_SPAN = np.frombuffer(b"2999.19.39.29.59.59.999999......".replace(b".", b"0"), np.uint8) - ord("0")  # above the least
+_PARTS = {0: 4, 5: 2, 8: 2, 11: 2, 14: 2, 17: 2, 20: 6}  # where year, month, ... microsecond start: digits
+_WEIGHTS = np.zeros((len(_FORM), len(_PARTS)))  # (32, 7) what a digit counts for a part; float64 is exact, and fast
+for _part, (_start, _size) in enumerate(_PARTS.items()):
+    _WEIGHTS[_start : _start + _size, _part] = 10.0 ** np.arange(_size)[::-1]
 _LAST = np.array([0, 31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31])  # day of a month that every year has
+_UNITS = np.array([3_600_000_000, 60_000_000, 1_000_000, 1])  # microseconds of hour, minute, second, microsecond
 
 
 def are_usual(dates: Sequence[str | None]) -> bool:
@@ -38,17 +38,17 @@ def column(dates: Sequence[str | None]) -> pa.Array:
 def _microseconds(dates: list[str]) -> np.ndarray | None:
     """Return (M,) int64 microseconds since 1970; None if one is not in the usual form."""
     text = "".join(dates).encode("utf-8", "surrogatepass")
-    if set(map(len, dates)) - {_FORM.size} or len(text) != len(dates) * _FORM.size:
+    if set(map(len, dates)) - {len(_FORM)} or len(text) != len(dates) * len(_FORM):
         return None
-    table = np.frombuffer(text, np.uint8).reshape(-1, _FORM.size)  # (M, 32)
-    digits = table[:, _DIGITS] - ord("0")  # a byte below "0" wraps around, over 9
-    if (digits > 9).any() or (table[:, _FIXED] != _FORM[_FIXED]).any():
+    digits = np.frombuffer(text, np.uint8).reshape(-1, len(_FORM)) - _LEAST  # (M, 32), below the least: wraps around
+    if (digits > _SPAN).any():
         return None
-    year, month, day, hour, minute, second, micro = (digits @ _WEIGHTS).astype(np.int64).T
-    if not (((year >= 1000) & (year < 3000) & (month >= 1) & (month <= 12)).all() and (hour < 24).all()):
+    parts = (digits @ _WEIGHTS).astype(np.int64)  # (M, 7)
+    year, month, day, hour = parts.T[:4]
+    if not ((year >= 1000) & (month >= 1) & (month <= 12) & (hour < 24)).all():
         return None
-    if not ((day >= 1) & (day <= _LAST[month]) & (minute < 60) & (second < 60)).all():
+    if not ((day >= 1) & (day <= _LAST[month])).all():
         return None
     days = ((year - 1970) * 12 + month - 1).astype("datetime64[M]").astype("datetime64[D]").astype(np.int64) + day - 1
-    found: np.ndarray = (((days * 24 + hour) * 60 + minute) * 60 + second) * 1_000_000 + micro
+    found: np.ndarray = days * (24 * _UNITS[0]) + parts[:, 3:] @ _UNITS
     return found

@@ -128,11 +128,11 @@ def columns(found: Arranged) -> list[Sequence[Any] | pa.Array]:
 
 def _maps(emojis: Sequence[dict[str, int] | None]) -> pa.Array:
     """Return a column of maps, made of its parts: three times as fast as from lists of pairs."""
-    given = [one or {} for one in emojis]
-    ends = list(accumulate(map(len, given), initial=0))
+    ends = list(accumulate([len(one) if one else 0 for one in emojis], initial=0))
     starts = [end if one is not None else None for end, one in zip(ends, emojis, strict=False)]
+    given = [one for one in emojis if one]
     keys = pa.array(list(chain.from_iterable(given)), pa.string())
-    counts = pa.array(list(chain.from_iterable([one.values() for one in given])), pa.int32())
+    counts = pa.array(list(chain.from_iterable(map(dict.values, given))), pa.int32())
     return pa.MapArray.from_arrays(pa.array([*starts, ends[-1]], pa.int32()), keys, counts)
 
 
