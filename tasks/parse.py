@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
     from tasks.oasst.dump import Bad, Dump, Found, Place
-    from tasks.oasst.versions import Placed, Row, Verdict
+    from tasks.oasst.versions import Row, Verdict, Versions
 
 GROUP = 20_000  # rows of a row group: what is held in memory, and what a reader can skip
 MB = 1 << 20
@@ -151,10 +151,9 @@ class _Intake:
         for version, tree_id in taken:
             if found := versions.placed(tree_id, version):
                 placed[version] = found
-        trees = self._seen.versions - len(doubtful) + len(placed)
-        rows = self._messages.rows - sum(map(len, spans)) + sum(map(len, placed.values()))
-        self._out = trees, rows
-        if rows < self._messages.rows:
+        left = self._messages.rows - sum(map(len, spans)) + sum(map(len, placed.values()))
+        self._out = self._seen.versions - len(doubtful) + len(placed), left
+        if left < self._messages.rows:
             moves = [(span, placed.get(version, [])) for version, span in zip(doubtful, spans, strict=True)]
             rearrange(self._path, moves, _writer, GROUP)
 

@@ -420,10 +420,10 @@ def test_versions_unite_message_by_message_as_in_a_dictionary(tmp_path: Path, fo
     own = messages.filter(pl.col("message_tree_id") == "m0")
     rows = own.select("message_id", "parent_id", "rank").rows()
     assert {name: (parent, salt) for name, parent, salt in rows} == united
-    place = {name: row for row, (name, *_) in enumerate(rows)}
+    position = {name: row for row, (name, *_) in enumerate(rows)}
     depth = dict(own.select("message_id", "depth").rows())
     for name, parent, _ in rows:
-        assert parent is None or (place[parent] < place[name] and depth[name] == depth[parent] + 1)
+        assert parent is None or (position[parent] < position[name] and depth[name] == depth[parent] + 1)
     for _, below in own.filter(pl.col("parent_id").is_not_null()).group_by("parent_id", maintain_order=True):
         assert below["sibling"].to_list() == list(range(len(below)))
 

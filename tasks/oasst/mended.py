@@ -31,10 +31,9 @@ def _rows(path: Path, wanted: np.ndarray) -> Iterator[Row]:
         found = table.drop_columns([name for name in table.column_names if name in UNTOLD])
         ids = [table[name].to_pylist() for name in ("message_tree_id", "message_id", "parent_id")]
         said = zip(*(column.to_pylist() for column in found.columns), strict=True)
-        for row, own, values in zip(
-            wanted[first : first + len(table)].tolist(), zip(*ids, strict=True), said, strict=True
-        ):
-            yield Row(row, *own, hashlib.sha256(encode(values)).digest()[:16])
+        rows = wanted[first : first + len(table)].tolist()
+        for row, values, tree_id, message_id, parent_id in zip(rows, said, *ids, strict=True):
+            yield Row(row, tree_id, message_id, parent_id, hashlib.sha256(encode(values)).digest()[:16])
 
 
 def rearrange(path: Path, moves: Sequence[Move], writer: Callable[[Path], pq.ParquetWriter], group: int) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
-
 from itertools import accumulate, chain
+from typing import Any
 
 import numpy as np
 import pyarrow as pa

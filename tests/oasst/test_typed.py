@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.artifacts import DETOXIFY, LABELS, MESSAGE_COLUMNS
+from tasks.oasst import typed
 from tasks.oasst.dump import loads
 from tasks.oasst.fields import Fault
 from tasks.oasst.tables import columns
 from tasks.oasst.tree import TREE, Layout, arrange
-from tasks.oasst import typed
 from tasks.oasst.typed import Arranged, Message, Scores, Votes, arranged
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
