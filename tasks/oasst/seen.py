@@ -47,7 +47,9 @@ class Seen:
 
     def doubtful(self) -> list[int]:
         """Return the versions whose tree, or one of whose messages, may also be that of another version."""
-        messages, trees, firsts = (np.array(hashes, np.int64) for hashes in (self._messages, self._trees, self._firsts))
+        messages, trees, firsts = (
+            np.frombuffer(kept, np.int64) for kept in (self._messages, self._trees, self._firsts)
+        )
         twice = np.isin(trees, _repeated(trees))
         rows = np.flatnonzero(np.isin(messages, again)) if (again := _repeated(messages)).size else again
         twice[np.searchsorted(firsts, rows, side="right") - 1] = True
