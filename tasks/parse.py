@@ -63,12 +63,13 @@ def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
     """Write `messages.parquet`, trees in the order of the dump, and `rejected.parquet`.
 
     The messages of a tree lie together, depth first, so parents come first; replies in the order published. A tree
-    whose id came before, in the same file or an earlier one, is a repeat if it says nothing new. Else it takes the place
-    of the earlier version: the later one of each message wins, and what only the earlier version had stays, below.
+    whose id came before, in the same file or an earlier one, is a repeat if it says nothing new. Else it takes the
+    place of the earlier version: the later one of each message wins, and what only the earlier version had stays.
 
     Raises:
         InputError: If a file is cut, corrupt or empty, or more than `max_bad` of the trees or lines are unusable.
     """
+    from tasks.chats import rows
     from tasks.oasst.dump import Dump, Found
     from tasks.oasst.lines import Limits
     from tasks.oasst.tree import Layout
@@ -77,7 +78,7 @@ def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
     layout = Layout(LABELS, DETOXIFY, int(params.max_text_mb * MB))
     limits = Limits(int(params.max_line_mb * MB), params.max_ratio)
     with bar("parse", sum(file.stat().st_size for file in files), "bytes") as shown, _Intake(out, files) as intake:
-        dump = Dump(files, layout, limits, shown.advance)
+        dump = Dump(files, layout, limits, shown.advance, {rows.KEY: rows.tree_of})
         for found in dump:
             intake.take(found) if isinstance(found, Found) else intake.reject(found)
             if intake.trees == params.max_trees:

@@ -45,8 +45,8 @@ def published(hub: Hub) -> DownloadParams:
 
 
 def pin(sha256: str, **changes: str) -> DownloadParams:
-    return DownloadParams(
-        **{"source": "hub", "repo": REPO, "file": FILE, "revision": REVISION, "sha256": sha256, **changes}
+    return DownloadParams.model_validate(
+        {"source": "hub", "repo": REPO, "file": FILE, "revision": REVISION, "sha256": sha256, **changes}
     )
 
 
@@ -332,7 +332,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def local(path: Path, **more: str) -> DownloadParams:
-    return DownloadParams(source="file", path=str(path), **more)
+    return DownloadParams.model_validate({"source": "file", "path": str(path), **more})
 
 
 def test_a_file_under_an_allowed_folder_is_copied(root: Path, out: Path) -> None:

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -456,6 +457,53 @@ def test_unknown_fields_are_counted_never_fatal(tmp_path: Path) -> None:
     counts, messages, _ = parsed(tmp_path, lines(tree("a", mood="good"), tree("b", mood="bad")))
     assert counts["unknown_fields"] == {"mood": 2}
     assert messages["extra"].to_list() == ['{"mood":"good"}', '{"mood":"bad"}']
+
+
+# ------------------------------------------------------------------------------------------------- odd texts
+
+ODD = {
+    "equal characters": "a" * 10**6,
+    "combining marks": "a" + "\u0301" * 10**6,
+    "control characters, each six bytes of JSON": "\x01" * 10**6,
+    "no spaces": "\u4e2d" * 300_000,
+    "lines": "\n" * 10**6,
+    "quotes": '"' * 10**6,
+}
+
+
+@pytest.mark.parametrize("text", ODD.values(), ids=ODD.keys())
+def test_a_text_of_a_million_characters_comes_through_or_is_named(tmp_path: Path, text: str) -> None:
+    params = ParseParams(max_text_mb=4)
+    content = lines(tree("a", message("b", text=text)), tree("c"))
+    _, messages, _ = parsed(tmp_path, content, params)
+    assert messages["text"].to_list() == ["text of a", text, "text of c"]
+    _, messages, rejected = parsed(tmp_path, content, ParseParams(max_text_mb=0.5, max_bad=1))
+    assert messages["message_id"].to_list() == ["c"]
+    assert rejected["code"].to_list() == ["text.too_long"]
+
+
+@pytest.mark.parametrize("text", ODD.values(), ids=ODD.keys())
+def test_a_text_four_times_as_long_costs_about_four_times_as_much(tmp_path: Path, text: str) -> None:
+    """By the calls that the interpreter makes, which no load of the machine changes: no loop here goes over a text."""
+
+    def calls(content: bytes, folder: Path) -> int:
+        folder.mkdir()
+        found = 0
+
+        def count(*_: object) -> None:
+            nonlocal found
+            found += 1
+
+        sys.setprofile(count)
+        try:
+            parsed(folder, content, ParseParams(max_text_mb=16))
+        finally:
+            sys.setprofile(None)
+        return found
+
+    parsed(tmp_path, lines(tree("a")))  # what is loaded once is loaded now
+    one, four = (calls(lines(tree("a", text=text * times)), tmp_path / f"x{times}") for times in (1, 4))
+    assert four < 4.4 * one
 
 
 # ------------------------------------------------------------------------------------------------- flat form

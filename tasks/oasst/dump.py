@@ -21,6 +21,8 @@ from tasks.oasst.lines import Limits, Line, Lines
 from tasks.oasst.tree import TREE, Layout, Row, arrange, flat_tree_id, messages_in
 from tasks.oasst.typed import Arranged, arranged, read
 
+Form = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # a row of another dataset -> a nested tree; may raise Fault
+
 PARQUET = b"PAR1"
 TOGETHER = 1 << 20  # bytes of lines that are looked at together: some 60 trees
 BATCH = 1_000  # Parquet rows turned into Python objects at a time
@@ -91,9 +93,14 @@ class Dump:
         layout: Layout,
         limits: Limits | None = None,
         advance: Callable[[float], None] = lambda _: None,
+        forms: Mapping[str, Form] | None = None,
     ) -> None:
-        """Prepare to read `files` in this order; `advance` is told of every byte of them that was read."""
+        """Prepare to read `files` in this order; `advance` is told of every byte of them that was read.
+
+        Lines and tables of other datasets are known by a field: `forms` says of it how a row becomes a nested tree.
+        """
         self._files, self._layout, self._limits, self._advance = files, layout, limits, advance
+        self._forms = forms or {}
         self._groups: dict[str, _Group] = {}
         self.bytes, self.lines, self.unreadable = 0, 0, 0
 
@@ -130,14 +137,26 @@ class Dump:
     def _carefully(self, place: Place, raw: bytes, flat: bool) -> Found | Bad | None:
         """Read a line field by field; None for a flat message that was put to its tree."""
         try:
-            value = loads(raw)
+            value = loads(raw, self._forms)
         except Fault as fault:
             self.unreadable += 1
             # a published file holds one tree a line; among flat messages nobody knows whose line this was
             return Bad(place, fault.code, fault.message, None, 0 if flat else 1, 0, raw)
-        return self._nested(place, value, raw) if "prompt" in value else self._gather(place, value, raw)
+        if "prompt" in value:
+            return self._nested(place, value, raw)
+        key = next((key for key in self._forms if key in value), None)
+        return self._formed(place, value, raw, key) if key else self._gather(place, value, raw)
 
-    def _nested(self, place: Place, tree: Mapping[str, Any], raw: bytes) -> Found | Bad:
+    def _formed(self, place: Place, row: Mapping[str, Any], raw: bytes | None, key: str) -> Found | Bad:
+        """Read a row of another dataset, known by a field."""
+        try:
+            tree = self._forms[key](row)
+        except Fault as fault:
+            lost = row[key]
+            return Bad(place, fault.code, fault.message, None, 1, len(lost) if type(lost) is list else 0, raw)
+        return self._nested(place, tree, raw)
+
+    def _nested(self, place: Place, tree: Mapping[str, Any], raw: bytes | None) -> Found | Bad:
         try:
             rows = self._layout.rows_of(tree)
             in_order = arrange(rows)
@@ -162,12 +181,14 @@ class Dump:
             group.fault = group.fault or (place, fault)
         return None
 
-    def _of_parquet(self, index: int, path: Path) -> Iterator[Bad]:
-        for number, message in parquet_rows(path):
+    def _of_parquet(self, index: int, path: Path) -> Iterator[Found | Bad]:
+        for number, row in parquet_rows(path, self._forms):
             self.lines += 1
-            bad = self._gather(Place(index, number, -1), message, None)
-            if bad:
-                yield bad
+            place = Place(index, number, -1)
+            key = next((key for key in self._forms if key in row), None)
+            found = self._formed(place, row, None, key) if key else self._gather(place, row, None)
+            if found:
+                yield found
         size = path.stat().st_size
         self.bytes += size
         self._advance(size)
@@ -176,7 +197,7 @@ class Dump:
         """Read the files once more for the lines at some places; of Parquet, the row as JSON. In the dump's order."""
         for index, path in enumerate(self._files):
             wanted = {place for place in places if place.file == index}
-            lines = _raw_lines(index, path, self._limits) if wanted else iter(())
+            lines = _raw_lines(index, path, self._limits, self._forms) if wanted else iter(())
             while wanted:
                 place, raw = next(lines)
                 if place in wanted:
@@ -207,8 +228,8 @@ def _gathered(tree_id: str, group: _Group) -> Found | Bad:
     return Found(place, tree_id, arranged(in_order), len(group.rows) - len(in_order))
 
 
-def loads(raw: bytes) -> dict[str, Any]:
-    """Read one line of JSON that must hold a tree (`prompt`) or a message (`message_id`).
+def loads(raw: bytes, forms: Collection[str] = ()) -> dict[str, Any]:
+    """Read one line of JSON that must hold a tree (`prompt`), a message (`message_id`) or a field of `forms`.
 
     Raises:
         Fault: `utf8.invalid`, `json.depth`, `json.number`, `json.syntax` or `schema.line`.
@@ -219,8 +240,9 @@ def loads(raw: bytes) -> dict[str, Any]:
         raise _unreadable(raw, error) from None
     if type(value) is not dict:
         raise wrong("line", "object", value)
-    if "prompt" not in value and "message_id" not in value:
-        raise Fault("schema.line", "expected a tree with `prompt` or a message with `message_id`, got neither")
+    if "prompt" not in value and "message_id" not in value and not any(key in value for key in forms):
+        others = "".join(f" or a row with `{key}`" for key in forms)
+        raise Fault("schema.line", f"expected a tree with `prompt` or a message with `message_id`{others}, got neither")
     return value
 
 
@@ -240,8 +262,8 @@ def is_parquet(path: Path) -> bool:
         return file.read(len(PARQUET)) == PARQUET
 
 
-def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the rows of a flat Parquet file, numbered from 1.
+def parquet_rows(path: Path, forms: Collection[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a flat Parquet file, or of one that has a column of `forms`, numbered from 1.
 
     Raises:
         InputError: If the file is corrupt, empty or lacks a column.
@@ -250,7 +272,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
         missing = [column for column in NEEDED if column not in file.schema_arrow.names]
-        if missing:
+        if missing and not any(key in file.schema_arrow.names for key in forms):
             raise InputError(f"{path.name} has no column {', '.join(missing)}", code="parquet.schema")
         for batch in file.iter_batches(BATCH):
             for row in batch.to_pylist():
@@ -265,9 +287,9 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(f"{path.name} has no rows", code="input.empty")
 
 
-def _raw_lines(index: int, path: Path, limits: Limits | None) -> Iterator[tuple[Place, bytes]]:
+def _raw_lines(index: int, path: Path, limits: Limits | None, forms: Collection[str]) -> Iterator[tuple[Place, bytes]]:
     if is_parquet(path):
-        for number, row in parquet_rows(path):
+        for number, row in parquet_rows(path, forms):
             yield Place(index, number, -1), orjson.dumps(row, default=str)
     else:
         for line in Lines(path, limits):
