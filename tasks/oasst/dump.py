@@ -128,7 +128,7 @@ class Dump:
                 place = Place(index, line.number, line.offset)
                 if good and not flat:
                     yield Found(place, *good, 0)
-                elif found := self._carefully(place, line.raw, flat):
+                elif found := self._carefully(place, bytes(line.raw), flat):
                     yield found
                 else:
                     flat = True
@@ -293,4 +293,4 @@ def _raw_lines(index: int, path: Path, limits: Limits | None, forms: Collection[
             yield Place(index, number, -1), orjson.dumps(row, default=str)
     else:
         for line in Lines(path, limits):
-            yield Place(index, line.number, line.offset), line.raw
+            yield Place(index, line.number, line.offset), bytes(line.raw)

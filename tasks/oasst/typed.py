@@ -143,7 +143,7 @@ class _Odd(Exception):
     """A tree that the careful reader must look at."""
 
 
-def read(raws: Sequence[bytes], max_text: int) -> list[tuple[str, Arranged] | None]:
+def read(raws: Sequence[bytes | memoryview], max_text: int) -> list[tuple[str, Arranged] | None]:
     """Return id and messages of each good nested tree among some lines; None where the careful reader must look.
 
     Args:
@@ -160,7 +160,7 @@ def _dates(found: Sequence[tuple[str, Arranged] | None]) -> list[str | None]:
     return [message.created_date for one in found if one for message in one[1].messages]
 
 
-def _read(raw: bytes, max_text: int) -> tuple[str, Arranged] | None:
+def _read(raw: bytes | memoryview, max_text: int) -> tuple[str, Arranged] | None:
     found = Arranged([], [], [], {})
     try:
         tree = _decode(raw)
