@@ -24,7 +24,7 @@ from tasks.oasst.typed import Arranged, arranged, read
 Form = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # a row of another dataset -> a nested tree; may raise Fault
 
 PARQUET = b"PAR1"
-TOGETHER = 1 << 20  # bytes of lines that are looked at together: some 60 trees
+TOGETHER = 1 << 18  # bytes of lines that are looked at together: some 15 trees, whose objects stay in a cache
 BATCH = 1_000  # Parquet rows turned into Python objects at a time
 NEEDED = ("message_id", "text", "role")  # columns that a flat table must have
 
