@@ -530,6 +530,22 @@ def test_a_flat_row_that_is_there_twice_is_taken_once(tmp_path: Path) -> None:
     assert (counts["trees_in"], counts["messages_in"], counts["messages_repeated"]) == (1, 3, 1)
 
 
+@pytest.mark.parametrize("forms", ["flat flat", "flat nested", "nested flat"])
+def test_a_later_file_wins_whichever_form_the_files_have(tmp_path: Path, forms: str) -> None:
+    one = tree("a", message("b", message("x")), message("c"))
+    two = tree("a", message("b", text="new"), message("d"))
+    (tmp_path / "raw").mkdir()
+    files = [tmp_path / "raw" / name for name in ("1.jsonl", "2.jsonl")]
+    for file, whole, form in zip(files, (one, two), forms.split(), strict=True):
+        file.write_bytes(lines(*(flattened([whole]) if form == "flat" else [whole])))
+    counts, messages, rejected = run(tmp_path / "out", files)
+    texts = dict(messages.select("message_id", "text").rows())
+    assert texts["b"] == "new"
+    assert sorted(texts) == ["a", "b", "c", "d", "x"]
+    assert counts["conflicts"] == 1
+    assert rejected["messages"].sum() == counts["messages_rejected"] == 1
+
+
 # ------------------------------------------------------------------------------------------------- properties
 
 NAMES = st.sampled_from("abcdef")

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from tasks.errors import InputError
 from tasks.oasst.fields import Fault, wrong
 from tasks.oasst.lines import Limits, Line, Lines
-from tasks.oasst.tree import TREE, Layout, Row, arrange, flat_tree_id, messages_in
+from tasks.oasst.tree import EXTRA, ID, TREE, Layout, Row, arrange, flat_tree_id, messages_in
 from tasks.oasst.typed import Arranged, arranged, read
 
 Form = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # a row of another dataset -> a nested tree; may raise Fault
@@ -38,12 +38,13 @@ class Place(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A tree that can be taken: its messages, and how many of them were left out as exact repeats."""
+    """A tree that can be taken: its messages, and how many were left out: exact repeats, and those changed later on."""
 
     place: Place
     tree_id: str
     content: Arranged
-    repeats: int
+    repeats: int = 0
+    conflicts: int = 0
 
 
 class Bad(NamedTuple):
@@ -74,6 +75,7 @@ class _Group:
 
     place: Place
     rows: list[Row] = field(default_factory=list)
+    files: list[int] = field(default_factory=list)  # of each row
     messages: int = 0
     fault: tuple[Place, Fault] | None = None
 
@@ -177,6 +179,7 @@ class Dump:
         group.messages += 1
         try:
             group.rows.append(self._layout.row_of(message))
+            group.files.append(place.file)
         except Fault as fault:
             group.fault = group.fault or (place, fault)
         return None
@@ -222,10 +225,22 @@ def _gathered(tree_id: str, group: _Group) -> Found | Bad:
     try:
         if fault:
             raise fault
-        in_order = arrange(group.rows)
+        rows, conflicts = _latest(group)
+        in_order = arrange(rows)
     except Fault as found:
         return Bad(place, found.code, found.message, tree_id, 1, group.messages)
-    return Found(place, tree_id, arranged(in_order), len(group.rows) - len(in_order))
+    return Found(place, tree_id, arranged(in_order), len(group.rows) - len(in_order) - conflicts, conflicts)
+
+
+def _latest(group: _Group) -> tuple[list[Row], int]:
+    """Return a tree's rows without those that a later file says again, and of how many it says something else."""
+    latest = {row[ID]: file for row, file in zip(group.rows, group.files, strict=True)}
+    rows = [row for row, file in zip(group.rows, group.files, strict=True) if latest[row[ID]] == file]
+    if len(rows) == len(group.rows):
+        return rows, 0
+    told = {row[ID]: row[:EXTRA] for row in rows}
+    earlier = [row for row, file in zip(group.rows, group.files, strict=True) if latest[row[ID]] != file]
+    return rows, sum(row[:EXTRA] != told[row[ID]] for row in earlier)
 
 
 def loads(raw: bytes, forms: Collection[str] = ()) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class Table(ABC):
     def __init__(self, writer: pq.ParquetWriter, group: int) -> None:
         """Write with `writer`, which knows the schema, row groups of `group` rows."""
         self._writer, self._group = writer, group
+        self._schema, self._kinds = writer.schema, writer.schema.types  # asked for once: each answer is made anew
         self._pieces: list[pa.Table] = []
         self._held = 0  # rows of the pieces
         self.rows = 0
@@ -48,8 +49,8 @@ class Table(ABC):
 
     def _hold(self, columns: Iterable[Sequence[Any]]) -> None:
         """Hold a piece, and write a row group if there is one."""
-        arrays = [_array(values, field.type) for values, field in zip(columns, self._writer.schema, strict=True)]
-        self._pieces.append(pa.Table.from_arrays(arrays, schema=self._writer.schema))
+        arrays = [_array(values, kind) for values, kind in zip(columns, self._kinds, strict=True)]
+        self._pieces.append(pa.Table.from_arrays(arrays, schema=self._schema))
         self._held += len(arrays[0])
         while self._held >= self._group:
             self._flush()
