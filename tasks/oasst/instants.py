@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pyarrow as pa
 
+_START = datetime(1970, 1, 1, tzinfo=UTC)
 KIND = pa.timestamp("us", tz="UTC")
 _FORM = b"0000-00-00T00:00:00.000000+00:00"
 _LEAST = np.frombuffer(_FORM, np.uint8)
@@ -19,24 +21,21 @@ _LAST = np.array([0, 31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31])  # day of 
 _UNITS = np.array([3_600_000_000, 60_000_000, 1_000_000, 1])  # microseconds of hour, minute, second, microsecond
 
 
-def are_usual(dates: Sequence[str | None]) -> bool:
-    """Tell whether every date is in the usual form: in UTC, of the years 1000 to 2999, and not 29 February."""
-    return _microseconds([date for date in dates if date is not None]) is not None
+def column(instants: Sequence[int | None]) -> pa.Array:
+    """Return microseconds since 1970 as a column of timestamps."""
+    return pa.array(instants, pa.int64()).view(KIND)
 
 
-def column(dates: Sequence[str | None]) -> pa.Array:
-    """Return ISO 8601 dates in UTC as a column of timestamps."""
-    given = np.array([date is not None for date in dates], dtype=bool)
-    found = _microseconds([date for date in dates if date is not None])
-    if found is None:  # a year or a day that is not usual
-        return pa.array(dates, pa.string()).cast(KIND)
-    values = np.zeros(len(dates), np.int64)
-    values[given] = found
-    return pa.array(values, mask=~given).view(KIND)
+def since_1970(date: datetime) -> int:
+    """Return the microseconds of one date, of any year."""
+    return (date - _START) // timedelta(microseconds=1)
 
 
-def _microseconds(dates: list[str]) -> np.ndarray | None:
-    """Return (M,) int64 microseconds since 1970; None if one is not in the usual form."""
+def microseconds(dates: Sequence[str]) -> np.ndarray | None:
+    """Return (M,) int64 microseconds since 1970; None if one is not in the usual form.
+
+    That is: in UTC, with six digits of a second, of the years 1000 to 2999, and not 29 February.
+    """
     text = "".join(dates).encode("utf-8", "surrogatepass")
     if set(map(len, dates)) - {len(_FORM)} or len(text) != len(dates) * len(_FORM):
         return None

@@ -14,7 +14,7 @@ from msgspec import DecodeError, Meta, Struct
 from msgspec.json import Decoder
 
 from tasks.oasst.fields import LARGEST
-from tasks.oasst.instants import are_usual
+from tasks.oasst.instants import microseconds, since_1970
 from tasks.oasst.tree import DEPTH, FIELDS, PLACE, SIBLING, Row
 
 Name = Annotated[str, Meta(min_length=1)]
@@ -85,7 +85,7 @@ class Message(Struct, kw_only=True, gc=False, forbid_unknown_fields=True, omit_d
     parent_id: str | None = None
     tree_state: str | None = None
     user_id: str | None = None
-    created_date: str | None = None  # looked at by `instants`, for many at a time
+    created_date: str | None = None  # once placed: microseconds since 1970, an integer
     text: str
     role: Literal["prompter", "assistant"]
     lang: Name | None = None
@@ -151,13 +151,18 @@ def read(raws: Sequence[bytes | memoryview], max_text: int) -> list[tuple[str, A
         max_text: Bytes of UTF-8 that a text may have.
     """
     found = [_read(raw, max_text) for raw in raws]
-    if are_usual(_dates(found)):
-        return found
-    return [one if are_usual(_dates([one])) else None for one in found]
+    return found if _dated(found) else [one if _dated([one]) else None for one in found]
 
 
-def _dates(found: Sequence[tuple[str, Arranged] | None]) -> list[str | None]:
-    return [message.created_date for one in found if one for message in one[1].messages]
+def _dated(found: Sequence[tuple[str, Arranged] | None]) -> bool:
+    """Turn the dates of messages into microseconds; False if one is not in the usual form, and nothing is done."""
+    dated = [message for one in found if one for message in one[1].messages if message.created_date is not None]
+    instants = microseconds([message.created_date for message in dated])  # type: ignore[misc]  # None was left out
+    if instants is None:
+        return False
+    for message, instant in zip(dated, instants.tolist(), strict=True):
+        message.created_date = instant  # in the place of its text, which nobody needs any more
+    return True
 
 
 def _read(raw: bytes | memoryview, max_text: int) -> tuple[str, Arranged] | None:
@@ -232,7 +237,7 @@ def _message(row: Row) -> Message:
     fields = zip(Message.__struct_fields__, (*row[:DEPTH], *row[_FIRST:_EMOJIS]), strict=False)  # emojis and on follow
     made = Message(**dict(fields))
     if made.created_date is not None:
-        made.created_date = row[_CREATED].isoformat(timespec="microseconds")  # it is in UTC
+        made.created_date = since_1970(row[_CREATED])  # type: ignore[assignment]  # as `_dated` does
     made.emojis = None if emojis is None else dict(emojis)
     made.labels = None if votes == NO_VOTES else votes
     made.detoxify = None if scores == NO_SCORES else scores
