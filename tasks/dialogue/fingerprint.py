@@ -117,28 +117,28 @@ def _words(data: U8) -> tuple[I64, I64, I64]:
     """Return where words start and end, and each text's last word: (W,), (W,), (texts,)."""
     ends = np.flatnonzero((data == 32) | (data == 10))  # one past each word's last byte
     starts = np.concatenate(([0], ends[:-1] + 1))
-    alone, after = _spaceless(data)
-    if len(alone):
-        cuts = np.unique(np.concatenate((alone, after)))
-        cuts = cuts[(data[cuts] != 32) & (data[cuts] != 10)]
-        starts = np.unique(np.concatenate((starts, cuts)))
-        cuts = cuts[(cuts > 0) & (data[cuts - 1] != 32) & (data[cuts - 1] != 10)]
-        ends = np.sort(np.concatenate((ends, cuts)))
+    cuts = _cuts(data)
+    if len(cuts):
+        starts = np.insert(starts, np.searchsorted(starts, cuts), cuts)
+        ends = np.insert(ends, np.searchsorted(ends, cuts), cuts)
     return starts, ends, np.flatnonzero(data[ends] == 10)
 
 
-def _spaceless(data: U8) -> tuple[I64, I64]:
-    """Return where characters of scripts without spaces start and end."""
+def _cuts(data: U8) -> I64:
+    """Return where one word ends and the next starts without a space: around characters of scripts without spaces."""
     leads = (data >= 0xE0) & (data != 0xE2)  # of such scripts, and of few others: E2 leads quotes and dashes
-    if not leads.any():
-        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     at = np.flatnonzero(leads)
+    if not len(at):
+        return at
     four = data[at] >= 0xF0
-    tail = [(data[np.minimum(at + place, len(data) - 1)] & 0x3F).astype(np.int64) for place in (1, 2, 3)]
-    points = ((data[at] & 0x0F).astype(np.int64) << 12) | (tail[0] << 6) | tail[1]
-    points[four] = (((data[at] & 0x07).astype(np.int64) << 18) | (tail[0] << 12) | (tail[1] << 6) | tail[2])[four]
-    found = np.searchsorted(_SPACELESS, points, side="right") % 2 == 1
-    return at[found], at[found] + 3 + four[found]
+    tail = [data.take(at + place, mode="clip").astype(np.int64) & 0x3F for place in (1, 2, 3)]
+    points = ((data[at].astype(np.int64) & 0x0F) << 12) | (tail[0] << 6) | tail[1]
+    points[four] = (((data[at].astype(np.int64) & 0x07) << 18) | (points & 0xFFF) << 6 | tail[2])[four]
+    alone = np.searchsorted(_SPACELESS, points, side="right") % 2 == 1
+    edges = np.sort(np.concatenate((at[alone], at[alone] + 3 + four[alone])))
+    edges = edges[(edges > 0) & np.concatenate(([True], edges[1:] != edges[:-1]))[: len(edges)]]
+    around = (data[edges - 1], data[edges])
+    return edges[np.logical_and.reduce([(side != 32) & (side != 10) for side in around])]
 
 
 def _hashed(data: bytes, starts: I64, sizes: I64) -> U64:

@@ -6,8 +6,9 @@ message after its ancestors, one pass backwards after its descendants: no recurs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import polars as pl
 
 from tasks.errors import InputError
@@ -62,3 +63,16 @@ def holds(parents: Sequence[int], marked: Sequence[bool]) -> list[bool]:
         if found[row] and parents[row] >= 0:
             found[parents[row]] = True
     return found
+
+
+def windows(parents: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges of at least `size` rows, the last of what is left, that no message's parent stands before."""
+    least = np.array(parents, dtype=np.int64)
+    least[least < 0] = len(least)
+    whole = np.minimum.accumulate(least[::-1])[::-1] >= np.arange(len(least))  # from here on, no parent before
+    cuts = np.append(np.flatnonzero(whole), len(least))
+    start = 0
+    while start < len(least):
+        stop = int(cuts[min(np.searchsorted(cuts, start + size), len(cuts) - 1)])
+        yield start, stop
+        start = stop
