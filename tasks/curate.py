@@ -69,7 +69,7 @@ class CurateParams(Params, Limits, CopyLimits):
         return self
 
 
-@step("curate", version=2, makes=Dialogues)
+@step("curate", version=3, makes=Dialogues)
 def curate(out: Path, messages: Messages, params: CurateParams) -> Counts:
     """Write `dialogues.parquet` and `dropped.parquet`, both in the order of the messages.
 

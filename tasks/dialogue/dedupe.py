@@ -18,7 +18,7 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tasks.dialogue.near import Known, Prints, TextsOf, pairs
+from tasks.dialogue.near import Known, Prints, TextsOf, numbered, pairs
 from tasks.dialogue.record import PROTECTION, CopyLimits, Split
 from tasks.dialogue.threads import holds
 
@@ -43,7 +43,9 @@ def duplicates(messages: pl.DataFrame, prints: Prints, parents: Sequence[int], k
     twins = _same_paths(messages["role"] == "assistant", prints, parents, np.flatnonzero(np.array(kept, dtype=bool)))
     worth = _worth(messages, [row for rows in twins for row in rows])
     best_of: dict[int, int] = {}
-    for rows in twins:  # met in the order of their first row, so after their parents: the parents' best is known by then
+    for (
+        rows
+    ) in twins:  # met in the order of their first row, so after their parents: the parents' best is known by then
         best = min(rows, key=lambda row: (worth[row][0], parents[row] in best_of, worth[row]))
         best_of.update((row, best) for row in rows if row != best)
     if not best_of:
@@ -55,34 +57,18 @@ def duplicates(messages: pl.DataFrame, prints: Prints, parents: Sequence[int], k
 def _same_paths(replies: pl.Series, prints: Prints, parents: Sequence[int], rows: I64) -> list[list[int]]:
     """Return the rows up to and with which the same is said, where there are several: in the order of the first.
 
-    What is said by one message only starts no common path, and nothing below it has one: few rows are left to look at.
+    What is said by one message only has no twin and is a path of its own: few rows are left to look at.
     """
-    number = _numbered(prints, rows)[0] * 2 + replies.to_numpy()[rows]
+    number = numbered(prints, rows)[0] * 2 + replies.to_numpy()[rows]
     again = np.bincount(number, minlength=1)[number] > 1
     path_of: dict[int, int] = {}  # row -> first row of the same path
     first: dict[tuple[int, int], int] = {}  # first row of the parent's path, what is said -> first row of this path
     paths: dict[int, list[int]] = defaultdict(list)
     for row, said in zip(rows[again].tolist(), number[again].tolist(), strict=True):
-        above = -1 if parents[row] < 0 else path_of.get(parents[row], -2)
-        if above > -2:
-            path_of[row] = first.setdefault((above, said), row)
-            paths[path_of[row]].append(row)
+        above = path_of.get(parents[row], parents[row])
+        path_of[row] = first.setdefault((above, said), row)
+        paths[path_of[row]].append(row)
     return [found for found in paths.values() if len(found) > 1]
-
-
-def _numbered(prints: Prints, rows: I64) -> tuple[I64, I64]:
-    """Number the texts of some rows in the order of their digests.
-
-    Returns:
-        (rows,) numbers, and of each number the first row.
-    """
-    head, tail = prints.digests[rows].T
-    order = np.lexsort((tail, head))  # stable: the first row of a text first
-    fresh = np.ones(len(rows), dtype=np.bool_)
-    fresh[1:] = (np.diff(head[order]) != 0) | (np.diff(tail[order]) != 0)
-    number = np.empty(len(rows), dtype=np.int64)
-    number[order] = np.cumsum(fresh) - 1
-    return number, rows[order[fresh]]
 
 
 @dataclass(frozen=True)
@@ -91,7 +77,7 @@ class Likeness:
 
     Attributes:
         said: (N,) number of each row's text, -1 where it is not compared; equal texts of a role have one number.
-        near: Number -> the numbers of texts that are alike but not equal, with their similarity, the most similar first.
+        near: Number -> the numbers of texts alike but not equal, with their similarity, the most similar first.
         counted: What was counted of pairs of texts.
     """
 
@@ -143,7 +129,7 @@ def likeness(
     first = 0
     for side in (False, True):
         rows = np.flatnonzero(compared & (replies == side))
-        number, one_of = _numbered(prints, rows)
+        number, one_of = numbered(prints, rows)
         said[rows] = first + number
         found = pairs(prints.take(one_of), _places(texts_of, one_of), limits.near_ngram, limits.near_threshold, known)
         columns = (first + found.left, first + found.right, found.similarity)

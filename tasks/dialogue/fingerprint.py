@@ -1,7 +1,7 @@
 """What comparing asks of a text: a digest of it, its size, and the keys under which near copies of it are found.
 
-A word is what stands between white space; in scripts that write without spaces (Chinese, Japanese, Thai, ...) it is one
-character. Of a text's n-grams of words, MinHash keeps the least under each permutation; rows of minima make the key of a
+A word is what stands between white space; in scripts that write without spaces (Chinese, Japanese, Thai, ...) it is
+one character. Of a text's n-grams of words, MinHash keeps the least under each permutation; rows of minima make the key of a
 band, and near copies agree in one band at least. All of it is numpy over UTF-8 bytes: a word is hashed eight bytes at a
 time, so no word becomes a string.
 
@@ -28,11 +28,13 @@ I64 = NDArray[np.int64]
 
 VERSION = 1  # raised when any text gets another fingerprint
 _LANE = 8  # bytes of a word that are hashed at once
-_LONG = 64  # bytes from which on a word is hashed on its own: a word of a megabyte would take as many turns as it has lanes
+_LONG = (
+    64  # bytes from which on a word is hashed on its own: a word of a megabyte would take as many turns as it has lanes
+)
 _MISSED = 1e-3  # share of the pairs at the threshold that the bands may miss
 _ODD = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2**64; Source: Knuth, golden ratio
 _HALF = np.uint64(32)
-# Scripts without spaces: Thai and Lao, Tibetan, Myanmar, Khmer, kana, Han and its extensions; first and one past the last.
+# Scripts without spaces, first and one past the last: Thai to Myanmar, Khmer, kana, Han and its extensions.
 _SPACELESS = (0xE00, 0x10A0, 0x1780, 0x1800, 0x3040, 0x3100, 0x3400, 0x4DC0, 0x4E00, 0xA000, 0xF900, 0xFB00, 0x20000,
               0x40000)  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Near copies: texts whose sets of word n-grams overlap, found by their fingerprints and verified by counting.
 
-Two texts are alike by the Jaccard index of their sets of word n-grams. MinHash only proposes pairs; counting decides, so
-nothing is reported on an estimate. What was counted once can be handed in again: it depends on two texts alone.
+Two texts are alike by the Jaccard index of their sets of word n-grams. MinHash only proposes pairs; counting decides,
+so nothing is reported on an estimate. What was counted once can be handed in again: it depends on two texts alone.
 
 Letters: N texts; S n-grams; P pairs.
 """
@@ -77,6 +77,21 @@ class Pairs:
     right: I64
     similarity: F64
     counted: Known
+
+
+def numbered(prints: Prints, rows: I64) -> tuple[I64, I64]:
+    """Number the texts of some rows in the order of their digests; equal texts have one number.
+
+    Returns:
+        (rows,) numbers, and of each number the first row.
+    """
+    head, tail = prints.digests[rows].T
+    order = np.lexsort((tail, head))  # stable: the first row of a text first
+    fresh = np.ones(len(rows), dtype=np.bool_)
+    fresh[1:] = (head[order][1:] != head[order][:-1]) | (tail[order][1:] != tail[order][:-1])
+    number = np.empty(len(rows), dtype=np.int64)
+    number[order] = np.cumsum(fresh) - 1
+    return number, rows[order[fresh]]
 
 
 def pairs(prints: Prints, texts_of: TextsOf, ngram: int, threshold: float, known: Known | None = None) -> Pairs:
