@@ -6,7 +6,8 @@ ends in exactly one of two tables: kept with its split, or dropped with the reas
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,12 +31,16 @@ from tasks.errors import InputError
 from tasks.step import Params, step
 
 if TYPE_CHECKING:
+    import numpy as np
     import polars as pl
     import pyarrow as pa
+    from numpy.typing import NDArray
 
     from tasks.dialogue.dedupe import Likeness, Twin
+    from tasks.dialogue.near import Prints
 
 ROWS = 16_384  # of a row group: some 10 MB of text, so memory stays flat and readers can skip
+WINDOW = 4 * ROWS  # messages whose texts are in memory at once
 TOP_LANGUAGES = 20  # what a summary can show
 
 
@@ -64,7 +69,7 @@ class CurateParams(Params, Limits, CopyLimits):
         return self
 
 
-@step("curate", version=2, makes=Dialogues)
+@step("curate", version=3, makes=Dialogues)
 def curate(out: Path, messages: Messages, params: CurateParams) -> Counts:
     """Write `dialogues.parquet` and `dropped.parquet`, both in the order of the messages.
 
@@ -74,10 +79,10 @@ def curate(out: Path, messages: Messages, params: CurateParams) -> Counts:
     from tasks.dialogue.quality import COLUMNS
     from tasks.dialogue.split import splits
 
-    asked = {"message_tree_id", "message_id", "parent_id", "rank", *COLUMNS}
+    asked = {"message_tree_id", "message_id", "parent_id", "rank", *COLUMNS} - {"text"}
     table = messages.scan().select(name for name in MESSAGE_COLUMNS if name in asked).collect()
     table = table.with_columns(splits(table["message_tree_id"], params.test_share, params.val_share))
-    verdicts, shared = decide(table, params)
+    verdicts, shared = decide(table, Texts(messages.scan()), params)
     counts = {**_counts(messages.scan(), table, verdicts, params), "shared_across_splits": shared}
     if not counts["messages"]:
         raise _nothing_left(counts, messages.path)
@@ -85,31 +90,61 @@ def curate(out: Path, messages: Messages, params: CurateParams) -> Counts:
     return counts
 
 
-def decide(table: pl.DataFrame, params: CurateParams) -> tuple[Verdicts, dict[str, int]]:
+@dataclass(frozen=True)
+class Texts:
+    """The texts of N messages, read from disk a window at a time: all of them would fill the memory.
+
+    Attributes:
+        messages: N rows with text.
+    """
+
+    messages: pl.LazyFrame
+
+    def between(self, start: int, stop: int) -> pl.Series:
+        """Return the texts of the rows from one on and up to another: (stop - start,)."""
+        return self.messages.slice(start, stop - start).select("text").collect()["text"]
+
+    def of(self, rows: NDArray[np.int64]) -> pa.Array:
+        """Return the texts of some rows, which stand in order: (rows,)."""
+        import pyarrow as pa
+
+        found = [part.gather(within).to_arrow().cast(pa.large_string()) for part, within in self.parts(rows)]
+        return pa.concat_arrays(found) if found else pa.array([], pa.large_string())
+
+    def parts(self, rows: NDArray[np.int64]) -> Iterator[tuple[pl.Series, NDArray[np.int64]]]:
+        """Yield windows of texts and the places of the asked rows in them; windows without any are not read."""
+        import numpy as np
+
+        for window in np.split(rows, np.flatnonzero(np.diff(rows // WINDOW)) + 1) if len(rows) else []:
+            start = int(window[0] // WINDOW) * WINDOW
+            yield self.between(start, start + WINDOW), window - start
+
+
+def decide(table: pl.DataFrame, texts: Texts, params: CurateParams) -> tuple[Verdicts, dict[str, int]]:
     """Judge every message.
 
     Args:
-        table: N messages, parents first, with `split` and the columns that the rules ask for.
+        table: N messages, parents first, with `split` and the columns that the rules ask for, but for the text.
+        texts: The texts of these.
         params: The settings.
 
     Returns:
         One verdict a message, kept only if its parent is; and how many messages the splits share, see `_shared`.
     """
-    from tasks.dialogue.dedupe import duplicates, leaks, likeness, near_duplicates, normalised, repeated_prompts
-    from tasks.dialogue.quality import in_thread, judge, rules_of
+    from tasks.dialogue.dedupe import duplicates, leaks, likeness, near_duplicates, repeated_prompts
     from tasks.dialogue.threads import parent_rows
 
-    parents, ids = parent_rows(table), table["message_id"].to_list()
+    parents, ids = parent_rows(table), table["message_id"]
     with progress.bar("curate", 4, "passes") as bar:
-        verdicts = judge(in_thread(table, parents), rules_of(params))
+        verdicts = _filtered(table, texts, parents, params)
         _settle(table, parents, verdicts, params)
         filtered = verdicts.kept()
         bar.advance(note="filtered")
-        texts = normalised(table["text"])
-        alike = likeness(table, texts, filtered, params)
+        prints = _prints(texts, filtered, params)
+        alike = likeness(table, prints, texts.of, filtered, params)
         bar.advance(note="compared")
         if params.dedupe:
-            twins = duplicates(table, texts, parents, filtered)
+            twins = duplicates(table, prints, parents, filtered)
             verdicts.drop("duplicate", {row: ids[twin] for row, twin in twins.items()})
         if not params.repeat_prompts:
             verdicts.drop("near_duplicate", _named(repeated_prompts(table, alike, parents, verdicts.kept()), ids))
@@ -125,7 +160,46 @@ def decide(table: pl.DataFrame, params: CurateParams) -> tuple[Verdicts, dict[st
     return verdicts, _shared(table, alike, filtered, verdicts.kept(), params)
 
 
-def _named(twins: Mapping[int, Twin], ids: list[str]) -> dict[int, str]:
+def _filtered(table: pl.DataFrame, texts: Texts, parents: list[int], params: CurateParams) -> Verdicts:
+    """Judge every message by the rules, whole trees at a time, so that a message's thread is at hand."""
+    from tasks.dialogue.quality import in_thread, judge, rules_of
+    from tasks.dialogue.threads import windows
+
+    rules, verdicts = rules_of(params), Verdicts([], [])
+    for start, stop in windows(parents, WINDOW):
+        part = table.slice(start, stop - start).with_columns(texts.between(start, stop))
+        above = [parent - start if parent >= 0 else -1 for parent in parents[start:stop]]
+        found = judge(in_thread(part, above), rules)
+        verdicts.reasons.extend(found.reasons)
+        verdicts.evidence.extend(found.evidence)
+    return verdicts
+
+
+def _prints(texts: Texts, kept: list[bool], params: CurateParams) -> Prints:
+    """Return the fingerprints of the kept messages' texts; zeros stand for those of the others."""
+    import numpy as np
+
+    from tasks.dialogue.fingerprint import bands, compute
+    from tasks.dialogue.near import Prints
+
+    rows = np.flatnonzero(kept)
+    count, _ = bands(params.near_permutations, params.near_threshold)
+    made = Prints(
+        np.zeros((len(kept), 2), dtype=np.uint64),
+        np.zeros(len(kept), dtype=np.int32),
+        np.zeros((len(kept), count), dtype=np.uint32),
+    )
+    done = 0
+    for part, within in texts.parts(rows):
+        settings = (params.near_ngram, params.near_permutations, params.near_threshold)
+        found = Prints.of(compute(part.gather(within).to_arrow(), *settings))
+        own = rows[done : done + len(within)]
+        made.digests[own], made.chars[own], made.keys[own] = found.digests, found.chars, found.keys
+        done += len(within)
+    return made
+
+
+def _named(twins: Mapping[int, Twin], ids: pl.Series) -> dict[int, str]:
     return {row: near_evidence(ids[twin], similarity) for row, (twin, similarity) in twins.items()}
 
 
