@@ -15,7 +15,7 @@ from typing import Any
 from flows import chain, recipe
 from flows.chain import STEP_NAMES
 from tasks.artifacts import Artifact, Dialogues, Model, Tokens
-from tasks.dialogue.scorecard import printable
+from tasks.dialogue.markdown import printable
 from tasks.errors import ParameterError, PermissionRefused, StoreError
 from tasks.step import Step, home, session
 from tasks.store import collect

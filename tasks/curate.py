@@ -1,16 +1,20 @@
 """Step 3, curate: keep the messages worth learning from, still as trees, and give each tree a split.
 
-Rules filter message by message, subtrees follow, prompts without a reply go, copies and near copies go. Every message
-ends in exactly one of two tables: kept with its split, or dropped with the reason and what the rule saw.
+Rules filter message by message, first by what the table says of it, then by its text; subtrees follow, prompts without
+a reply go, copies and near copies go. Every message ends in exactly one of two tables: kept with its split, or dropped
+with the reason and what the rule saw.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pydantic import model_validator
+from pydantic import PrivateAttr, model_validator
 
 from tasks import progress
 from tasks.artifacts import (
@@ -25,23 +29,41 @@ from tasks.artifacts import (
     arrow_schema,
     parquet_writer,
 )
-from tasks.dialogue.record import PROTECTION, CopyLimits, Limits, Share, Verdicts, near_evidence
-from tasks.errors import InputError
+from tasks.dialogue.record import (
+    PROTECTION,
+    CopyLimits,
+    Limits,
+    Share,
+    Verdicts,
+    near_evidence,
+)  # fmt: skip
+from tasks.errors import InputError, SourceChanged
+from tasks.sources import LocalPath, allowed_file
 from tasks.step import Params, step
+from tasks.store.canonical import sha256_file
 
 if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
 
     from tasks.dialogue.dedupe import Likeness, Twin
+    from tasks.dialogue.reading import Reader, Seen
 
 ROWS = 16_384  # of a row group: some 10 MB of text, so memory stays flat and readers can skip
-TOP_LANGUAGES = 20  # what a summary can show
+SCORES = {"labels": [f"label_{name}" for name in LABELS], "detoxify": [f"detoxify_{name}" for name in DETOXIFY]}
 
 
 class CurateParams(Params, Limits, CopyLimits):
     """Settings of the curate step."""
 
+    panel: tuple[str, ...] | None = None
+    """Prompts that are not learnt from. None: those of `evaluate.panel`, where a recipe has one."""
+    facts: tuple[str, ...] | None = None
+    """Families of facts of which is counted what replies tell. None: those of `evaluate.facts`."""
+    prompt_files: tuple[LocalPath, ...] = ()
+    """More prompts that are not learnt from: text or JSON lines, in a folder named in TREELINE_SOURCE_ROOTS."""
+    whole_threads: bool = False
+    """Whether a thread, from first prompt to last reply, goes whole where one of its messages goes."""
     require_reply: bool = True
     """Whether prompts with no reply anywhere below them are dropped: there is nothing to train on."""
     dedupe: bool = True
@@ -63,29 +85,61 @@ class CurateParams(Params, Limits, CopyLimits):
             raise ValueError(f"test_share {self.test_share} and val_share {self.val_share} leave nothing to train on")
         return self
 
+    _keyed: tuple[str, ...] = PrivateAttr(default=())  # so that a file that changes after keying is found out
 
-@step("curate", version=2, makes=Dialogues)
+    def keyed(self) -> dict[str, Any]:
+        """Return every setting, the content's hash in place of a path."""
+        self._keyed = tuple(sha256_file(allowed_file(path)) for path in self.prompt_files)
+        return {**super().keyed(), "prompt_files": [*self._keyed]}
+
+    def prompts(self) -> Iterator[tuple[str, str]]:
+        """Yield where each prompt stands and what it says.
+
+        Raises:
+            InputError: For a line that holds none, or a file that changed since its hash entered the key.
+        """
+        from tasks.dialogue.prompts import read_prompts
+
+        yield from ((f"panel {number}", text) for number, text in enumerate(self.panel or (), 1))
+        for at, path in enumerate(self.prompt_files):
+            content = allowed_file(path).read_bytes()
+            if self._keyed and sha256(content).hexdigest() != self._keyed[at]:
+                raise SourceChanged("the prompts changed while the run was at work", path, "Run again")
+            for number, text in read_prompts(Path(path).name, content):
+                yield f"file {at + 1} line {number}", text
+
+
+@step("curate", version=3, makes=Dialogues)
 def curate(out: Path, messages: Messages, params: CurateParams) -> Counts:
-    """Write `dialogues.parquet` and `dropped.parquet`, both in the order of the messages.
+    """Write `dialogues.parquet` and `dropped.parquet`, both in the order of the messages, and `curation.json`.
 
     Raises:
-        InputError: If nothing is left, with the funnel that says where it went.
+        InputError: If nothing is left, with the funnel that says where it went; for a file of prompts that is none.
     """
+    from tasks.dialogue import tally
     from tasks.dialogue.quality import COLUMNS
     from tasks.dialogue.split import splits
 
-    asked = {"message_tree_id", "message_id", "parent_id", "rank", *COLUMNS}
+    asked = {"message_tree_id", "message_id", "parent_id", "sibling", *COLUMNS}
     table = messages.scan().select(name for name in MESSAGE_COLUMNS if name in asked).collect()
     table = table.with_columns(splits(table["message_tree_id"], params.test_share, params.val_share))
-    verdicts, shared = decide(table, params)
-    counts = {**_counts(messages.scan(), table, verdicts, params), "shared_across_splits": shared}
+    verdicts, seen, shared = decide(table, params)
+    counts = {
+        **tally.counts(table, verdicts),
+        "funnel": tally.funnel(verdicts, stages(params)),
+        "label_coverage": tally.coverage(messages.scan(), SCORES),
+        "masked": sum(verdicts.reasons[row] is None for row in seen.masks),
+        "facts": {"asked": seen.facts, "told_in_train": tally.told(table, verdicts, seen.told)} if seen.facts else {},
+        "shared_across_splits": shared,
+    }
     if not counts["messages"]:
         raise _nothing_left(counts, messages.path)
-    _write(out, messages.scan(), table["split"], verdicts)
+    _write(out, messages.scan(), table["split"], verdicts, seen.masks)
+    (out / "curation.json").write_text(json.dumps(tally.curation(table, verdicts, counts), indent=1), encoding="utf-8")
     return counts
 
 
-def decide(table: pl.DataFrame, params: CurateParams) -> tuple[Verdicts, dict[str, int]]:
+def decide(table: pl.DataFrame, params: CurateParams) -> tuple[Verdicts, Seen, dict[str, int]]:
     """Judge every message.
 
     Args:
@@ -93,18 +147,24 @@ def decide(table: pl.DataFrame, params: CurateParams) -> tuple[Verdicts, dict[st
         params: The settings.
 
     Returns:
-        One verdict a message, kept only if its parent is; and how many messages the splits share, see `_shared`.
+        One verdict a message, kept only if its parent is; what was seen in the texts; and how many messages the splits
+        share, see `_shared`.
     """
     from tasks.dialogue.dedupe import duplicates, leaks, likeness, near_duplicates, normalised, repeated_prompts
     from tasks.dialogue.quality import in_thread, judge, rules_of
     from tasks.dialogue.threads import parent_rows
 
     parents, ids = parent_rows(table), table["message_id"].to_list()
-    with progress.bar("curate", 4, "passes") as bar:
+    with progress.bar("curate", 5, "passes") as bar:
         verdicts = judge(in_thread(table, parents), rules_of(params))
+        bar.advance(note="filtered")
+        seen = _read(table, parents, verdicts, params)
+        table = _masked(table, seen.masks)
+        if params.whole_threads:
+            _keep_whole(table, parents, verdicts)
         _settle(table, parents, verdicts, params)
         filtered = verdicts.kept()
-        bar.advance(note="filtered")
+        bar.advance(note="read")
         texts = normalised(table["text"])
         alike = likeness(table, texts, filtered, params)
         bar.advance(note="compared")
@@ -122,7 +182,54 @@ def decide(table: pl.DataFrame, params: CurateParams) -> tuple[Verdicts, dict[st
             verdicts.drop("leak", _named(leaks(table, alike, verdicts.kept(), yielding), ids))
             _settle(table, parents, verdicts, params)
         bar.advance(note="splits separated")
-    return verdicts, _shared(table, alike, filtered, verdicts.kept(), params)
+    return verdicts, seen, _shared(table, alike, filtered, verdicts.kept(), params)
+
+
+def _read(table: pl.DataFrame, parents: list[int], verdicts: Verdicts, params: CurateParams) -> Seen:
+    """Judge what is left by its text, a window at a time."""
+    import polars as pl
+
+    rows = table.select("role", above=pl.Series(parents, dtype=pl.Int64)).with_row_index("row")
+    replies = rows.filter(role="assistant").select(pl.col("row").cast(pl.Int64), "above")
+    windows = ((first, table.slice(first, ROWS).select("text", "lang")) for first in range(0, len(table), ROWS))
+    return _reader(params).read(windows, replies, verdicts)
+
+
+def _reader(params: CurateParams) -> Reader:
+    from tasks.dialogue import language, pii
+    from tasks.dialogue.contamination import Asked, Facts, Index, Told
+    from tasks.dialogue.reading import Reader, per_text
+    from tasks.oasst.facts import facts_of
+
+    told = [
+        Told(f"{fact.family} of {fact.subject}", fact.subject, (fact.answer, *fact.aliases))
+        for fact in facts_of(params.facts or ())
+    ]
+    return Reader(
+        params,
+        per_text(partial(language.detect, chars=params.text_language_chars)),
+        per_text(pii.scan),
+        Index([Asked(where, text) for where, text in params.prompts()], params.overlap_words),
+        Facts(told),
+    )
+
+
+def _masked(table: pl.DataFrame, masks: Mapping[int, tuple[str, str]], first: int = 0) -> pl.DataFrame:
+    """Put masked texts, by row, into a table of the rows from `first` on."""
+    import polars as pl
+
+    here = {row - first: text for row, (text, _) in masks.items() if first <= row < first + len(table)}
+    texts = table["text"].scatter([*here], pl.Series([*here.values()], dtype=pl.String)) if here else table["text"]
+    return table.with_columns(texts)
+
+
+def _keep_whole(table: pl.DataFrame, parents: list[int], verdicts: Verdicts) -> None:
+    """Drop what no whole thread goes through."""
+    from tasks.dialogue.selection import in_whole_threads
+
+    replies = (table["role"] == "assistant").to_list()
+    held = in_whole_threads(parents, replies, table["sibling"].to_list(), verdicts.kept())
+    verdicts.drop("thread", {row: "no thread through it is whole" for row, whole in enumerate(held) if not whole})
 
 
 def _named(twins: Mapping[int, Twin], ids: list[str]) -> dict[int, str]:
@@ -163,64 +270,18 @@ def _settle(table: pl.DataFrame, parents: list[int], verdicts: Verdicts, params:
         verdicts.drop("no_reply", {row: "no reply below" for row, found in enumerate(answered) if not found})
 
 
-def _counts(messages: pl.LazyFrame, table: pl.DataFrame, verdicts: Verdicts, params: CurateParams) -> Counts:
-    """Measure what was kept and where the rest went; `trees` and `messages` are the kept ones."""
-    import polars as pl
-
-    kept = table.filter(pl.Series(verdicts.kept(), dtype=pl.Boolean))
-    return {
-        "trees": kept["message_tree_id"].n_unique(),
-        "messages": len(kept),
-        "dropped": len(table) - len(kept),
-        "read": {"trees": table["message_tree_id"].n_unique(), "messages": len(table)},
-        "funnel": _funnel(verdicts, params),
-        "splits": {name: _sizes(kept.filter(pl.col("split") == name)) for name in reversed(PROTECTION)},
-        "label_coverage": _coverage(messages),
-        "languages": _languages(table),
-    }
-
-
-def _funnel(verdicts: Verdicts, params: CurateParams) -> dict[str, int]:
-    """Return messages dropped by each rule that was asked for, in the order of judgement."""
-    stages = {
+def stages(params: CurateParams) -> list[str]:
+    """Return the names of what may drop a message under these settings, in the order of judgement."""
+    others = {
+        "fact": params.drop_facts,
+        "thread": params.whole_threads,
         "parent": True,
         "no_reply": params.require_reply,
         "duplicate": params.dedupe,
         "near_duplicate": params.near_dedupe or not params.repeat_prompts,
         "leak": params.separate_splits,
     }
-    names = [*params.rules, *(name for name, active in stages.items() if active)]
-    found = dict.fromkeys(names, 0)
-    for reason in verdicts.reasons:
-        if reason is not None:
-            found[reason] += 1
-    return found
-
-
-def _sizes(kept: pl.DataFrame) -> dict[str, int]:
-    replies = int((kept["role"] == "assistant").sum())
-    return {"trees": kept["message_tree_id"].n_unique(), "messages": len(kept), "replies": replies}
-
-
-def _coverage(messages: pl.LazyFrame) -> dict[str, float]:
-    """Return the share of messages with at least one label, and with Detoxify's scores: rules on them see no others."""
-    import polars as pl
-
-    groups = {"labels": [f"label_{name}" for name in LABELS], "detoxify": [f"detoxify_{name}" for name in DETOXIFY]}
-    shares = {
-        name: pl.any_horizontal(pl.col(column).is_not_null() for column in columns).mean()
-        for name, columns in groups.items()
-    }
-    found = messages.select(**shares).collect().row(0, named=True)
-    return {name: round(share or 0.0, 4) for name, share in found.items()}
-
-
-def _languages(table: pl.DataFrame) -> dict[str, int]:
-    """Return messages read of each of the most frequent languages; `unknown` where none is given."""
-    import polars as pl
-
-    table = table.select(pl.col("lang").fill_null("unknown")).group_by("lang").len()
-    return dict(table.sort("len", "lang", descending=[True, False]).head(TOP_LANGUAGES).iter_rows())
+    return [*params.rules, *(name for name, active in others.items() if active)]
 
 
 def _nothing_left(counts: Counts, where: Path) -> InputError:
@@ -234,13 +295,18 @@ def _nothing_left(counts: Counts, where: Path) -> InputError:
     )
 
 
-def _write(out: Path, messages: pl.LazyFrame, splits: pl.Series, verdicts: Verdicts) -> None:
-    """Write both tables, reading the messages once more, a row group at a time."""
+def _write(
+    out: Path, messages: pl.LazyFrame, splits: pl.Series, verdicts: Verdicts, masks: Mapping[int, tuple[str, str]]
+) -> None:
+    """Write both tables, reading the messages once more, a row group at a time; only what is kept is masked."""
     import polars as pl
 
-    verdict = pl.DataFrame(
-        {"split": splits, "reason": verdicts.reasons, "evidence": verdicts.evidence},
-        schema={"split": pl.String, "reason": pl.String, "evidence": pl.String},
+    stay = {row: mask for row, mask in masks.items() if verdicts.reasons[row] is None}
+    columns = {"reason": verdicts.reasons, "evidence": verdicts.evidence}
+    verdict = pl.DataFrame({"split": splits, **columns}, dict.fromkeys(("split", *columns), pl.String)).with_columns(
+        masked=pl.Series([None], dtype=pl.String)
+        .new_from_index(0, len(splits))
+        .scatter([*stay], pl.Series([what for _, what in stay.values()], dtype=pl.String))
     )
     with (
         parquet_writer(out / "dialogues.parquet", DIALOGUE_COLUMNS) as kept,
@@ -249,7 +315,7 @@ def _write(out: Path, messages: pl.LazyFrame, splits: pl.Series, verdicts: Verdi
     ):
         for start in range(0, len(verdict), ROWS):
             part = verdict.slice(start, ROWS)
-            rows = pl.concat([messages.slice(start, ROWS).collect(), part], how="horizontal")
+            rows = pl.concat([_masked(messages.slice(start, ROWS).collect(), stay, start), part], how="horizontal")
             for writer, stays, columns in ((kept, True, DIALOGUE_COLUMNS), (dropped, False, DROPPED_COLUMNS)):
                 chosen = rows.filter(pl.col("reason").is_null() == stays)
                 if len(chosen):

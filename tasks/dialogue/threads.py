@@ -39,6 +39,14 @@ def parent_rows(messages: pl.DataFrame) -> list[int]:
     return parents
 
 
+def roots(parents: Sequence[int]) -> list[int]:
+    """Return the row of each message's root, its own at a root: (N,)."""
+    found: list[int] = []
+    for row, parent in enumerate(parents):
+        found.append(row if parent < 0 else found[parent])
+    return found
+
+
 def is_below(parents: Sequence[int], marked: Sequence[bool]) -> list[bool]:
     """Return whether an ancestor of each message, itself not counted, is marked: (N,)."""
     below: list[bool] = []
