@@ -17,6 +17,7 @@ from tasks.encode import EncodeParams
 from tasks.errors import ParameterError
 from tasks.evaluate import EvaluateParams, EvaluateRuntime
 from tasks.parse import ParseParams
+from tasks.step import Params
 from tasks.train import TrainParams, TrainRuntime
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -56,6 +57,16 @@ class Recipe(BaseModel):
     """Step 6: what is measured."""
     runtime: RuntimeSettings = RuntimeSettings()
     """How fast, never what."""
+
+    def section(self, step: str) -> Params:
+        """Return the settings of a step; curation is told what the evaluation asks, unless it was told otherwise."""
+        if step != "curate":
+            found: Params = getattr(self, step)
+            return found
+        asked = {"panel": self.evaluate.panel, "facts": self.evaluate.facts}
+        return self.curate.model_copy(
+            update={name: value for name, value in asked.items() if getattr(self.curate, name) is None}
+        )
 
 
 def names() -> list[str]:

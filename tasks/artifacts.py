@@ -200,6 +200,11 @@ class Dialogues(Artifact):
         """Scan the kept messages: DIALOGUE_COLUMNS."""
         return self.table("dialogues.parquet")
 
+    def curation(self) -> dict[str, Any]:
+        """Read what a report says of the data."""
+        found: dict[str, Any] = self.json("curation.json")
+        return found
+
     def dropped(self) -> pl.LazyFrame:
         """Scan the dropped messages: DROPPED_COLUMNS."""
         return self.table("dropped.parquet")
@@ -253,6 +258,11 @@ class Tokens(Artifact):
     def encoding(self) -> Encoding:
         """Read how the tokens were made."""
         return read_encoding(self.path)
+
+    def curation(self) -> dict[str, Any] | None:
+        """Read what a report says of the data; None where the dialogues did not tell."""
+        found: dict[str, Any] | None = self.json("curation.json") if (self.path / "curation.json").exists() else None
+        return found
 
     def index(self) -> pl.LazyFrame:
         """Scan the token ranges of messages: INDEX_COLUMNS."""

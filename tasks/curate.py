@@ -302,8 +302,8 @@ def _write(
     import polars as pl
 
     stay = {row: mask for row, mask in masks.items() if verdicts.reasons[row] is None}
-    columns = {"reason": verdicts.reasons, "evidence": verdicts.evidence}
-    verdict = pl.DataFrame({"split": splits, **columns}, dict.fromkeys(("split", *columns), pl.String)).with_columns(
+    told = {"reason": verdicts.reasons, "evidence": verdicts.evidence}
+    verdict = pl.DataFrame({"split": splits, **told}, dict.fromkeys(("split", *told), pl.String)).with_columns(
         masked=pl.Series([None], dtype=pl.String)
         .new_from_index(0, len(splits))
         .scatter([*stay], pl.Series([what for _, what in stay.values()], dtype=pl.String))

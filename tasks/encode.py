@@ -67,7 +67,7 @@ class EncodeParams(Params):
     """Which paths of a tree are trained on: all from root to leaf, the best-ranked one, or prompt and first replies."""
 
 
-@step("encode", version=1, makes=Tokens)
+@step("encode", version=2, makes=Tokens)
 def encode(out: Path, dialogues: Dialogues, params: EncodeParams) -> Counts:
     """Write the memmaps, their index, the tokenizer and the encoding; nothing is published that the gate refuses.
 
@@ -95,6 +95,8 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams) -> Counts:
     )
     vocabulary.exported().save(str(out / "tokenizer.json"))
     write_encoding(out, encoding)
+    if (told := dialogues.path / "curation.json").exists():
+        (out / told.name).write_bytes(told.read_bytes())
     counts = _counts(written, talks, encoding)
     del rows, talks, vocabulary  # the gate reads everything anew
     return {**counts, "gated": _gate(out, dialogues)}
