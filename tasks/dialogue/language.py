@@ -23,6 +23,7 @@ _SAME = {
     "iw": "he", "in": "id", "ji": "yi", "jw": "jv", "tl": "fil", "no": "nb", "nn": "nb", "hr": "sh", "sr": "sh",
     "bs": "sh", "cmn": "zh", "yue": "zh", "ms": "id", "mo": "ro", "sco": "en",
 }  # fmt: skip
+_NONE = {"un", "xxx", "la"}  # unknown; Latin is nearly always filler: lorem ipsum
 
 
 def primary(tag: str) -> str:
@@ -58,4 +59,4 @@ def _guess(text: str) -> tuple[str, float] | None:
         reliable, _, (first, *_) = pycld2.detect(text)
     except pycld2.error:  # a character newer than our table of what is for interchange
         return None
-    return (primary(first[1]), first[2] / 100) if reliable and first[1] != "un" else None
+    return (primary(first[1]), first[2] / 100) if reliable and first[1] not in _NONE else None
