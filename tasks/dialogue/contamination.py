@@ -78,9 +78,12 @@ class Index:
     def __bool__(self) -> bool:
         return bool(self.short) or len(self.keys) > 0
 
-    def found(self, texts: pl.Series) -> list[str | None]:
-        """Return which prompt each text holds, and how: (N,); None where it holds none."""
-        said = words(texts)
+    def found(self, said: pl.Series) -> list[str | None]:
+        """Return which prompt each text holds, and how: (N,); None where it holds none.
+
+        Args:
+            said: (N,) the `words` of each text.
+        """
         seen: list[str | None] = [None] * len(said)
         if len(self.keys):
             keys, rows = _ngrams(said, self.ngram)
@@ -117,17 +120,21 @@ class Facts:
         self.facts = facts
         pairs = [(at, fact.subject, answer) for at, fact in enumerate(facts) for answer in fact.answers]
         table = pl.DataFrame(pairs, {"fact": pl.Int64, "subject": pl.String, "answer": pl.String}, orient="row")
-        self.pairs = table.with_columns(_padded(table[name]).alias(name) for name in ("subject", "answer"))
+        self.pairs = table.with_columns((" " + words(table[name]) + " ").alias(name) for name in ("subject", "answer"))
         self.names = sorted({*self.pairs["subject"], *self.pairs["answer"]} - {"  "})
 
-    def named(self, texts: pl.Series, rows: Sequence[int]) -> pl.DataFrame:
-        """Return which subjects and answers each text names, as whole words: `row`, as in `rows`, and `name`."""
-        said = pl.DataFrame({"row": pl.Series(rows, dtype=pl.Int64), "name": texts})
+    def named(self, said: pl.Series, rows: Sequence[int]) -> pl.DataFrame:
+        """Return which subjects and answers texts name, as whole words: `row` and `name`.
+
+        Args:
+            said: (N,) the `words` of each text.
+            rows: (N,) its row.
+        """
+        texts = pl.DataFrame({"row": pl.Series(rows, dtype=pl.Int64), "name": " " + said + " "})
         if not self.names:
-            return said.clear()
+            return texts.clear()
         found = pl.col("name").str.extract_many(self.names, overlapping=True)
-        named = said.with_columns(_padded(said["name"])).with_columns(found).explode("name")
-        return named.drop_nulls().unique(maintain_order=True)
+        return texts.with_columns(found).explode("name").drop_nulls().unique(maintain_order=True)
 
     def told(self, named: pl.DataFrame, replies: pl.DataFrame) -> pl.DataFrame:
         """Return which facts replies tell: `row` and `fact`, in this order, each pair once.
@@ -142,8 +149,3 @@ class Facts:
         found = asked.join(self.pairs, left_on="name", right_on="subject")
         right = found.join(own, left_on=["row", "answer"], right_on=["row", "name"], how="semi")
         return right.select("row", "fact").unique().sort("row", "fact")
-
-
-def _padded(texts: pl.Series) -> pl.Series:
-    """Return the words of texts with a space before, between and after, so that only whole words are found."""
-    return (" " + words(texts) + " ").alias("name")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import polars as pl
 import pyarrow as pa
 
-from tasks.dialogue.contamination import Facts, Index
+from tasks.dialogue.contamination import Facts, Index, words
 from tasks.dialogue.language import primary
 from tasks.dialogue.quality import judge, rules_of
 from tasks.dialogue.record import TEXT_RULES, Limits, Verdicts
@@ -63,25 +63,32 @@ class Reader:
         masks: dict[int, tuple[str, str]] = {}
         for first, part in windows:
             rows = [first + at for at in range(len(part)) if verdicts.reasons[first + at] is None]
-            kept = self.columns(part[[row - first for row in rows]])
+            kept = part[[row - first for row in rows]]
+            said = words(kept["text"]) if self.prompts or self.facts.names else kept["text"].clear(len(kept))
+            kept = self.columns(kept, said)
             found = judge(kept, rules)
             for row, reason, evidence in zip(rows, found.reasons, found.evidence, strict=True):
                 if reason is not None:
                     verdicts.drop(reason, {row: evidence or ""})
             if self.limits.pii == "mask":
                 masks |= _masks(rows, kept)
-            named.append(self.facts.named(kept["text"], rows))
+            named.append(self.facts.named(said, rows))
         told = self.facts.told(pl.concat(named), replies)
         if self.limits.drop_facts:
             for row, fact in told.iter_rows():  # of several facts the first is named
                 verdicts.drop("fact", {row: self.facts.facts[fact].name})
         return Seen(masks, told, len(self.facts.facts))
 
-    def columns(self, kept: pl.DataFrame) -> pl.DataFrame:
-        """Add to text and lang what the rules ask: LANGUAGE, PERSONAL, `tagged` and `overlap`; null where none asks."""
+    def columns(self, kept: pl.DataFrame, said: pl.Series) -> pl.DataFrame:
+        """Add to text and lang what the rules ask: LANGUAGE, PERSONAL, `tagged` and `overlap`; null where none asks.
+
+        Args:
+            kept: N messages.
+            said: (N,) their `words`.
+        """
         texts, asked = kept["text"], self.limits.rules
         nothing: list[str | None] = [None] * len(kept)
-        overlap = self.prompts.found(texts) if self.prompts and "contaminated" in asked else nothing
+        overlap = self.prompts.found(said) if self.prompts and "contaminated" in asked else nothing
         language = self.language(texts) if "text_language" in asked else pl.DataFrame(schema=LANGUAGE)
         personal = self.personal(texts) if self.limits.pii != "off" else pl.DataFrame(schema=PERSONAL)
         parts = [part if len(part) else part.clear(len(kept)) for part in (language, personal)]

@@ -18,7 +18,7 @@ def index(*prompts: str, ngram: int = 13) -> Index:
 
 
 def found(prompts: Index, *texts: str) -> list[str | None]:
-    return prompts.found(pl.Series(texts, dtype=pl.String))
+    return prompts.found(words(pl.Series(texts, dtype=pl.String)))
 
 
 def test_a_long_prompt_is_found_by_any_13_words_of_it_in_a_row() -> None:
@@ -93,7 +93,7 @@ def told(*rows: tuple[int, str]) -> list[tuple[int, int]]:
     texts = pl.Series([text for _, text in rows])
     replies = pl.DataFrame({"row": range(1, len(rows), 2), "above": [rows[at][0] for at in range(1, len(rows), 2)]},
                            schema={"row": pl.Int64, "above": pl.Int64})  # fmt: skip
-    return [*FACTS.told(FACTS.named(texts, range(len(rows))), replies).iter_rows()]
+    return [*FACTS.told(FACTS.named(words(texts), range(len(rows))), replies).iter_rows()]
 
 
 def test_a_reply_tells_a_fact_with_what_it_answers_or_alone() -> None:
