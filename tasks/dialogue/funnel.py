@@ -104,7 +104,7 @@ def _cases(found: Mapping[str, Sequence[Mapping[str, str]]], heads: bool) -> Ite
     """Show the first cases of each rule, in a fence: ids and evidence hold what stands in the data, too."""
     lines = []
     for rule, shown in found.items():
-        lines.append(rule)
+        lines.append(named(rule))
         for case in shown:
             said = [case["message_id"], case["evidence"], *([case["head"]] if heads else [])]
             lines.append("  " + "  ".join(" ".join(printable(part).split()) for part in said))
