@@ -94,8 +94,10 @@ def safe(text: str) -> str:
 
 
 def _with_pictures(report: Report) -> str:
-    """Return the report with its pictures inside: the UI cannot reach files."""
-    page = report.markdown()
+    """Return the report without texts of the data, and with its pictures inside: the UI cannot reach files."""
+    from tasks.dialogue.scorecard import render
+
+    page = render(report.figures(), heads=False)
     for name in report.manifest.files:
         if name.endswith(".svg"):
             page = page.replace(f"]({name})", f"]({_inline((report.path / name).read_bytes())})")

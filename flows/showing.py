@@ -88,7 +88,11 @@ def verdicts(artifact: Dialogues, message: str) -> list[dict[str, Any]]:
 def verdict(row: Mapping[str, Any]) -> str:
     """Render one entry of `verdicts`: which message, what became of it, and its text."""
     rank = f", rank {row['rank']}" if "rank" in row else ""
-    became = f"kept in {row['split']}" if "split" in row else f"dropped by {row['reason']}: {row['evidence']}"
+    became = (
+        f"kept in {row['split']}, tree {row['message_tree_id']}"
+        if "split" in row
+        else f"dropped by {row['reason']}: {row['evidence']}"
+    )
     became += f", masked: {row['masked']}" if "masked" in row else ""
     return f"{row['role']} {row['message_id']}{rank}: {became}\n    {_line(row['text'])}"
 

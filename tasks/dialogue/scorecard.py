@@ -6,6 +6,7 @@ What a model says and what stands in the data stands only in fenced blocks, see 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from tasks.dialogue import funnel
@@ -23,9 +24,9 @@ MEASURES = (  # name in report.json, name on the page, how a value is written
 )
 
 
-def render(report: Figures) -> str:
-    """Return report.md for report.json."""
-    parts = (_opening, _measures, _curve, _facts, _wrong, _panel, _data, _lineage)
+def render(report: Figures, heads: bool = True) -> str:
+    """Return report.md for report.json; `heads`: with the beginnings of texts of the data."""
+    parts = (_opening, _measures, _curve, _facts, _wrong, _panel, partial(_data, heads=heads), _lineage)
     return "\n\n".join(line for part in parts for line in part(report)) + "\n"
 
 
@@ -131,9 +132,9 @@ def _panel(report: Figures) -> Iterator[str]:
         yield fenced(entry(lines))
 
 
-def _data(report: Figures) -> Iterator[str]:
+def _data(report: Figures, heads: bool) -> Iterator[str]:
     if report.get("curation"):
-        yield from funnel.render(report["curation"], heads=True, picture="funnel.svg")
+        yield from funnel.render(report["curation"], heads, "funnel.svg")
 
 
 def _lineage(report: Figures) -> Iterator[str]:
