@@ -18,7 +18,7 @@ from tasks.artifacts import Artifact, Dialogues, Model, Tokens
 from tasks.dialogue.markdown import printable
 from tasks.errors import ParameterError, PermissionRefused, StoreError
 from tasks.step import Step, home, session
-from tasks.store import collect
+from tasks.store import collect, parts
 from tasks.store.check import Fault, examine
 from tasks.store.folders import SHORT, Store
 
@@ -54,7 +54,7 @@ def _wanted(asked: argparse.Namespace) -> _Wanted:
 
 def run(asked: argparse.Namespace) -> int:
     """Run a recipe; its last line on standard output is the id of what it ends with."""
-    from flows.terminal import console, summary_table
+    from flows.terminal import asked_of_texts, console, summary_table
 
     wanted, started = _wanted(asked), time.monotonic()
     planned = wanted.plan()
@@ -66,32 +66,72 @@ def run(asked: argparse.Namespace) -> int:
         made = _work(wanted, asked)
     rows = [(step, cached, seconds, why, one.counts, one.path) for step, cached, seconds, why, one in made]
     console().print(summary_table(f"{wanted.recipe.name}: {time.monotonic() - started:.1f} s", rows))
+    for step, cached, *_, one in made:
+        for line in [] if cached else asked_of_texts(one.manifest):
+            console().print(f"{step}: {line}", highlight=False)
     print(made[-1][-1].id)
+    return 0
+
+
+def sweep(asked: argparse.Namespace) -> int:
+    """Run the arms of a sweep, and print the table that compares them."""
+    from flows import sweep as sweeps
+    from flows.terminal import console, table
+
+    base = recipe.load(asked.recipe)
+    planned = sweeps.arms(base, asked.settings, asked.seeds)
+    if (outcomes := sweeps.done(base, planned)) is None:
+        _prefect(asked.verbose)
+        from flows.pipeline import sweep_arms
+
+        with _in_process():
+            sweep_arms(base, asked.settings, asked.seeds)
+        outcomes = sweeps.done(base, planned) or []
+    rows = sweeps.comparison(outcomes)
+    if asked.json:
+        _json(rows)
+    else:
+        console().print(table(f"sweep of {base.name}", sweeps.COLUMNS, [sweeps.cells(row) for row in rows]))
     return 0
 
 
 def _work(wanted: _Wanted, asked: argparse.Namespace) -> list[tuple[str, bool, float, str, Artifact]]:
     """Run the flow in this process, on Prefect's in-process API unless PREFECT_API_URL names a server."""
-    from flows.deployments import configure, server_apart
-    from flows.terminal import Bars
-    from tasks.progress import listening
-
-    for name in ("PREFECT_LOGGING_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL"):
-        os.environ.setdefault(name, "INFO" if asked.verbose else "CRITICAL")
-    configure(os.environ)
-    print("starting Prefect (the first time, its database takes half a minute) ...", file=sys.stderr)
+    _prefect(asked.verbose)
     from flows.cards import publish_card
     from flows.pipeline import model, pipeline
 
-    bars, until = Bars(), next(step for step in reversed(STEP_NAMES) if step == asked.until or not asked.until)
+    until = next(step for step in reversed(STEP_NAMES) if step == asked.until or not asked.until)
     forced = [step for step in STEP_NAMES if step in wanted.force]
-    server_apart()
-    with bars.shown(), listening(bars), session(wanted.recipe.name, wanted.force, publish_card) as run:
+    with _in_process(), session(wanted.recipe.name, wanted.force, publish_card) as run:
         if asked.tokens:
             model(wanted.recipe, asked.tokens, until, forced)
         else:
             pipeline(wanted.recipe, until, forced)
     return [(one.step, one.cached, one.seconds, one.why, one.artifact) for one in run.outcomes]
+
+
+def _prefect(verbose: bool) -> None:
+    """Set Prefect's environment; its modules read it once, when they are imported."""
+    from flows.deployments import configure
+
+    for name in ("PREFECT_LOGGING_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL"):
+        os.environ.setdefault(name, "INFO" if verbose else "CRITICAL")
+    configure(os.environ)
+    print("starting Prefect (the first time, its database takes half a minute) ...", file=sys.stderr)
+
+
+@contextmanager
+def _in_process() -> Iterator[None]:
+    """Show bars while flows run in this process, and keep Ctrl-C from Prefect's own server."""
+    from flows.deployments import server_apart
+    from flows.terminal import Bars
+    from tasks.progress import listening
+
+    bars = Bars()
+    server_apart()
+    with bars.shown(), listening(bars):
+        yield
 
 
 def plan(asked: argparse.Namespace) -> int:
@@ -121,7 +161,7 @@ def why(asked: argparse.Namespace) -> int:
 
 def ls(asked: argparse.Namespace) -> int:
     """List the artifacts."""
-    from flows.terminal import artifact_table, console, size
+    from flows.terminal import artifact_table, console, remembered, size
 
     found = [manifest for _, manifest in Store(home()).manifests(asked.kind)]
     if asked.json:
@@ -141,6 +181,8 @@ def ls(asked: argparse.Namespace) -> int:
         )
     elif found:
         console().print(artifact_table(found))
+        for line in remembered(parts.memos(home())):
+            print(line)
     else:
         print(f"no artifacts in {home()}; `python -m flows run` makes some")
     return 0
@@ -202,12 +244,15 @@ def verify(asked: argparse.Namespace) -> int:
         for folder, fault in found
         if isinstance(fault, Fault)
     ]
+    written = [part for folder in parts.memos(home()) for part in parts.parts(folder)]
+    faults = [(part, what) for part in written if (what := parts.fault(part)) and part.exists()]
+    corrupt += [{"id": f"{parts.FOLDER}/{part.parent.name}", "file": part.name, "what": what} for part, what in faults]
     if asked.json:
-        _json({"checked": len(found), "corrupt": corrupt})
+        _json({"checked": len(found), "remembered": len(written), "corrupt": corrupt})
     else:
         for entry in corrupt:
             print(f"{entry['id']}: {entry['file']} {entry['what']}; the next run moves it aside and rebuilds it")
-        print(f"{len(found)} artifacts checked, {len(corrupt)} corrupt")
+        print(f"{len(found)} artifacts and {len(written)} parts of what is remembered checked, {len(corrupt)} corrupt")
     return 65 if corrupt else 0
 
 

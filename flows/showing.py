@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from flows.terminal import asked_of_texts
 from tasks.artifacts import Artifact, Dialogues, Messages, Model, RawTrees, Report, Tokens
 from tasks.dialogue.record import named_in
 from tasks.errors import ParameterError
@@ -36,7 +37,8 @@ def text(artifact: Artifact, count: int) -> str:
         Model: _model,
         Report: lambda made, n: made.markdown(),
     }
-    head = f"{artifact.id}  {artifact.path}\n{json.dumps(artifact.counts, ensure_ascii=False)}\n"
+    asked = "".join(f"{line}\n" for line in asked_of_texts(artifact.manifest))
+    head = f"{artifact.id}  {artifact.path}\n{json.dumps(artifact.counts, ensure_ascii=False)}\n{asked}"
     return f"{head}\n{shown[type(artifact)](artifact, count)}"
 
 

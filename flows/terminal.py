@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -124,6 +124,22 @@ def artifact_table(manifests: Sequence[Manifest]) -> Table:
 def size(manifest: Manifest) -> int:
     """Return the bytes of an artifact's files."""
     return sum(entry.bytes for entry in manifest.files.values())
+
+
+def asked_of_texts(manifest: Manifest) -> list[str]:
+    """Say of each function of one text how many texts it was asked for, and how many were remembered."""
+    asked: dict[str, dict[str, int]] = manifest.origin.get("texts", {})
+    return [
+        f"{PurePath(name).name}: asked for {tally['asked']:,} texts, "
+        f"{tally['remembered']:,} remembered, {tally['computed']:,} computed"
+        for name, tally in asked.items()
+    ]
+
+
+def remembered(memos: Sequence[Path]) -> list[str]:
+    """Say what is remembered of texts: which function, how many bytes."""
+    sizes = [sum(part.stat().st_size for part in memo.glob("*.arrow")) for memo in memos]
+    return [f"{memo.parent.name}/{memo.name}  {size:,} bytes" for memo, size in zip(memos, sizes, strict=True)]
 
 
 def brief(counts: Mapping[str, Any], most: int = 4) -> str:

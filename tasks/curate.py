@@ -38,8 +38,9 @@ from tasks.dialogue.record import (
     near_evidence,
 )  # fmt: skip
 from tasks.errors import InputError, SourceChanged
+from tasks.rows import PerText, per_text
 from tasks.sources import LocalPath, allowed_file
-from tasks.step import Params, step
+from tasks.step import Params, TextsRuntime, step
 from tasks.store.canonical import sha256_file
 
 if TYPE_CHECKING:
@@ -109,8 +110,12 @@ class CurateParams(Params, Limits, CopyLimits):
                 yield f"file {at + 1} line {number}", text
 
 
+class CurateRuntime(TextsRuntime):
+    """How fast texts are read, never what is found in them."""
+
+
 @step("curate", version=3, makes=Dialogues)
-def curate(out: Path, messages: Messages, params: CurateParams) -> Counts:
+def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRuntime) -> Counts:
     """Write `dialogues.parquet` and `dropped.parquet`, both in the order of the messages, and `curation.json`.
 
     Raises:
@@ -198,20 +203,28 @@ def _read(table: pl.DataFrame, parents: list[int], verdicts: Verdicts, params: C
 def _reader(params: CurateParams) -> Reader:
     from tasks.dialogue import language, pii
     from tasks.dialogue.contamination import Asked, Facts, Index, Told
-    from tasks.dialogue.reading import Reader, per_text
+    from tasks.dialogue.reading import Reader
     from tasks.oasst.facts import facts_of
 
+    chars = params.text_language_chars
     told = [
         Told(f"{fact.family} of {fact.subject}", fact.subject, (fact.answer, *fact.aliases))
         for fact in facts_of(params.facts or ())
     ]
     return Reader(
         params,
-        per_text(partial(language.detect, chars=params.text_language_chars)),
-        per_text(pii.scan),
+        partial(_rows_of, PerText("language", 1, {"chars": chars}, partial(language.detect, chars=chars))),
+        partial(_rows_of, PerText("personal", 1, {}, pii.scan)),
         Index([Asked(where, text) for where, text in params.prompts()], params.overlap_words),
         Facts(told),
     )
+
+
+def _rows_of(function: PerText, texts: pl.Series) -> pl.DataFrame:
+    """Return what a function gives for texts, of which it remembers those that it has seen."""
+    import polars as pl
+
+    return pl.DataFrame(per_text(function, texts))
 
 
 def _masked(table: pl.DataFrame, masks: Mapping[int, tuple[str, str]], first: int = 0) -> pl.DataFrame:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tasks.artifacts import (
     INDEX_COLUMNS,
@@ -24,7 +23,9 @@ from tasks.artifacts import (
 )
 from tasks.errors import InputError
 from tasks.progress import bar, track
-from tasks.step import Params, step
+from tasks.rows import PerText, per_text
+from tasks.step import Params, TextsRuntime, step
+from tasks.store.canonical import sha256_file
 from tasks.store.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -35,14 +36,13 @@ if TYPE_CHECKING:
     from tasks.text.bpe import Vocabulary
     from tasks.text.chat import Tags, Template
     from tasks.text.lay import Texts, Turns
-    from tasks.text.layout import Fitted
+    from tasks.text.layout import Conversation, Forest
 
 SPLITS = ("train", "val", "test")
 PAD = "<|endoftext|>"
 ARRAYS = ("ids", "mask", "positions", "ends")  # each a file: ids.bin, ...
-LINKS = ("message_tree_id", "message_id", "parent_id", "rank", "sibling")  # what makes rows a forest
 NAMES = ("message_id", "message_tree_id", "role", "split")  # what the index says of a row
-ROWS = (*LINKS, "role", "split")
+ROWS = (*NAMES, "parent_id", "rank", "sibling")  # what is read of all rows
 WINDOW = 1 << 16  # rows whose texts are in memory at a time: 40 MB
 CHUNK = 256  # sequences laid at a time: 2 MB an array at a block of 1,024, which caches hold
 GROUP = 1 << 20  # rows of a row group of the index, as pyarrow makes them of a whole table
@@ -58,17 +58,36 @@ class EncodeParams(Params):
     """Most token ids of a trained vocabulary, its 4 special tokens among them; GPT-2's own has 50,260."""
 
     block: int = Field(default=1_024, ge=16, le=65_535)
-    """Tokens in a sequence; GPT-2 knows 1,024 positions."""
+    """Most tokens of a conversation, from its start to a reply; GPT-2 knows 1,024 positions."""
 
     template: Literal["chat", "xml"] = "chat"
     """How turns are written: with role tokens, or with the plain-text tags of the seed."""
 
-    layout: Literal["paths", "top1", "first-reply"] = "paths"
-    """Which paths of a tree are trained on: all from root to leaf, the best-ranked one, or prompt and first replies."""
+    pack: int | None = Field(default=None, ge=16, le=65_535)
+    """Tokens of a sequence, at least block: a larger one cuts fewer trees, and costs attention. None: block."""
+
+    layout: Literal["tree", "paths", "top1", "first-reply"] = "tree"
+    """How trees become sequences: whole, each message once; as all paths from root to leaf, the best-ranked path, or
+    prompt and first replies."""
+
+    @model_validator(mode="after")
+    def _holds_a_path(self) -> EncodeParams:
+        if self.pack is not None and self.pack < self.block:
+            raise ValueError(f"pack {self.pack} is less than block {self.block}, so not every path would fit")
+        return self
+
+    @property
+    def length(self) -> int:
+        """T, tokens of a sequence."""
+        return self.pack or self.block
+
+
+class EncodeRuntime(TextsRuntime):
+    """How fast texts become ids, never which."""
 
 
 @step("encode", version=2, makes=Tokens)
-def encode(out: Path, dialogues: Dialogues, params: EncodeParams) -> Counts:
+def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRuntime) -> Counts:
     """Write the memmaps, their index, the tokenizer and the encoding; nothing is published that the gate refuses.
 
     Raises:
@@ -80,10 +99,11 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams) -> Counts:
     rows, template = _rows(dialogues), TEMPLATES[params.template]
     vocabulary = _vocabulary(dialogues, template, params)
     pieces = tags(template, vocabulary.specials, vocabulary.encode)
-    talks = _talks(dialogues, rows, vocabulary, pieces, params)
-    written = _write(out, rows, talks, params.block, vocabulary.specials[PAD])
+    talks = _talks(dialogues, rows, _ids_of(vocabulary, params), pieces, params)
+    written = _write(out, rows, talks, params.length, vocabulary.specials[PAD])
     encoding = Encoding(
         block=params.block,
+        length=params.length,
         vocab_size=vocabulary.size_padded,
         template=params.template,
         layout=params.layout,
@@ -125,53 +145,119 @@ def _vocabulary(dialogues: Dialogues, template: Template, params: EncodeParams) 
     return trained(track(texts, "vocabulary", len(texts), "messages"), params.vocab_size, template.plain())
 
 
+def _ids_of(vocabulary: Vocabulary, params: EncodeParams) -> PerText:
+    """Return what gives the ids of a text; a run remembers them for the next one."""
+    from tasks.text.bpe import gpt2_ids, ids_of
+
+    known = params.tokenizer == "gpt2"
+    compute = partial(gpt2_ids, vocabulary.apart) if known else partial(ids_of, vocabulary)
+    return PerText(f"{params.tokenizer}-ids", 1, {"vocabulary": vocabulary.digest}, compute)
+
+
 @dataclass(frozen=True)
 class _Talks:
     """Which conversations are written, and the ids of their messages.
 
     Attributes:
-        fitted: The conversations, by row.
+        conversations: Rows of each, depth first: a path, or as much of a tree as fits.
+        contexts: How many rows at the start of each are not trained: another conversation trains them.
         tags: The template's pieces as ids.
         texts: Ids of the texts in them.
+        parents: (rows,) row of each row's parent, -1 at a root.
         replies: (rows,) whether a row is an assistant's.
-        sizes: Tokens of each conversation.
+        sizes: (conversations,) tokens of each.
         utf8: (rows,) bytes of each text in them.
-        found: How many conversations the layout gave; the rest was left out (see `Fitted`).
+        counts: What the layout did: how many conversations it found, and what of them was left out.
     """
 
-    fitted: Fitted
+    conversations: list[Conversation]
+    contexts: list[int]
     tags: Tags
     texts: Texts
+    parents: NDArray[np.int64]
     replies: NDArray[np.bool_]
-    sizes: list[int]
+    sizes: NDArray[np.int64]
     utf8: NDArray[np.int64]
-    found: int
+    counts: Counts
 
 
-def _talks(
-    dialogues: Dialogues, rows: pl.DataFrame, vocabulary: Vocabulary, tags: Tags, params: EncodeParams
-) -> _Talks:
+def _talks(dialogues: Dialogues, rows: pl.DataFrame, ids_of: PerText, tags: Tags, params: EncodeParams) -> _Talks:
     """Lay the trees out, encode the texts that are asked for, and end every conversation on a reply that fits."""
     import numpy as np
 
     from tasks.text.lay import around
-    from tasks.text.layout import LAYOUTS, fit, forest
+    from tasks.text.layout import LAYOUTS, flat, forest
 
-    found = list(LAYOUTS[params.layout](forest(*(rows[name].to_list() for name in LINKS))))
-    asked = np.zeros(rows.height, np.bool_)
-    asked[np.fromiter(chain.from_iterable(found), np.int64)] = True
-    texts, utf8 = _encoded(dialogues, asked, vocabulary)
+    trees = forest(rows)
+    found = None if params.layout == "tree" else list(LAYOUTS[params.layout](trees))
+    asked = np.full(rows.height, found is None)
+    if found is not None:
+        asked[flat(found)[0]] = True
+    texts, utf8 = _encoded(dialogues, asked, ids_of)
     replies = (rows["role"] == "assistant").to_numpy()
-    nowhere = np.zeros(rows.height, np.bool_)  # what stands at the ends of a conversation is counted once, apart
-    lengths = (texts.lengths + sum(around(replies, nowhere, nowhere, tags))).tolist()
+    nowhere = np.zeros(rows.height, np.bool_)  # what stands at the ends of a conversation is counted apart
+    lengths = texts.lengths + sum(around(replies, nowhere, nowhere, tags))
+    laid = (
+        _whole(trees, replies, lengths, tags, params)
+        if found is None
+        else _paths(found, replies, lengths, tags, params)
+    )
+    return _Talks(*laid[:2], tags, texts, np.array(trees.parents, np.int64), replies, laid[2], utf8, laid[3])
+
+
+_Laid = tuple[list["Conversation"], list[int], "NDArray[np.int64]", Counts]  # conversations, contexts, sizes, counts
+
+
+def _whole(
+    trees: Forest, replies: NDArray[np.bool_], lengths: NDArray[np.int64], tags: Tags, params: EncodeParams
+) -> _Laid:
+    """Take trees as they are, or as much of one as fits a sequence."""
+    import numpy as np
+
+    from tasks.text.branches import Sizes, cut
+
+    sizes = Sizes(lengths.tolist(), len(tags.start), len(tags.tail), params.block, params.length)
+    made = cut(trees, replies.tolist(), sizes)
+    counts = {
+        "found": made.trees + made.skipped,
+        "cut": made.divided,
+        "skipped": made.skipped,
+        "too_long": made.too_long,
+        "context": sum(sizes.rows[row] for piece in made.pieces for row in piece.rows[: piece.context]),
+    }
+    pieces = made.pieces
+    tokens = np.array([piece.tokens for piece in pieces], np.int64)
+    return [piece.rows for piece in pieces], [piece.context for piece in pieces], tokens, counts
+
+
+def _paths(
+    found: list[Conversation],
+    replies: NDArray[np.bool_],
+    lengths: NDArray[np.int64],
+    tags: Tags,
+    params: EncodeParams,
+) -> _Laid:
+    """Take paths, each to its last reply that fits."""
+    import numpy as np
+
+    from tasks.text.layout import fit, flat
+
     outer = len(tags.start) + len(tags.tail)
-    fitted = fit(found, replies.tolist(), lengths, params.block - outer)
-    sizes = [outer + sum(map(lengths.__getitem__, conversation)) for conversation in fitted.conversations]
-    return _Talks(fitted, tags, texts, replies, sizes, utf8, len(found))
+    fitted = fit(found, replies, lengths, params.block - outer)
+    inside, stops = flat(fitted.conversations)
+    sizes = np.diff(np.cumsum(lengths[inside])[stops - 1], prepend=0) + outer
+    counts = {
+        "found": len(found),
+        "cut": fitted.cut,
+        "skipped": fitted.skipped,
+        "repeated": fitted.repeated,
+        "too_long": fitted.too_long,
+    }
+    return fitted.conversations, [0] * len(sizes), sizes, counts
 
 
-def _encoded(dialogues: Dialogues, asked: NDArray[np.bool_], vocabulary: Vocabulary) -> tuple[Texts, NDArray[np.int64]]:
-    """Encode the texts of the rows asked for; equal ones among some thousand neighbours once.
+def _encoded(dialogues: Dialogues, asked: NDArray[np.bool_], ids_of: PerText) -> tuple[Texts, NDArray[np.int64]]:
+    """Encode the texts of the rows asked for, those that were never encoded before.
 
     Returns:
         The ids, and (rows,) the UTF-8 bytes of each text.
@@ -185,13 +271,12 @@ def _encoded(dialogues: Dialogues, asked: NDArray[np.bool_], vocabulary: Vocabul
     with bar("encode", int(asked.sum()), "messages") as shown:
         for number, window in enumerate(_texts(dialogues, len(asked))):
             chosen = np.flatnonzero(asked[number * WINDOW : number * WINDOW + len(window)])
-            place: dict[str, int] = {}
-            of_row = [place.setdefault(text, len(place)) for text in window.gather(chosen)]
-            made, counted = vocabulary.encode_all([*place], os.cpu_count() or 1)
-            ids.append(made)
-            rows = number * WINDOW + chosen
-            starts[rows], lengths[rows] = (np.cumsum(counted) - counted)[of_row], counted[of_row]
-            utf8[rows] = window.str.len_bytes().to_numpy()[chosen]
+            texts = window.gather(chosen)
+            made = per_text(ids_of, texts).column("ids").combine_chunks()
+            ids.append(made.flatten().to_numpy())
+            rows, ends = number * WINDOW + chosen, made.offsets.to_numpy().astype(np.int64)
+            starts[rows], lengths[rows] = ends[:-1] - ends[0], np.diff(ends)
+            utf8[rows] = texts.str.len_bytes().to_numpy()
             shown.advance(len(chosen))
     return Texts(WINDOW, ids, starts, lengths), utf8
 
@@ -212,7 +297,9 @@ def _write(out: Path, rows: pl.DataFrame, talks: _Talks, block: int, pad: int) -
 
     packed = _packed(rows, talks, block)
     plan = [numbers for sequences in packed.values() for numbers in sequences]
-    placed = turns(talks.fitted.conversations, plan, talks.replies, talks.texts.lengths, talks.tags)
+    placed = turns(
+        talks.conversations, talks.contexts, plan, talks.parents, talks.replies, talks.texts.lengths, talks.tags
+    )
     with ExitStack() as stack:
         files = {name: stack.enter_context((out / f"{name}.bin").open("wb")) for name in ARRAYS}
         for first in track(range(0, len(plan), CHUNK), "pack", -(-len(plan) // CHUNK), f"times {CHUNK} sequences"):
@@ -225,7 +312,7 @@ def _write(out: Path, rows: pl.DataFrame, talks: _Talks, block: int, pad: int) -
     for split, sequences in packed.items():
         here = placed.of(first, first + len(sequences))
         first += len(sequences)
-        spoken = int(talks.utf8[here.row[here.reply]].sum())
+        spoken = int(talks.utf8[here.row[here.trained > 0]].sum())
         written[split] = _Tally(len(sequences), int(here.size.sum()), int(here.trained.sum()), spoken)
     return written
 
@@ -236,32 +323,28 @@ def _packed(rows: pl.DataFrame, talks: _Talks, block: int) -> dict[str, list[lis
     Raises:
         InputError: If the train split has no conversation.
     """
+    import numpy as np
+
     from tasks.text.pack import best_fit
 
-    of_split: dict[str, list[int]] = {split: [] for split in SPLITS}
-    splits = rows["split"].to_list()
-    for number, conversation in enumerate(talks.fitted.conversations):
-        of_split[splits[conversation[0]]].append(number)
-    if not of_split["train"]:
-        what = f"the train split holds no reply that fits a block of {block:,} tokens"
-        where = f"{rows.height:,} messages came in, {splits.count('train'):,} of them to train on"
+    splits = rows["split"]
+    of_each = splits.gather([conversation[0] for conversation in talks.conversations])
+    of_split = {split: np.flatnonzero((of_each == split).to_numpy()) for split in SPLITS}
+    if not len(of_split["train"]):
+        what = f"the train split holds no reply that fits {block:,} tokens"
+        where = f"{rows.height:,} messages came in, {(splits == 'train').sum():,} of them to train on"
         raise InputError(what, where, "Keep more messages in curate, or raise encode.block", "encode.empty")
     return {
-        split: [
-            [numbers[place] for place in places]
-            for places in best_fit([talks.sizes[number] for number in numbers], block)
-        ]
+        split: [numbers[places].tolist() for places in best_fit(talks.sizes[numbers].tolist(), block)]
         for split, numbers in of_split.items()
     }
 
 
 def _write_index(path: Path, rows: pl.DataFrame, placed: Turns) -> None:
-    """Write the token ranges of messages; each goes on from the one before it."""
-    import numpy as np
+    """Write the token ranges of messages, and which one each goes on from."""
     import pyarrow as pa
 
     schema = arrow_schema(INDEX_COLUMNS)
-    before = np.arange(-1, len(placed.row) - 1)
     with parquet_writer(path, INDEX_COLUMNS) as writer:
         for first in range(0, len(placed.row), GROUP):
             here = slice(first, first + GROUP)
@@ -273,7 +356,7 @@ def _write_index(path: Path, rows: pl.DataFrame, placed: Turns) -> None:
                 "trained": placed.trained[here],
             }
             columns = {name: pa.array(values, pa.int32()) for name, values in numbers.items()}
-            columns["parent"] = pa.array(before[here], pa.int64(), mask=placed.opens[here])
+            columns["parent"] = pa.array(placed.parent[here], pa.int64(), mask=placed.opens[here])
             for name in NAMES:
                 columns[name] = named[name].to_arrow().cast(pa.string())
             writer.write_table(pa.table([columns[name] for name in INDEX_COLUMNS], schema=schema))
@@ -296,13 +379,9 @@ def _counts(written: dict[str, _Tally], talks: _Talks, encoding: Encoding) -> Co
         "sequences": sequences,
         "tokens": tokens,
         "trained": trained,
-        "padding": sequences * encoding.block - tokens,
-        "found": talks.found,
-        "conversations": len(talks.fitted.conversations),
-        "cut": talks.fitted.cut,
-        "skipped": talks.fitted.skipped,
-        "repeated": talks.fitted.repeated,
-        "too_long": talks.fitted.too_long,
+        "padding": sequences * encoding.length - tokens,
+        "conversations": len(talks.conversations),
+        **talks.counts,
         "vocab_size": encoding.vocab_size,
         "splits": {split: asdict(tally) for split, tally in written.items()},
     }
@@ -311,9 +390,16 @@ def _counts(written: dict[str, _Tally], talks: _Talks, encoding: Encoding) -> Co
 def _gate(out: Path, dialogues: Dialogues) -> int:
     """Read everything back as a reader of the artifact would, and check it."""
     from tasks.text.chat import load_dialect
-    from tasks.text.gate import SAID, Written, check
+    from tasks.text.gate import check, ids_again
+    from tasks.text.said import SAID
+    from tasks.text.written import Stored, Written
 
     tokens = Tokens(out, Manifest(key="", kind=Tokens.kind, recipe={}, files={}, digest=""))
-    arrays = (tokens.ids(), tokens.mask(), tokens.positions(), tokens.ends())
-    written = Written(*arrays, tokens.index().collect(), tokens.encoding().splits)
-    return check(written, load_dialect(out), dialogues.scan().select(SAID))
+    ids, mask, positions, ends = map(Stored, (tokens.ids(), tokens.mask(), tokens.positions(), tokens.ends()))
+    encoding = tokens.encoding()
+    once = encoding.layout == "tree"
+    written = Written(ids, mask, positions, ends, tokens.index().collect(), encoding.splits, once)
+    tokenizer = (out / "tokenizer.json").read_text(encoding="utf-8")
+    settings = {"tokenizer": sha256_file(out / "tokenizer.json")}
+    again = PerText("exported-ids", 1, settings, partial(ids_again, tokenizer))
+    return check(written, load_dialect(out), dialogues.scan().select(SAID), partial(per_text, again))

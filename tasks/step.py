@@ -20,16 +20,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.artifacts import Artifact, Counts
 from tasks.errors import StoreError
+from tasks.rows import Desk, remembering
 from tasks.store.canonical import sha256_of
 from tasks.store.check import Fault
 from tasks.store.collect import Lease, lease
@@ -62,6 +63,13 @@ class Runtime(BaseModel):
     """Settings that decide how fast a step works, never what it makes. None of them enters its key."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class TextsRuntime(Runtime):
+    """How a step computes what it asks of each text."""
+
+    workers: int = Field(default=0, ge=0, le=1_024)
+    """Threads that work on texts; 0: one a core. Any number gives the same files."""
 
 
 def home() -> Path:
@@ -233,14 +241,16 @@ class _Call:
         """Say why this call has no artifact."""
         if self.forced or self.fault:
             return self.fault or "forced"
-        return why_missing(self.recipe, self.store.comparable(self.kind, self.run.recipe, self.step.name))
+        near = self.store.comparable(self.kind, self.run.recipe, self.step.name)
+        return why_missing(self.recipe, near, self.store.names())
 
     def build(self) -> Manifest:
         """Run the step's function in a scratch folder and publish what it wrote."""
         started = time.time()
         with self.store.scratch(self.kind, self.key, self.step.resumable, fresh=self.forced) as out:
             try:
-                counts = self.step.function(out, **self.bound)
+                with self.remembering() as desk:
+                    counts = self.step.function(out, **self.bound)
                 files = entries(out)
             except OSError as error:
                 if error.errno in WRITE_ERRORS:
@@ -253,9 +263,16 @@ class _Call:
             origin = {
                 **_origin(self.run.recipe, self.bound.get(self.step.runtime_name)),
                 "seconds": round(time.time() - started, 3),
+                "texts": desk.counts(),
             }
             manifest = Manifest(self.key, self.kind, self.recipe, files, digest, counts, origin)
             return self.store.publish(out, manifest, replace=self.forced)[1]
+
+    def remembering(self) -> AbstractContextManager[Desk]:
+        """Open the memos of functions of one text; a forced build trusts nothing that is remembered."""
+        root = None if self.forced else self.store.root
+        hold = self.run.lease.hold if self.run.lease else lambda name: None
+        return remembering(root, getattr(self.bound.get(self.step.runtime_name), "workers", 0), hold)
 
 
 def _origin(recipe: str, runtime: Runtime | None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from tasks.artifacts import (
     arrow_schema,
     parquet_writer,
 )
-from tasks.curate import ROWS, CurateParams, curate
+from tasks.curate import ROWS, CurateParams, CurateRuntime, curate
 from tasks.dialogue.record import RULES
 from tasks.dialogue.split import split_of
 from tasks.errors import InputError, ParameterError, SourceChanged
@@ -65,7 +65,7 @@ def messages_of(folder: Path, *rows: dict[str, Any]) -> Messages:
 
 def curated(messages: Messages, out: Path, params: CurateParams) -> tuple[Dialogues, Counts]:
     out.mkdir(exist_ok=True)
-    counts = curate.function(out, messages, params)
+    counts = curate.function(out, messages, params, CurateRuntime(workers=1))
     return Dialogues(out, sealed("dialogues")), counts
 
 

@@ -2,9 +2,9 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import numpy as np
@@ -12,9 +12,11 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
+from tasks import rows as row_functions
 from tasks.artifacts import DIALOGUE_COLUMNS, Dialogues, Tokens, arrow_schema, parquet_writer
-from tasks.encode import EncodeParams, encode
+from tasks.encode import EncodeParams, EncodeRuntime, encode
 from tasks.errors import InputError
+from tasks.step import session
 from tasks.store.manifest import Manifest
 from tasks.text.chat import load_dialect
 
@@ -63,7 +65,7 @@ def dialogues(folder: Path, rows: list[Row]) -> Dialogues:
 def encoded(folder: Path, rows: list[Row], params: EncodeParams = SMALL) -> Tokens:
     out = folder / "tokens"
     out.mkdir(parents=True)
-    counts = encode.function(out, dialogues(folder / "dialogues", rows), params)
+    counts = encode.function(out, dialogues(folder / "dialogues", rows), params, EncodeRuntime(workers=1))
     return Tokens(out, manifest(kind="tokens", counts=counts))
 
 
@@ -106,7 +108,47 @@ def test_the_index_leads_from_tokens_to_messages_and_from_a_message_to_its_paren
 def test_replies_that_several_paths_hold_are_counted_in_bytes_as_often_as_they_are_trained(tmp_path: Path) -> None:
     rows = talk("a", "Hi", "é", "So?", "b")
     rows.append({**rows[3], "message_id": "x", "sibling": 1, "text": "cc"})
-    assert encoded(tmp_path, rows).encoding().utf8_bytes["train"] == 2 + 1 + 2 + 2
+    paths = encoded(tmp_path / "paths", rows, SMALL.model_copy(update={"layout": "paths"}))
+    assert paths.encoding().utf8_bytes["train"] == 2 + 1 + 2 + 2
+    assert encoded(tmp_path / "tree", rows).encoding().utf8_bytes["train"] == 2 + 1 + 2  # there, each is trained once
+
+
+def test_a_tree_stands_once_with_its_branches_blind_to_each_other(tmp_path: Path) -> None:
+    rows = talk("a", "Hi", "Hello", "So?", "b")
+    rows.append({**rows[3], "message_id": "x", "sibling": 1, "text": "cc"})
+    rows.append({**rows[1], "message_id": "y", "sibling": 1, "text": "Hey"})
+    made = encoded(tmp_path, rows)
+    index, ends, positions = made.index().collect(), made.ends()[0], made.positions()[0]
+    assert index["message_id"].to_list() == ["a0", "a1", "a2", "a3", "x", "y"]
+    assert index["parent"].to_list() == [None, 0, 1, 2, 2, 0]
+    start, stop = (dict(zip(index["message_id"], index[name], strict=True)) for name in ("start", "stop"))
+    assert [ends[start[name]] for name in index["message_id"]] == [
+        stop["y"], stop["x"], stop["x"], stop["a3"], stop["x"], stop["y"],
+    ]  # fmt: skip
+    assert positions[start["x"]] == positions[start["a3"]] == stop["a2"]
+    assert positions[start["y"]] == positions[start["a1"]] == stop["a0"]
+    assert made.counts["trained"] == index["trained"].sum() == made.mask().sum()
+
+
+def test_a_tree_larger_than_a_sequence_repeats_ancestors_that_only_one_piece_trains(tmp_path: Path) -> None:
+    rows = talk("a", "Hi", "Hello " * 3)
+    rows += [{**rows[1], "message_id": f"x{at}", "sibling": at, "text": f"{at} " * 9} for at in range(1, 6)]
+    rows += [
+        {**rows[1], "message_id": f"y{at}", "parent_id": "a1", "depth": 2, "text": f"{at}! " * 8} for at in range(3)
+    ]
+    rows = [{**row, "role": "assistant" if row["message_id"] != "a0" else "prompter"} for row in rows]
+    made = encoded(tmp_path, rows)
+    index = made.index().collect()
+    assert made.counts["cut"] == 1
+    assert made.counts["conversations"] > 1
+    trained = index.filter(index["trained"] > 0)["message_id"].to_list()
+    assert sorted(trained) == sorted(row["message_id"] for row in rows if row["role"] == "assistant")
+    assert len(index) > len(rows)
+    assert made.counts["context"] > 0
+    long = encoded(tmp_path / "long", rows, SMALL.model_copy(update={"pack": 512}))
+    assert long.ids().shape == (1, 512)
+    assert long.counts["context"] == long.counts["cut"] == 0
+    assert int(long.positions().max()) < 64 == long.encoding().block
 
 
 def test_a_trained_vocabulary_sees_the_train_split_only(tmp_path: Path) -> None:
@@ -121,6 +163,67 @@ def test_a_trained_vocabulary_sees_the_train_split_only(tmp_path: Path) -> None:
 def test_the_same_dialogues_give_the_same_bytes(tmp_path: Path, params: EncodeParams) -> None:
     rows = [row for name in "abcdefgh" for row in talk(name, f"Question {name}?", f"Answer {name * 9}.")]
     assert digest(encoded(tmp_path / "1", rows, params).path) == digest(encoded(tmp_path / "2", rows, params).path)
+
+
+def asked(made: Tokens) -> dict[str, tuple[int, int]]:
+    """Return (remembered, computed) of each function of texts."""
+    texts = made.manifest.origin["texts"]
+    return {PurePath(name).name[:-13]: (tally["remembered"], tally["computed"]) for name, tally in texts.items()}
+
+
+@pytest.fixture
+def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tokens]:
+    """Give what runs the step on rows, in a store of that name."""
+
+    def run(store: str, rows: list[Row], workers: int = 1, **settings: Any) -> Tokens:
+        monkeypatch.setenv("TREELINE_ARTIFACTS", str(tmp_path / store))
+        content = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        given = dialogues(tmp_path / content, rows)
+        given = Dialogues(given.path, manifest(kind="dialogues", digest=content))
+        return encode(given, EncodeParams(block=64, **settings), EncodeRuntime(workers=workers))
+
+    return run
+
+
+def test_a_text_is_tokenized_once_for_all_revisions_and_recipes(publish: Callable[..., Tokens]) -> None:
+    trees = [talk(name, f"Question {name}?", f"Answer {name * 9}.", "Really?", f"Yes {name}.") for name in "abcdefgh"]
+    rows = [row for tree in trees for row in tree]
+    texts = len({row["text"] for row in rows})
+    first = publish("warm", rows)
+    assert asked(first) == {"gpt2-ids": (0, texts), "exported-ids": (0, texts)}
+    again = {"gpt2-ids": (texts, 0), "exported-ids": (texts, 0)}
+    resorted = [row for tree in reversed(trees) for row in tree]
+    assert asked(publish("warm", resorted)) == asked(publish("warm", rows, layout="top1")) == again
+    fewer = publish("warm", rows[8:])
+    assert asked(fewer)["gpt2-ids"] == (texts - 6, 0)  # as a stricter filter in curate would leave
+    more = [*rows, *talk("new", "Question a?", "What is new.")]
+    made = publish("warm", more)
+    assert asked(made) == {"gpt2-ids": (texts, 1), "exported-ids": (texts, 1)}
+    for number, (warm, given) in enumerate([(first, rows), (fewer, rows[8:]), (made, more)]):
+        assert publish(f"cold{number}", given).manifest.files == warm.manifest.files
+
+
+def test_any_number_of_workers_gives_the_same_bytes(
+    publish: Callable[..., Tokens], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_functions, "CHUNK_ROWS", 5)
+    rows = [row for number in range(60) for row in talk(f"t{number}", f"Ask {number}", f"Say é{number} 中")]
+    made = [publish(f"store{workers}", rows, workers=workers).manifest for workers in (1, 2, 5)]
+    assert len({one.digest for one in made}) == 1
+
+
+def test_a_forced_build_trusts_nothing_that_is_remembered(publish: Callable[..., Tokens]) -> None:
+    rows = talk("a", "Hi", "Hello")
+    first = publish("store", rows)
+    with session(force=frozenset({"encode"})):
+        again = publish("store", rows)
+    assert (asked(again)["gpt2-ids"], again.manifest.digest) == ((0, 2), first.manifest.digest)
+
+
+def test_texts_of_a_megabyte_are_encoded_and_left_out_where_they_fit_no_block(tmp_path: Path) -> None:
+    rows = [*talk("a", "Hi", "a" * 1_000_000), *talk("b", "e" + "\u0301" * 1_000_000, "x"), *talk("c", "Hi", "Ho")]
+    counts = encoded(tmp_path, rows, EncodeParams(block=64)).counts
+    assert (counts["conversations"], counts["too_long"]) == (1, 2)
 
 
 def test_special_text_in_a_message_stays_text(tmp_path: Path) -> None:
@@ -148,7 +251,7 @@ def test_real_trees_are_encoded_and_read_back_exactly(
     tmp_path: Path, shared: Path, template: Literal["chat", "xml"]
 ) -> None:
     rows = list(published(shared / "data/oasst1_en_validation.trees.jsonl.gz"))
-    made = encoded(tmp_path, rows, EncodeParams(template=template))
+    made = encoded(tmp_path, rows, EncodeParams(template=template, layout="paths"))
     counts, encoding, index = made.counts, made.encoding(), made.index().collect()
     assert len(rows) == 2_019
     assert counts["found"] == counts["conversations"] + counts["skipped"] + counts["repeated"]
@@ -167,6 +270,22 @@ def test_real_trees_are_encoded_and_read_back_exactly(
             assert text_of[row["message_id"]] in said.decode(tokens.tolist())
 
 
+def test_real_trees_are_computed_half_as_often_as_their_paths(tmp_path: Path, shared: Path) -> None:
+    rows = list(published(shared / "data/oasst1_en_validation.trees.jsonl.gz"))
+    tree, paths = (
+        encoded(tmp_path / layout, rows, EncodeParams(layout=layout, pack=4_096)) for layout in ("tree", "paths")
+    )
+    replies = {
+        name: tree.index().collect().filter(role="assistant")["message_id"]
+        for name, tree in (("tree", tree), ("paths", paths))
+    }
+    assert {*replies["tree"]} == {*replies["paths"]}
+    assert len(replies["tree"]) == replies["tree"].n_unique()
+    assert tree.counts["context"] == 0
+    assert paths.counts["tokens"] / tree.counts["tokens"] > 1.45
+    assert tree.counts["padding"] < tree.counts["tokens"] / 20  # three splits end on a sequence that is not full
+
+
 def test_the_first_replies_of_a_real_file_are_the_pairs_of_the_seed(tmp_path: Path, shared: Path) -> None:
     rows = list(published(shared / "data/en_100_tree.jsonl"))
     made = encoded(tmp_path, rows, EncodeParams(layout="first-reply", tokenizer="trained", block=4_096))
@@ -178,7 +297,7 @@ def test_what_is_told_of_the_data_goes_with_the_tokens_and_is_no_content(tmp_pat
     source, out = dialogues(tmp_path / "b", talk("a", "Hi", "Hello")), tmp_path / "tokens"
     (source.path / "curation.json").write_text('{"counts": {}}')
     out.mkdir()
-    encode.function(out, source, SMALL)
+    encode.function(out, source, SMALL, EncodeRuntime(workers=1))
     made = Tokens(out, manifest(kind="tokens"))
     assert made.curation() == {"counts": {}}
     assert "curation.json" in made.records

@@ -135,6 +135,9 @@ def scan(texts: pa.StringArray) -> pa.RecordBatch:
     for row in hinted.select(pl.any_horizontal(pl.all())).to_series().arg_true():
         found[row] = masked(read[row], [kind for kind in KINDS if hinted[row, kind]])
     return pa.RecordBatch.from_arrays(
-        [pa.array([seen or None for _, seen in found]), pa.array([text if seen else None for text, seen in found])],
+        [
+            pa.array([seen or None for _, seen in found], pa.string()),
+            pa.array([text if seen else None for text, seen in found], pa.string()),
+        ],
         schema=SCHEMA,
     )

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import polars as pl
-import pyarrow as pa
 
 from tasks.dialogue.contamination import Facts, Index, words
 from tasks.dialogue.language import primary
@@ -102,17 +101,6 @@ def tagged(langs: pl.Series) -> pl.Series:
     names = langs.drop_nulls().unique().to_list()
     known = {name: primary(name) or None for name in names}
     return langs.replace_strict(list(known), list(known.values()), default=None, return_dtype=pl.String).alias("tagged")
-
-
-def per_text(compute: Callable[[pa.StringArray], pa.RecordBatch]) -> PerText:
-    """Make a function of Arrow texts one of series, which computes every text anew."""
-
-    def computed(texts: pl.Series) -> pl.DataFrame:
-        found = pl.from_arrow(compute(texts.to_arrow().cast(pa.string())))
-        assert isinstance(found, pl.DataFrame)
-        return found
-
-    return computed
 
 
 def _masks(rows: Sequence[int], kept: pl.DataFrame) -> dict[int, tuple[str, str]]:

@@ -87,8 +87,12 @@ def recall(memory: Path) -> dict[str, tuple[str, Identity]]:
 
 
 def remember(memory: Path, folder: Path, manifest: Manifest) -> None:
-    """Write down the identities of files that were just found right; a store that cannot be written goes without."""
-    seen = {name: (entry.sha256, identity(folder / name)) for name, entry in manifest.files.items()}
+    """Write down the identities of files that were just found right."""
+    remember_files(memory, {name: (entry.sha256, identity(folder / name)) for name, entry in manifest.files.items()})
+
+
+def remember_files(memory: Path, seen: dict[str, tuple[str, Identity]]) -> None:
+    """Write down the hash and identity of files; a store that cannot be written goes without."""
     if recall(memory) == seen:
         return
     with suppress(OSError):

@@ -1,7 +1,8 @@
 """Collecting: which artifacts nobody needs any more, and removing them.
 
 Kept are the artifacts of the last run of each recipe, those that a running program has taken hold of, everything that
-these were made from, and whatever is younger than the grace time. The rest is garbage, as are what was moved aside and
+these were made from, what is remembered of texts and was asked for these, and whatever was made or used within the
+grace time. The rest is garbage, as are what was moved aside and
 the scratch folders of dead processes; one that a next try could go on with (a checkpoint) is kept for a week.
 """
 
@@ -18,6 +19,7 @@ from tasks.errors import StoreError
 from tasks.store.folders import RESUMABLE, Store, write_whole, writing
 from tasks.store.manifest import Manifest
 from tasks.store.owner import is_alive, mark
+from tasks.store.parts import ABOUT, memos
 
 RESUME_TIME = 7 * 86_400.0  # seconds that an unfinished, resumable build is kept
 
@@ -62,9 +64,16 @@ def garbage(store: Store, grace: float, now: float | None = None) -> list[Path]:
     limit = (time.time() if now is None else now) - grace
     manifests = store.manifests()
     needed = lineage(manifests, set(_roots(store)))
-    unused = [folder for folder, _ in manifests if f"{folder.parent.name}/{folder.name}" not in needed]
+    needed |= {name for folder, made in manifests if _id(folder) in needed for name in made.origin.get("texts", {})}
+    unused = [
+        folder for folder in [*(folder for folder, _ in manifests), *memos(store.root)] if _id(folder) not in needed
+    ]
     aside = sorted((store.root / ".aside").glob("*"))
     return [path for path in [*unused, *aside, *_dead_scratch(store)] if _newest(path) < limit]
+
+
+def _id(folder: Path) -> str:
+    return f"{folder.parent.name}/{folder.name}"
 
 
 def remove(paths: Sequence[Path], store: Store) -> None:
@@ -85,7 +94,7 @@ def lineage(manifests: list[tuple[Path, Manifest]], ids: set[str]) -> set[str]:
     by_digest: dict[str, list[str]] = {}
     inputs: dict[str, list[str]] = {}
     for folder, manifest in manifests:
-        name = f"{folder.parent.name}/{folder.name}"
+        name = _id(folder)
         by_digest.setdefault(manifest.digest, []).append(name)
         inputs[name] = list(manifest.recipe.get("inputs", {}).values())
     needed: set[str] = set()
@@ -142,9 +151,10 @@ def _wanted(path: Path) -> bool:
 
 
 def _newest(path: Path) -> float:
-    """Return when a folder was last changed, in seconds since the epoch, by either clock that the system keeps."""
-    try:
-        found = path.lstat()
-    except OSError:
-        return 0.0
-    return max(found.st_mtime, found.st_ctime)
+    """Return when a folder was last changed, or a memo used, in seconds since the epoch, by either of two clocks."""
+    newest = 0.0
+    for one in (path, path / ABOUT):
+        with suppress(OSError):
+            found = one.lstat()
+            newest = max(newest, found.st_mtime, found.st_ctime)
+    return newest

@@ -3,6 +3,7 @@
 <root>/<kind>/<12 hex of the key>/      a finished artifact: manifest.json and files
 <root>/.scratch/<kind>-<12 hex>.<mark>  being built; `.left` in place of the mark: left for the next try
 <root>/.aside/                          what was found broken or was replaced
+<root>/.memo/                           what is remembered of texts, see `parts`
 <root>/.verified/, .locks/, .leases/    hashes remembered; waits spared; artifacts in use by running programs
 <root>/.refs/<recipe>.json              the artifacts of the last run of each recipe
 """
@@ -159,6 +160,10 @@ class Store:
         made = [manifest for _, manifest in self.manifests(kind)]
         last = self.last_run(recipe).get(step)
         return [one for one in made if f"{kind}/{one.key[:SHORT]}" == last] or made
+
+    def names(self) -> dict[str, str]:
+        """Return the id of the youngest artifact of each content: digest -> id."""
+        return {made.digest: f"{made.kind}/{made.key[:SHORT]}" for _, made in self.manifests()}
 
     def folders(self, kind: str | None = None) -> list[Path]:
         """List every folder that is named like an artifact, readable or not."""

@@ -131,6 +131,11 @@ def tags(template: Template, specials: Mapping[str, int], encode: Encode) -> Tag
     return Tags(ids(template.start), opens, closes, ids(template.tail))
 
 
+def sound(text: str) -> str:
+    """Put U+FFFD where half a surrogate pair stands, which no UTF-8 can hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class Dialect:
     """A template and the vocabulary it was encoded with, ready to put questions to a model and to read its answers.
 
@@ -163,8 +168,7 @@ class Dialect:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text; what no UTF-8 can hold becomes U+FFFD, as tiktoken does it in training."""
-        sound = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids: list[int] = self._tokenizer.encode(sound, add_special_tokens=False).ids
+        ids: list[int] = self._tokenizer.encode(sound(text), add_special_tokens=False).ids
         return ids
 
     def prompt(self, turns: Sequence[tuple[str, str]]) -> list[int]:

@@ -7,10 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
 
 from tasks.errors import InputError
 
 Conversation = tuple[int, ...]
+Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+LINKS = ("message_tree_id", "message_id", "parent_id", "rank", "sibling")  # what makes rows a forest
 
 
 @dataclass(frozen=True)
@@ -20,12 +28,12 @@ class Forest:
     Attributes:
         parents: Row of each message's parent, -1 at a root.
         children: Rows of each message's replies, in the order of the data.
-        places: What sorts siblings, best first: ranked before unranked, then by rank, then as published.
+        places: (rows,) what sorts siblings, best first: ranked before unranked, then by rank, then as published.
     """
 
     parents: list[int]
-    children: list[list[int]]
-    places: list[tuple[bool, int, int]]
+    children: list[Sequence[int]]
+    places: Ints
 
     @property
     def roots(self) -> list[int]:
@@ -44,32 +52,45 @@ class Forest:
         return tuple(reversed(rows))
 
 
-def forest(
-    trees: Sequence[str],
-    ids: Sequence[str],
-    parents: Sequence[str | None],
-    ranks: Sequence[int | None],
-    siblings: Sequence[int],
-) -> Forest:
+def forest(rows: pl.DataFrame) -> Forest:
     """Link rows to trees by message id; parents stand before their children.
+
+    Args:
+        rows: The columns `LINKS`.
 
     Raises:
         InputError: If a parent is not in the data.
     """
-    rows: dict[tuple[str, str], int] = {}
-    linked: list[int] = []
-    children: list[list[int]] = [[] for _ in ids]
-    for row, (tree, message, parent) in enumerate(zip(trees, ids, parents, strict=True)):
-        above = -1 if parent is None else rows.get((tree, parent), -2)
-        if above == -2:
-            what = f"message {message} answers {parent}, which does not stand before it"
-            raise InputError(what, f"tree {tree}", "Curate the data again; parents come first", "encode.orphan")
-        if above >= 0:
-            children[above].append(row)
-        linked.append(above)
-        rows[tree, message] = row
-    places = [(rank is None, rank or 0, sibling) for rank, sibling in zip(ranks, siblings, strict=True)]
-    return Forest(linked, children, places)
+    parents = _parents(rows)
+    ranks, siblings = rows["rank"], rows["sibling"].to_numpy()
+    order = np.lexsort((siblings, ranks.fill_null(0).to_numpy(), ranks.is_null().to_numpy()))
+    places = np.empty(len(order), np.int64)
+    places[order] = np.arange(len(order))
+    return Forest(parents.tolist(), _children(parents), places)
+
+
+def _parents(rows: pl.DataFrame) -> Ints:
+    """Return the row of each message's parent, -1 at a root."""
+    tree, above = "message_tree_id", pl.col("above")
+    named = rows.select(tree, parent_id="message_id").with_row_index("above").unique([tree, "parent_id"], keep="first")
+    found = rows.select(tree, "parent_id").join(named, on=[tree, "parent_id"], how="left", maintain_order="left")
+    found = found.with_row_index("row")
+    astray = found.filter(pl.col("parent_id").is_not_null() & (above.is_null() | (above >= pl.col("row"))))
+    for row in astray.head(1).iter_rows(named=True):
+        what = f"message {rows['message_id'][row['row']]} answers {row['parent_id']}, which does not stand before it"
+        raise InputError(what, f"tree {row[tree]}", "Curate the data again; parents come first", "encode.orphan")
+    return found["above"].cast(pl.Int64).fill_null(-1).to_numpy()
+
+
+def _children(parents: Ints) -> list[Sequence[int]]:
+    order = np.argsort(parents, kind="stable")
+    order = order[np.searchsorted(parents[order], 0) :]
+    above, first = np.unique(parents[order], return_index=True)
+    children: list[Sequence[int]] = [()] * len(parents)  # most have none, and share it
+    ordered, edges = order.tolist(), [*first.tolist(), len(order)]
+    for parent, (start, stop) in zip(above.tolist(), pairwise(edges), strict=True):
+        children[parent] = ordered[start:stop]
+    return children
 
 
 def paths(trees: Forest) -> Iterator[Conversation]:
@@ -126,41 +147,41 @@ class Fitted:
     too_long: int = 0
 
 
-def fit(found: Iterable[Conversation], replies: Sequence[bool], lengths: Sequence[int], room: int) -> Fitted:
+def fit(found: Iterable[Conversation], replies: Flags, lengths: Ints, room: int) -> Fitted:
     """End each conversation on the last reply that fits.
 
     Args:
         found: Conversations of any length, each a path from a root, so that its last row names it.
-        replies: Whether a row is an assistant's.
-        lengths: Tokens of a row, tags included.
+        replies: (rows,) whether a row is an assistant's.
+        lengths: (rows,) tokens of a row, tags included.
         room: Tokens that the turns of a conversation may take together.
     """
-    made = Fitted()
-    ends: set[int] = set()
-    lost: set[int] = set()
-    for rows in found:
-        last = max((place for place, row in enumerate(rows) if replies[row]), default=-1)
-        kept = _fitting(rows, replies, lengths, room)
-        lost.update(row for row in rows[kept:] if replies[row])
-        if kept == 0:
-            made.skipped += 1
-        elif rows[kept - 1] in ends:
-            made.repeated += 1
-        else:
-            ends.add(rows[kept - 1])
-            made.conversations.append(rows[:kept])
-            made.cut += kept <= last
-    made.too_long = len(lost)
-    return made
+    whole = [*found]
+    rows, stops = flat(whole)
+    starts = stops - np.fromiter(map(len, whole), np.int64, len(whole))
+    number = np.repeat(np.arange(len(whole)), stops - starts)
+    taken = np.cumsum(lengths[rows])
+    taken -= np.append(0, taken)[starts][number]
+    reply = np.flatnonzero(replies[rows])
+    fits = reply[taken[reply] <= room]
+    last = np.zeros(len(whole), np.int64)  # size up to the last reply
+    kept = np.zeros(len(whole), np.int64)  # size up to the last one that fits
+    np.maximum.at(last, number[reply], reply + 1 - starts[number[reply]])
+    np.maximum.at(kept, number[fits], fits + 1 - starts[number[fits]])
+    full = np.flatnonzero(kept)
+    named = rows[starts[full] + kept[full] - 1]
+    once = full[np.sort(np.unique(named, return_index=True)[1])]
+    return Fitted(
+        conversations=[whole[one][:size] for one, size in zip(once.tolist(), kept[once].tolist(), strict=True)],
+        cut=int(np.count_nonzero(kept[once] < last[once])),
+        skipped=len(whole) - len(full),
+        repeated=len(full) - len(once),
+        too_long=len(np.unique(rows[reply[taken[reply] > room]])),
+    )
 
 
-def _fitting(rows: Conversation, replies: Sequence[bool], lengths: Sequence[int], room: int) -> int:
-    """Return how many rows may stay: up to the last reply that still fits."""
-    kept, taken = 0, 0
-    for place, row in enumerate(rows):
-        taken += lengths[row]
-        if taken > room:
-            break
-        if replies[row]:
-            kept = place + 1
-    return kept
+def flat(conversations: Sequence[Conversation]) -> tuple[Ints, Ints]:
+    """Return the rows of conversations, one after another, and where each conversation stops."""
+    stops = np.cumsum(np.fromiter(map(len, conversations), np.int64, len(conversations)))
+    count = int(stops[-1]) if len(stops) else 0
+    return np.fromiter(chain.from_iterable(conversations), np.int64, count), stops

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 
 def best_fit(lengths: Sequence[int], block: int) -> list[list[int]]:
     """Put documents into as few sequences as best-fit decreasing finds.
@@ -28,8 +30,9 @@ def best_fit(lengths: Sequence[int], block: int) -> list[list[int]]:
     opened = 0
     with_room: list[list[int]] = [[] for _ in range(block + 1)]  # room left -> sequences
     rooms = 0  # bit r is set where a sequence has room r
-    for document in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):  # stable: ties keep their order
-        length = lengths[document]
+    sizes = np.array(lengths, np.int64)
+    order = np.argsort(-sizes, kind="stable")  # ties keep their order
+    for document, length in zip(order.tolist(), sizes[order].tolist(), strict=True):
         if fitting := rooms >> length:
             room = length + (fitting & -fitting).bit_length() - 1
             sequence = with_room[room].pop()
@@ -42,7 +45,9 @@ def best_fit(lengths: Sequence[int], block: int) -> list[list[int]]:
         if left := room - length:
             with_room[left].append(sequence)
             rooms |= 1 << left
-    documents: dict[int, list[int]] = {}
-    for document, sequence in enumerate(sequence_of):
-        documents.setdefault(sequence, []).append(document)
-    return list(documents.values())
+    together = np.argsort(np.array(sequence_of, np.int64), kind="stable")
+    counts = np.bincount(sequence_of, minlength=opened) if opened else np.zeros(0, np.int64)
+    stops = np.cumsum(counts)
+    first = together[stops - counts]
+    documents, edges = together.tolist(), np.append(0, stops).tolist()
+    return [documents[edges[sequence] : edges[sequence + 1]] for sequence in np.argsort(first).tolist()]

@@ -12,10 +12,9 @@ import pytest
 
 from flows import recipe
 from tasks.artifacts import Dialogues, Messages, RawTrees
-from tasks.curate import CurateParams, curate
+from tasks.curate import CurateParams, CurateRuntime, curate
 from tasks.parse import ParseParams, parse
 from tasks.store.manifest import FileEntry, Manifest
-from tasks.text.layout import Forest, first_reply, fit, forest, paths
 
 FILES = ("oasst1_en_validation.trees.jsonl.gz", "en_100_tree.jsonl")
 Node = dict[str, Any]
@@ -37,13 +36,20 @@ def curated(path: Path, folder: Path, params: CurateParams) -> pl.DataFrame:
     raw = RawTrees(folder / "raw", Manifest("0" * 64, "raw", {}, {path.name: FileEntry(0, "0" * 64)}, "0" * 64))
     parse.function(folder / "messages", raw, ParseParams())
     messages = Messages(folder / "messages", Manifest("0" * 64, "messages", {}, {}, "0" * 64))
-    curate.function(folder / "dialogues", messages, params)
+    curate.function(folder / "dialogues", messages, params, CurateRuntime(workers=1))
     return Dialogues(folder / "dialogues", Manifest("0" * 64, "dialogues", {}, {}, "0" * 64)).scan().collect()
 
 
-def linked(kept: pl.DataFrame) -> Forest:
-    columns = ("message_tree_id", "message_id", "parent_id", "rank", "sibling")
-    return forest(*(kept[name].to_list() for name in columns))
+def kept_threads(kept: pl.DataFrame) -> set[Thread]:
+    """Return the way from the root to each kept message that nothing kept answers."""
+    above = dict(kept.select("message_id", "parent_id").iter_rows())
+    found = set()
+    for leaf in {*above} - {*above.values()}:
+        way = [leaf]
+        while above[way[-1]]:
+            way.append(above[way[-1]])
+        found.add(tuple(reversed(way)))
+    return found
 
 
 def threads_of(node: Node, above: tuple[Node, ...] = ()) -> Iterator[tuple[Node, ...]]:
@@ -82,10 +88,9 @@ def test_the_loader_of_open_assistant_is_followed_thread_by_thread(
     longest = wanted - {thread[:end] for thread in wanted for end in range(len(thread))}  # a tree says each part once
     params = recipe.load("open-assistant", [f"curate.top_k={top_k}"]).curate
     kept = curated(shared / "data" / name, tmp_path, params)
-    ids = kept["message_id"].to_list()
-    assert {tuple(ids[row] for row in rows) for rows in paths(linked(kept))} == longest
+    assert kept_threads(kept) == longest
     assert len(longest) > 20
-    assert set(ids) == {message for thread in wanted for message in thread}
+    assert set(kept["message_id"]) == {message for thread in wanted for message in thread}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -96,6 +101,6 @@ def test_the_seeds_pairs_are_all_there_in_its_order(name: str, shared: Path, tmp
         for reply in tree["prompt"].get("replies") or []
     ]
     kept = curated(shared / "data" / name, tmp_path, recipe.load("seed").curate)
-    texts, replies = kept["text"].to_list(), (kept["role"] == "assistant").to_list()
-    found = fit(first_reply(linked(kept)), replies, [1] * len(kept), room=9)
-    assert [(texts[one], texts[other]) for one, other in found.conversations] == wanted
+    text = dict(kept.select("message_id", "text").iter_rows())
+    first = kept.filter(depth=1).select("parent_id", "text")
+    assert [(text[prompt], reply) for prompt, reply in first.iter_rows()] == wanted

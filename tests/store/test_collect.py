@@ -1,9 +1,13 @@
 """Laws of collecting: nothing that is needed goes, a dry run tells the truth."""
 
 import json
+import os
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,19 +15,25 @@ from hypothesis import strategies as st
 from tasks.errors import StoreError
 from tasks.store.canonical import sha256_of
 from tasks.store.check import Fault
-from tasks.store.collect import Lease, garbage, lineage, remove
+from tasks.store.collect import Lease, garbage, lease, lineage, remove
 from tasks.store.folders import Store, entries
 from tasks.store.manifest import FileEntry, Manifest, content_digest
+from tasks.store.memo import Memo
+from tasks.store.parts import memos
 
 LATER = time.time() + 86_400
 
 
-def publish(store: Store, kind: str, content: str, inputs: dict[str, str]) -> Manifest:
+def publish(
+    store: Store, kind: str, content: str, inputs: dict[str, str], origin: dict[str, Any] | None = None
+) -> Manifest:
     recipe = {"step": kind, "version": 1, "params": {"content": content}, "inputs": inputs}
     with store.scratch(kind, sha256_of(recipe)) as out:
         (out / "a.txt").write_text(content)
         files = entries(out)
-        return store.publish(out, Manifest(sha256_of(recipe), kind, recipe, files, content_digest(files)))[1]
+        return store.publish(
+            out, Manifest(sha256_of(recipe), kind, recipe, files, content_digest(files), origin=origin or {})
+        )[1]
 
 
 def name(manifest: Manifest) -> str:
@@ -50,6 +60,33 @@ def test_a_run_that_stopped_early_takes_nothing_away(store: Store) -> None:
     store.note_run("quickstart", {"download": name(raw), "train": name(model)})
     store.note_run("quickstart", {"download": name(raw)})
     assert garbage(store, 0, LATER) == []
+
+
+def remember(store: Store, version: int) -> str:
+    memo = Memo(store.root, "test", version, {})
+    memo.add(np.array([[1, 2]], np.uint64), pa.record_batch({"n": pa.array([3])}))
+    memo.close()
+    return f".memo/{memo.name}"
+
+
+def test_what_is_remembered_stays_while_an_artifact_that_asked_for_it_does_or_a_program_uses_it(store: Store) -> None:
+    old, new, used = (remember(store, version) for version in (1, 2, 3))
+    made = publish(store, "tokens", "ids", {}, {"texts": {new: {"asked": 1, "remembered": 0, "computed": 1}}})
+    store.note_run("quickstart", {"encode": name(made)})
+    with lease(store) as held:
+        held.hold(used)
+        assert garbage(store, 0, time.time() - 60) == []
+        assert [f".memo/{path.name}" for path in garbage(store, 0, LATER)] == [old]
+        remove(garbage(store, 0, LATER), store)
+    assert [f".memo/{path.name}" for path in memos(store.root)] == sorted([new, used])
+    assert [f".memo/{path.name}" for path in garbage(store, 0, LATER)] == [used]
+
+
+def test_use_keeps_what_is_remembered_within_the_grace(store: Store) -> None:
+    remember(store, 1)
+    (memo,) = memos(store.root)
+    os.utime(memo / "about.json", (LATER, LATER))
+    assert garbage(store, 60, LATER) == []
 
 
 @pytest.mark.parametrize("recipe", ["../x", "a/b", "", ".x", "x" * 65])

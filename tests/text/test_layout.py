@@ -1,11 +1,15 @@
+from collections.abc import Iterable, Sequence
 from itertools import product
 
+import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.errors import InputError
-from tasks.text.layout import LAYOUTS, Forest, first_reply, fit, forest, paths, top1
+from tasks.text.layout import LAYOUTS, LINKS, Conversation, Fitted, Forest, first_reply, forest, paths, top1
+from tasks.text.layout import fit as fit_arrays
 
 # row: 0    1    2    3    4    5    6
 #      P -> a -> p -> b
@@ -19,7 +23,16 @@ REPLIES = [False, True, False, True, True, False, True]
 def tree(parents: list[str | None], ranks: list[int | None] | None = None) -> Forest:
     names = [str(row) for row in range(len(parents))]
     siblings = [parents[:row].count(parent) for row, parent in enumerate(parents)]
-    return forest(["t"] * len(names), names, parents, ranks or [None] * len(names), siblings)
+    return linked(["t"] * len(names), names, parents, ranks or [None] * len(names), siblings)
+
+
+def linked(*columns: Sequence[object]) -> Forest:
+    types = (pl.String, pl.String, pl.String, pl.Int64, pl.Int64)
+    return forest(pl.DataFrame(dict(zip(LINKS, columns, strict=True)), dict(zip(LINKS, types, strict=True))))
+
+
+def fit(found: Iterable[Conversation], replies: list[bool], lengths: list[int], room: int) -> Fitted:
+    return fit_arrays(found, np.array(replies), np.array(lengths), room)
 
 
 def test_paths_go_from_the_root_to_every_leaf_in_order() -> None:
@@ -41,7 +54,7 @@ def test_a_lone_prompt_is_a_path_without_a_reply() -> None:
 
 
 def test_equal_ids_in_two_trees_are_two_messages() -> None:
-    two = forest(["t", "t", "u", "u"], ["0", "1"] * 2, [None, "0"] * 2, [None] * 4, [0] * 4)
+    two = linked(["t", "t", "u", "u"], ["0", "1"] * 2, [None, "0"] * 2, [None] * 4, [0] * 4)
     assert list(paths(two)) == [(0, 1), (2, 3)]
 
 

@@ -1,0 +1,271 @@
+"""Functions of one text: computed in chunks, side by side, and remembered by the hash of the text.
+
+A noun gives the pure function, in Arrow and out of it; a step binds it to a `PerText` and asks `per_text`. While a step
+builds, `remembering` says where rows are kept; without it, and in a forced build, everything is computed. The rows are
+the same in any case, so none of this enters a key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tasks.store.parts import FOLDER, name_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    import polars as pl
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+    from tasks.store.memo import Keys, Memo
+
+    Compute = Callable[[pa.StringArray], pa.RecordBatch]
+
+log = logging.getLogger("treeline.rows")
+WINDOW_ROWS, WINDOW_BYTES = 1 << 16, 64 << 20  # of text looked up at a time, and remembered as one batch
+CHUNK_ROWS, CHUNK_BYTES = 1 << 13, 1 << 22  # of text computed at a time: enough for a call to cost nothing
+
+
+@dataclass(frozen=True)
+class PerText:
+    """A pure function of one text, whose results are worth remembering.
+
+    Attributes:
+        name: Such as "gpt2-ids"; letters, digits and hyphens.
+        version: Raised by a person when it gives something else.
+        settings: JSON values that it depends on.
+        compute: N texts -> N rows in the same order, whatever else is in the chunk; 0 texts -> 0 rows. It can be
+            pickled: a function of a module, or a `functools.partial` of one.
+    """
+
+    name: str
+    version: int
+    settings: Mapping[str, Any]
+    compute: Compute
+
+
+@dataclass
+class Tally:
+    """Texts of one function, equal ones of a window counted once: asked = remembered + computed."""
+
+    asked: int = 0
+    remembered: int = 0
+    computed: int = 0
+
+
+class Mapper(Protocol):
+    """Computes chunks, here or elsewhere, and yields the results in the order of the chunks."""
+
+    def __call__(self, compute: Compute, chunks: Iterable[pa.StringArray]) -> Iterable[pa.RecordBatch]:
+        """Map `compute` over chunks."""
+
+
+@dataclass
+class Desk:
+    """Where a running step keeps the rows of its functions.
+
+    Attributes:
+        root: The store; None: nothing is remembered.
+        workers: Threads that compute; 0: as many as there are cores.
+        hold: Called with the name of each memo that is opened, so that nobody collects it meanwhile.
+        tallies: By name of the memo.
+    """
+
+    root: Path | None = None
+    workers: int = 0
+    hold: Callable[[str], None] = lambda name: None
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    memos: dict[str, Memo] = field(default_factory=dict)
+
+    def memo(self, function: PerText) -> Memo | None:
+        """Return the function's memo, opened once."""
+        from tasks.store.memo import Memo
+
+        if self.root is None:
+            return None
+        name = name_of(function.name, function.version, function.settings)
+        if name not in self.memos:
+            self.hold(f"{FOLDER}/{name}")
+            self.memos[name] = Memo(self.root, function.name, function.version, function.settings)
+        return self.memos[name]
+
+    def tally(self, function: PerText) -> Tally:
+        """Return what is counted of a function."""
+        name = name_of(function.name, function.version, function.settings)
+        return self.tallies.setdefault(f"{FOLDER}/{name}", Tally())
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Return the tallies as JSON values."""
+        return {name: asdict(tally) for name, tally in self.tallies.items()}
+
+    def close(self) -> None:
+        """Write what is not written yet."""
+        for memo in self.memos.values():
+            memo.close()
+
+
+_desk: ContextVar[Desk] = ContextVar("treeline_desk")
+_mapper: ContextVar[Mapper] = ContextVar("treeline_mapper")
+
+
+@contextmanager
+def remembering(root: Path | None, workers: int, hold: Callable[[str], None]) -> Iterator[Desk]:
+    """Keep rows in the store while the block runs; what was computed stays, even if the block fails."""
+    desk = Desk(root, workers, hold)
+    token = _desk.set(desk)
+    try:
+        yield desk
+    finally:
+        _desk.reset(token)
+        desk.close()
+
+
+@contextmanager
+def mapping(mapper: Mapper) -> Iterator[None]:
+    """Let another executor compute the chunks of the block: it gets a function and Arrow arrays, which pickle."""
+    token = _mapper.set(mapper)
+    try:
+        yield
+    finally:
+        _mapper.reset(token)
+
+
+def threads(workers: int) -> Mapper:
+    """Return a mapper of threads; 0: as many as there are cores."""
+    count = workers or _cores()
+
+    def over(compute: Compute, chunks: Iterable[pa.StringArray]) -> Iterator[pa.RecordBatch]:
+        if count == 1:
+            yield from map(compute, chunks)
+            return
+        with ThreadPoolExecutor(count) as pool:
+            yield from pool.map(compute, chunks)
+
+    return over
+
+
+def _cores() -> int:
+    """Return the cores that this process may use, which may be fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def per_text(function: PerText, texts: pl.Series) -> pa.Table:
+    """Return the rows of texts: row i is what the function gives for texts[i].
+
+    Args:
+        function: What is asked; texts that it has not seen are computed and remembered.
+        texts: Strings, none of them null.
+    """
+    import polars as pl
+    import pyarrow as pa
+
+    if texts.null_count():
+        raise ValueError(f"{function.name}: a text is null")
+    desk = _desk.get(None) or Desk()
+    column = texts.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.large_string())
+    batches = [_rows_of(function, column[first:last], desk) for first, last in _cuts(column, WINDOW_ROWS, WINDOW_BYTES)]
+    return pa.Table.from_batches(batches or [function.compute(pa.array([], pa.string()))])
+
+
+def _rows_of(function: PerText, texts: pa.LargeStringArray, desk: Desk) -> pa.RecordBatch:
+    """Return the rows of a window of texts: those known, and those computed now."""
+    import numpy as np
+    import pyarrow as pa
+
+    from tasks.store.memo import first_places
+
+    keys = keys_of(texts)
+    first, which = first_places(keys)
+    memo, tally = desk.memo(function), desk.tally(function)
+    found = _known(memo, keys[first])
+    missing = np.ones(len(first), np.bool_)
+    for places, _ in found:
+        missing[places] = False
+    unseen = np.flatnonzero(missing)
+    if len(unseen):
+        asked = texts if len(unseen) == len(texts) else texts.take(pa.array(first[unseen]))
+        made = _computed(function.compute, asked, desk.workers)
+        if len(made) != len(unseen):
+            raise ValueError(f"{function.name} gave {len(made):,} rows for {len(unseen):,} texts")
+        if found and found[0][1].schema != made.schema:
+            log.warning("rows.schema: what is remembered of %s has other columns; raise its version", function.name)
+            return _rows_of(function, texts, Desk(None, desk.workers))
+        if memo is not None:
+            memo.add(keys[first[unseen]], made)
+        found.append((unseen, made))
+    tally.asked, tally.computed = tally.asked + len(first), tally.computed + len(unseen)
+    tally.remembered = tally.asked - tally.computed
+    return _in_order(found, which)
+
+
+def _known(memo: Memo | None, keys: Keys) -> list[tuple[NDArray[np.int64], pa.RecordBatch]]:
+    """Return what is remembered of keys; nothing, where the memo cannot be read."""
+    import pyarrow as pa
+
+    if memo is None:
+        return []
+    try:
+        return list(memo.find(keys))
+    except (OSError, pa.ArrowException) as error:
+        log.warning("store.memo: %s cannot be read: %s; its rows are computed again", memo.name, error)
+        return []
+
+
+def _computed(compute: Compute, texts: pa.LargeStringArray, workers: int) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    over = _mapper.get(None) or threads(workers)
+    chunks = (texts[first:last].cast(pa.string()) for first, last in _cuts(texts, CHUNK_ROWS, CHUNK_BYTES))
+    return pa.concat_batches(over(compute, chunks))
+
+
+def _in_order(found: list[tuple[NDArray[np.int64], pa.RecordBatch]], which: NDArray[np.int64]) -> pa.RecordBatch:
+    """Put rows of distinct texts where these are asked for."""
+    import numpy as np
+    import pyarrow as pa
+
+    together = found[0][1] if len(found) == 1 else pa.concat_batches([batch for _, batch in found])
+    place = np.empty(together.num_rows, np.int64)
+    place[np.concatenate([places for places, _ in found])] = np.arange(together.num_rows)
+    wanted = place[which]
+    return together if np.array_equal(wanted, np.arange(together.num_rows)) else together.take(pa.array(wanted))
+
+
+def keys_of(texts: pa.LargeStringArray) -> Keys:
+    """Return the first 16 bytes of the sha256 of each text's UTF-8: (N, 2) uint64."""
+    import numpy as np
+
+    content, ends = memoryview(texts.buffers()[2] or b""), _offsets(texts).tolist()
+    hashed = (hashlib.sha256(content[start:end]).digest()[:16] for start, end in pairwise(ends))
+    return np.frombuffer(b"".join(hashed), np.uint64).reshape(-1, 2)
+
+
+def _offsets(texts: pa.LargeStringArray) -> NDArray[np.int64]:
+    """Return where each text starts in the buffer of bytes, and where the last one ends."""
+    import numpy as np
+
+    if not len(texts):
+        return np.zeros(1, np.int64)
+    return np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
+
+
+def _cuts(texts: pa.LargeStringArray, rows: int, size: int) -> Iterator[tuple[int, int]]:
+    """Cut texts into ranges of at most so many rows and, beyond the first row of each, so many bytes."""
+    import numpy as np
+
+    offsets, first = _offsets(texts), 0
+    while first < len(texts):
+        last = int(np.searchsorted(offsets, offsets[first] + size, side="right")) - 1
+        last = min(max(last, first + 1), first + rows, len(texts))
+        yield first, last
+        first = last
