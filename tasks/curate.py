@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -48,7 +49,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from tasks.dialogue.dedupe import Likeness, Twin
+    from tasks.dialogue.near import Prints
     from tasks.dialogue.reading import Reader, Seen
+    from tasks.dialogue.texts import Masks, Texts
 
 ROWS = 16_384  # of a row group: some 10 MB of text, so memory stays flat and readers can skip
 SCORES = {"labels": [f"label_{name}" for name in LABELS], "detoxify": [f"detoxify_{name}" for name in DETOXIFY]}
@@ -124,11 +127,13 @@ def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRunti
     from tasks.dialogue import tally
     from tasks.dialogue.quality import COLUMNS
     from tasks.dialogue.split import splits
+    from tasks.dialogue.texts import Texts
 
-    asked = {"message_tree_id", "message_id", "parent_id", "sibling", *COLUMNS}
+    asked = {"message_tree_id", "message_id", "parent_id", "sibling", *COLUMNS} - {"text"}
     table = messages.scan().select(name for name in MESSAGE_COLUMNS if name in asked).collect()
     table = table.with_columns(splits(table["message_tree_id"], params.test_share, params.val_share))
-    verdicts, seen, shared = decide(table, params)
+    texts = Texts(messages.scan())
+    verdicts, seen, shared = decide(table, texts, params)
     counts = {
         **tally.counts(table, verdicts),
         "funnel": tally.funnel(verdicts, stages(params)),
@@ -140,41 +145,42 @@ def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRunti
     if not counts["messages"]:
         raise _nothing_left(counts, messages.path)
     _write(out, messages.scan(), table["split"], verdicts, seen.masks)
-    (out / "curation.json").write_text(json.dumps(tally.curation(table, verdicts, counts), indent=1), encoding="utf-8")
+    told = tally.curation(table, texts, verdicts, counts)
+    (out / "curation.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
     return counts
 
 
-def decide(table: pl.DataFrame, params: CurateParams) -> tuple[Verdicts, Seen, dict[str, int]]:
+def decide(table: pl.DataFrame, texts: Texts, params: CurateParams) -> tuple[Verdicts, Seen, dict[str, int]]:
     """Judge every message.
 
     Args:
-        table: N messages, parents first, with `split` and the columns that the rules ask for.
+        table: N messages, parents first, with `split` and the columns that the rules ask for, but for the text.
+        texts: The texts of these.
         params: The settings.
 
     Returns:
         One verdict a message, kept only if its parent is; what was seen in the texts; and how many messages the splits
         share, see `_shared`.
     """
-    from tasks.dialogue.dedupe import duplicates, leaks, likeness, near_duplicates, normalised, repeated_prompts
-    from tasks.dialogue.quality import in_thread, judge, rules_of
+    from tasks.dialogue.dedupe import duplicates, leaks, likeness, near_duplicates, repeated_prompts
     from tasks.dialogue.threads import parent_rows
 
-    parents, ids = parent_rows(table), table["message_id"].to_list()
+    parents, ids = parent_rows(table), table["message_id"]
     with progress.bar("curate", 5, "passes") as bar:
-        verdicts = judge(in_thread(table, parents), rules_of(params))
+        verdicts = _filtered(table, texts, parents, params)
         bar.advance(note="filtered")
-        seen = _read(table, parents, verdicts, params)
-        table = _masked(table, seen.masks)
+        seen = _read(table, texts, parents, verdicts, params)
+        texts = replace(texts, masks=seen.masks)
         if params.whole_threads:
             _keep_whole(table, parents, verdicts)
         _settle(table, parents, verdicts, params)
         filtered = verdicts.kept()
         bar.advance(note="read")
-        texts = normalised(table["text"])
-        alike = likeness(table, texts, filtered, params)
+        prints = _prints(texts, filtered, params)
+        alike = likeness(table, prints, texts.of, filtered, params)
         bar.advance(note="compared")
         if params.dedupe:
-            twins = duplicates(table, texts, parents, filtered)
+            twins = duplicates(table, prints, parents, filtered)
             verdicts.drop("duplicate", {row: ids[twin] for row, twin in twins.items()})
         if not params.repeat_prompts:
             verdicts.drop("near_duplicate", _named(repeated_prompts(table, alike, parents, verdicts.kept()), ids))
@@ -190,13 +196,56 @@ def decide(table: pl.DataFrame, params: CurateParams) -> tuple[Verdicts, Seen, d
     return verdicts, seen, _shared(table, alike, filtered, verdicts.kept(), params)
 
 
-def _read(table: pl.DataFrame, parents: list[int], verdicts: Verdicts, params: CurateParams) -> Seen:
+def _filtered(table: pl.DataFrame, texts: Texts, parents: list[int], params: CurateParams) -> Verdicts:
+    """Judge every message by the rules, whole trees at a time, so that a message's thread is at hand."""
+    from tasks.dialogue.quality import in_thread, judge, rules_of
+    from tasks.dialogue.texts import WINDOW
+    from tasks.dialogue.threads import windows
+
+    rules, verdicts = rules_of(params), Verdicts([], [])
+    for start, stop in windows(parents, WINDOW):
+        part = table.slice(start, stop - start).with_columns(texts.between(start, stop))
+        above = [parent - start if parent >= 0 else -1 for parent in parents[start:stop]]
+        found = judge(in_thread(part, above), rules)
+        verdicts.reasons.extend(found.reasons)
+        verdicts.evidence.extend(found.evidence)
+    return verdicts
+
+
+def _prints(texts: Texts, kept: list[bool], params: CurateParams) -> Prints:
+    """Return the fingerprints of the kept messages' texts; zeros stand for those of the others."""
+    import numpy as np
+
+    from tasks.dialogue.fingerprint import bands, compute
+    from tasks.dialogue.near import Prints
+
+    rows = np.flatnonzero(kept)
+    count, _ = bands(params.near_permutations, params.near_threshold)
+    made = Prints(
+        np.zeros((len(kept), 2), dtype=np.uint64),
+        np.zeros(len(kept), dtype=np.int32),
+        np.zeros((len(kept), count), dtype=np.uint32),
+    )
+    settings: dict[str, Any] = {
+        name: getattr(params, f"near_{name}") for name in ("ngram", "permutations", "threshold")
+    }
+    function, done = PerText("near-fingerprint", 1, settings, partial(compute, **settings)), 0
+    for part, within in texts.parts(rows):
+        found = Prints.of(per_text(function, part.gather(within)))
+        own = rows[done : done + len(within)]
+        made.digests[own], made.chars[own], made.keys[own] = found.digests, found.chars, found.keys
+        done += len(within)
+    return made
+
+
+def _read(table: pl.DataFrame, texts: Texts, parents: list[int], verdicts: Verdicts, params: CurateParams) -> Seen:
     """Judge what is left by its text, a window at a time."""
     import polars as pl
 
     rows = table.select("role", above=pl.Series(parents, dtype=pl.Int64)).with_row_index("row")
     replies = rows.filter(role="assistant").select(pl.col("row").cast(pl.Int64), "above")
-    windows = ((first, table.slice(first, ROWS).select("text", "lang")) for first in range(0, len(table), ROWS))
+    starts = range(0, len(table), ROWS)
+    windows = ((at, pl.DataFrame([texts.between(at, at + ROWS), table["lang"].slice(at, ROWS)])) for at in starts)
     return _reader(params).read(windows, replies, verdicts)
 
 
@@ -227,15 +276,6 @@ def _rows_of(function: PerText, texts: pl.Series) -> pl.DataFrame:
     return pl.DataFrame(per_text(function, texts))
 
 
-def _masked(table: pl.DataFrame, masks: Mapping[int, tuple[str, str]], first: int = 0) -> pl.DataFrame:
-    """Put masked texts, by row, into a table of the rows from `first` on."""
-    import polars as pl
-
-    here = {row - first: text for row, (text, _) in masks.items() if first <= row < first + len(table)}
-    texts = table["text"].scatter([*here], pl.Series([*here.values()], dtype=pl.String)) if here else table["text"]
-    return table.with_columns(texts)
-
-
 def _keep_whole(table: pl.DataFrame, parents: list[int], verdicts: Verdicts) -> None:
     """Drop what no whole thread goes through."""
     from tasks.dialogue.selection import in_whole_threads
@@ -245,7 +285,7 @@ def _keep_whole(table: pl.DataFrame, parents: list[int], verdicts: Verdicts) -> 
     verdicts.drop("thread", {row: "no thread through it is whole" for row, whole in enumerate(held) if not whole})
 
 
-def _named(twins: Mapping[int, Twin], ids: list[str]) -> dict[int, str]:
+def _named(twins: Mapping[int, Twin], ids: pl.Series) -> dict[int, str]:
     return {row: near_evidence(ids[twin], similarity) for row, (twin, similarity) in twins.items()}
 
 
@@ -308,11 +348,11 @@ def _nothing_left(counts: Counts, where: Path) -> InputError:
     )
 
 
-def _write(
-    out: Path, messages: pl.LazyFrame, splits: pl.Series, verdicts: Verdicts, masks: Mapping[int, tuple[str, str]]
-) -> None:
+def _write(out: Path, messages: pl.LazyFrame, splits: pl.Series, verdicts: Verdicts, masks: Masks) -> None:
     """Write both tables, reading the messages once more, a row group at a time; only what is kept is masked."""
     import polars as pl
+
+    from tasks.dialogue.texts import masked
 
     stay = {row: mask for row, mask in masks.items() if verdicts.reasons[row] is None}
     told = {"reason": verdicts.reasons, "evidence": verdicts.evidence}
@@ -328,7 +368,8 @@ def _write(
     ):
         for start in range(0, len(verdict), ROWS):
             part = verdict.slice(start, ROWS)
-            rows = pl.concat([_masked(messages.slice(start, ROWS).collect(), stay, start), part], how="horizontal")
+            rows = messages.slice(start, ROWS).collect()
+            rows = pl.concat([rows.with_columns(masked(rows["text"], stay, start)), part], how="horizontal")
             for writer, stays, columns in ((kept, True, DIALOGUE_COLUMNS), (dropped, False, DROPPED_COLUMNS)):
                 chosen = rows.filter(pl.col("reason").is_null() == stays)
                 if len(chosen):

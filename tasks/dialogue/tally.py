@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from tasks.dialogue.funnel import HEAD, cases, summed
 from tasks.dialogue.record import PROTECTION, Verdicts
+from tasks.dialogue.texts import Texts
 
 TOP_LANGUAGES = 20  # what a summary can show
 
@@ -65,18 +67,18 @@ def told(table: pl.DataFrame, verdicts: Verdicts, found: pl.DataFrame) -> int:
     return int(found.filter(stays.gather(found["row"]))["fact"].n_unique())
 
 
-def curation(table: pl.DataFrame, verdicts: Verdicts, counts: Mapping[str, Any]) -> dict[str, Any]:
+def curation(table: pl.DataFrame, texts: Texts, verdicts: Verdicts, counts: Mapping[str, Any]) -> dict[str, Any]:
     """Return curation.json: the counts, the funnel by language, and the first cases of each rule."""
+    first = cases(verdicts.reasons)
+    shown = sorted({row for rows in first.values() for row in rows})
+    heads = {
+        row: " ".join(text.as_py()[: 4 * HEAD].split())[:HEAD]
+        for row, text in zip(shown, texts.of(np.array(shown, dtype=np.int64)), strict=True)
+    }
+    ids, evidence = table["message_id"], verdicts.evidence
     found = {
-        rule: [
-            {
-                "message_id": table["message_id"][row],
-                "evidence": verdicts.evidence[row],
-                "head": " ".join(table["text"][row][: 4 * HEAD].split())[:HEAD],
-            }
-            for row in rows
-        ]
-        for rule, rows in cases(verdicts.reasons).items()
+        rule: [{"message_id": ids[row], "evidence": evidence[row], "head": heads[row]} for row in rows]
+        for rule, rows in first.items()
     }
     by_language = summed(verdicts.reasons, table["lang"].to_list())
     order = [rule for rule in counts["funnel"] if rule in found]
