@@ -71,14 +71,15 @@ def compute(texts: pa.Array, ngram: int, permutations: int, threshold: float) ->
 
 
 def bands(permutations: int, threshold: float) -> tuple[int, int]:
-    """Return the bands and their rows: the longest rows that miss hardly a pair at the threshold.
+    """Return the bands and their rows: the longest rows that can miss hardly a pair, in as few bands as that takes.
 
     A pair of Jaccard index s agrees in a band of r rows with probability s ** r, and in none of b bands with
     (1 - s ** r) ** b.
     """
     rows = [r for r in range(1, permutations + 1) if (1 - threshold**r) ** (permutations // r) <= _MISSED]
     longest = max(rows, default=1)
-    return permutations // longest, longest
+    most = permutations // longest
+    return next((b for b in range(1, most) if (1 - threshold**longest) ** b <= _MISSED), most), longest
 
 
 def ngrams(data: bytes, ngram: int) -> tuple[U64, I64]:
@@ -104,6 +105,16 @@ def ngrams(data: bytes, ngram: int) -> tuple[U64, I64]:
     short = np.flatnonzero(last - first < ngram - 1)
     hashes[first[short]] = _short(words, first[short], last[short], ngram)
     return hashes[opens], np.concatenate(([0], np.cumsum(np.maximum(1, last - first + 2 - ngram))))
+
+
+def mixed(x: U64) -> U64:
+    """Return a bijection of 64 bits in which every bit depends on every other. Source: MurmurHash3's finalizer."""
+    x = x ^ (x >> np.uint64(33))
+    x *= np.uint64(0xFF51AFD7ED558CCD)
+    x ^= x >> np.uint64(33)
+    x *= np.uint64(0xC4CEB9FE1A85EC53)
+    x ^= x >> np.uint64(33)
+    return x
 
 
 def _digests(data: bytes) -> bytes:
@@ -151,14 +162,14 @@ def _hashed(data: bytes, starts: I64, sizes: I64) -> U64:
     longer = np.flatnonzero((sizes > _LANE) & (sizes < _LONG))
     for done in range(_LANE, _LONG, _LANE):
         lane = lanes[starts[longer] + done] & _MASKS.take(sizes[longer] - done, mode="clip")
-        made[longer] = _mix(made[longer]) + lane
+        made[longer] = mixed(made[longer]) + lane
         longer = longer[sizes[longer] > done + _LANE]
         if not len(longer):
             break
     for word in np.flatnonzero(sizes >= _LONG).tolist():
         said = data[starts[word] : starts[word] + sizes[word]]
         made[word] = int.from_bytes(blake2b(said, digest_size=8).digest(), "little")
-    return _mix(made)
+    return mixed(made)
 
 
 def _short(words: U64, first: I64, last: I64, ngram: int) -> U64:
@@ -176,7 +187,7 @@ def _keys(hashes: U64, starts: I64, count: int, rows: int) -> U32:
     folded = np.zeros((count, len(starts)), dtype=np.uint64)
     for row in range(rows):
         folded = folded * np.uint64(_ODD) + minima[row::rows]
-    keys: U32 = (_mix(folded) >> _HALF).T.astype(np.uint32)
+    keys: U32 = (mixed(folded) >> _HALF).T.astype(np.uint32)
     return keys
 
 
@@ -193,20 +204,10 @@ def _minima(hashes: U32, starts: I64, factors: U32) -> U32:
     return minima
 
 
-def _mix(x: U64) -> U64:
-    """Return a bijection of 64 bits in which every bit depends on every other. Source: MurmurHash3's finalizer."""
-    x = x ^ (x >> np.uint64(33))
-    x *= np.uint64(0xFF51AFD7ED558CCD)
-    x ^= x >> np.uint64(33)
-    x *= np.uint64(0xC4CEB9FE1A85EC53)
-    x ^= x >> np.uint64(33)
-    return x
-
-
 @cache
 def _factors(count: int) -> U32:
     """Return odd numbers that look random and are the same with every numpy: (count,). Source: SplitMix64."""
-    drawn = _mix((np.arange(1, count + 1, dtype=np.uint64) + np.uint64(2 << 32)) * np.uint64(_ODD))
+    drawn = mixed((np.arange(1, count + 1, dtype=np.uint64) + np.uint64(2 << 32)) * np.uint64(_ODD))
     return (drawn | np.uint64(1)).astype(np.uint32)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tasks.dialogue.fingerprint import ngrams
+from tasks.dialogue.fingerprint import mixed, ngrams
 from tasks.dialogue.fold import blocks
 
 U32 = NDArray[np.uint32]
@@ -132,13 +132,21 @@ def _candidates(keys: U32) -> tuple[I64, I64]:
     """Return pairs of texts that agree in a band, each once, in order: (P,) texts and (P,) later texts."""
     found = [np.empty(0, dtype=np.uint64)]
     own = np.arange(len(keys), dtype=np.uint64)
-    for band in keys.T:
-        packed = np.sort((band.astype(np.uint64) << _HALF) | own)  # equal keys side by side, earlier texts first
-        for distance in range(1, _WINDOW + 1):
-            near, far = packed[:-distance], packed[distance:]
+    for band in np.ascontiguousarray(keys.T):
+        packed = band.astype(np.uint64)
+        packed <<= _HALF
+        packed |= own
+        packed.sort()  # equal keys side by side, earlier texts first
+        at = np.arange(len(packed))
+        for distance in range(
+            1, _WINDOW + 1
+        ):  # what is equal this far apart is so closer, too: few are left to look at
+            at = at[: np.searchsorted(at, len(packed) - distance)]
+            near, far = packed[at], packed[at + distance]
             same = (near ^ far) <= _LOW
             if not same.any():
                 break
+            at = at[same]
             found.append((near[same] << _HALF) | (far[same] & _LOW))
     unique = _distinct(np.concatenate(found))
     return (unique >> _HALF).astype(np.int64), (unique & _LOW).astype(np.int64)
@@ -167,12 +175,19 @@ def _bags(texts: pa.Array, ngram: int) -> tuple[U64, I64]:
     for block in blocks(texts):
         hashes, offsets = ngrams(block.data, ngram)
         bag = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        order = np.lexsort((hashes, bag))
-        hashes, bag = hashes[order], bag[order]
-        fresh = np.concatenate(([True], (hashes[1:] != hashes[:-1]) | (bag[1:] != bag[:-1])))
+        fresh = np.ones(len(hashes), dtype=np.bool_)
+        fresh[_again(hashes, bag)] = False
         made.append(hashes[fresh])
         sizes.append(np.bincount(bag[fresh], minlength=len(offsets) - 1))
     return np.concatenate(made), np.concatenate(([0], np.cumsum(np.concatenate(sizes))))
+
+
+def _again(hashes: U64, group: I64) -> I64:
+    """Return where a group holds a hash once more; to sort, group and hash are one number, mixed in 64 bits."""
+    keyed = hashes + mixed(group.astype(np.uint64) + np.uint64(1))
+    order = np.argsort(keyed)
+    keyed = keyed[order]
+    return order[1:][keyed[1:] == keyed[:-1]]
 
 
 def _distinct(numbers: U64) -> U64:
@@ -190,9 +205,7 @@ def _overlap(hashes: U64, offsets: I64, left: I64, right: I64) -> F64:
         pair.append(np.repeat(np.arange(len(side)), count))
         within = np.arange(len(pair[-1])) - np.repeat(np.cumsum(count) - count, count)
         member.append(hashes[np.repeat(offsets[side], count) + within])
-    both, of = np.concatenate(member), np.concatenate(pair)
-    order = np.lexsort((both, of))
-    both, of = both[order], of[order]
-    shared = of[1:][(both[1:] == both[:-1]) & (of[1:] == of[:-1])]
+    of = np.concatenate(pair)
+    shared = of[_again(np.concatenate(member), of)]
     common = np.bincount(shared, minlength=len(left))
     return common / (sizes[left] + sizes[right] - common)

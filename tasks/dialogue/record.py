@@ -91,7 +91,7 @@ class CopyLimits(BaseModel):
     near_ngram: int = Field(default=3, ge=1, le=16)
     """Words of an n-gram, by whose sets texts are compared; 5 is usual for web pages, messages are shorter."""
     near_permutations: int = Field(default=128, ge=8, le=1024)
-    """MinHash permutations that propose near copies; more find more of those just over the threshold."""
+    """MinHash permutations at most, to propose near copies; more allow longer bands, which propose fewer others."""
     near_threshold: float = Field(default=0.8, gt=0, le=1)
     """Jaccard index of two texts' sets of n-grams, over 0 and up to 1, from which on they are near copies."""
 

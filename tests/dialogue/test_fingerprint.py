@@ -68,14 +68,14 @@ def test_ngrams_are_told_apart_as_tuples_of_words_are(texts: list[list[str]]) ->
 def test_what_is_stored_of_a_message_is_small() -> None:
     made = Prints.of(prints(["one two three four"] * 10))
     assert made.digests.shape == (10, 2)
-    assert made.keys.shape == (10, 25)
+    assert made.keys.shape == (10, 18)
     assert prints(["x"] * 1000).nbytes <= 40e6 / 130_000 * 1000
 
 
 def test_bands_miss_hardly_a_pair_at_the_threshold() -> None:
     import itertools
 
-    assert bands(128, 0.8) == (25, 5)
+    assert bands(128, 0.8) == (18, 5)
     for permutations, threshold in itertools.product((64, 128, 256), (0.7, 0.8, 0.9, 1.0)):
         count, rows = bands(permutations, threshold)
         assert count * rows <= permutations
