@@ -150,7 +150,7 @@ def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRunti
     return counts
 
 
-def decide(table: pl.DataFrame, texts: Texts, params: CurateParams) -> tuple[Verdicts, Seen, dict[str, int]]:
+def decide(table: pl.DataFrame, texts: Texts, params: CurateParams) -> tuple[Verdicts, Seen, dict[str, dict[str, int]]]:
     """Judge every message.
 
     Args:
@@ -291,8 +291,8 @@ def _named(twins: Mapping[int, Twin], ids: pl.Series) -> dict[int, str]:
 
 def _shared(
     table: pl.DataFrame, alike: Likeness, filtered: list[bool], kept: list[bool], params: CurateParams
-) -> dict[str, int]:
-    """Count the first prompts and long replies of which a copy or near copy stands in another split.
+) -> dict[str, dict[str, int]]:
+    """Count the first prompts and long replies of which a copy, or else a near copy, stands in another split.
 
     `kept` is what is written, 0 if splits are separated. The others are what three ways to split would share of what
     the filters left: by tree as here, by row at random, and by the order of the file.
@@ -300,13 +300,16 @@ def _shared(
     from tasks.dialogue.dedupe import shared
     from tasks.dialogue.split import in_order, splits
 
-    by_tree, shares = table["split"].to_list(), (params.test_share, params.val_share)
-    return {
-        "kept": shared(alike, by_tree, kept),
-        "by_tree": shared(alike, by_tree, filtered),
-        "by_row": shared(alike, splits(table["message_id"], *shares).to_list(), filtered),
-        "by_file_order": shared(alike, in_order(len(table), *shares), filtered),
+    equal, shares = replace(alike, near={}), (params.test_share, params.val_share)
+    by_tree = table["split"].to_list()
+    ways = {
+        "kept": (by_tree, kept),
+        "by_tree": (by_tree, filtered),
+        "by_row": (splits(table["message_id"], *shares).to_list(), filtered),
+        "by_file_order": (in_order(len(table), *shares), filtered),
     }
+    exact = {way: shared(equal, *given) for way, given in ways.items()}
+    return {way: {"exact": exact[way], "near": shared(alike, *given) - exact[way]} for way, given in ways.items()}
 
 
 def _settle(table: pl.DataFrame, parents: list[int], verdicts: Verdicts, params: CurateParams) -> None:

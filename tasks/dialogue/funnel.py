@@ -76,20 +76,14 @@ def _funnel(funnel: Mapping[str, int], by_language: Mapping[str, Mapping[str, in
     return table(("dropped by", "all", *map(named, langs), "others"), rows)
 
 
-def _shared(shared: Mapping[str, Any]) -> Iterator[str]:
+def _shared(shared: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     """Tell how many first prompts and long replies stand in two splits, under each way to split."""
     yield (
-        "First prompts and long replies of which a copy or near copy stands in another split, as written here, and as"
-        " three ways to split what the filters left would share them:"
+        "First prompts and long replies of which a copy, or else a near copy, stands in another split, as written here,"
+        " and as three ways to split what the filters left would share them:"
     )
-    split_up = isinstance(shared["kept"], dict)
-    kinds = ["exact", "near"] if split_up else ["copies"]
-    rows = [
-        (told, *(f"{shared[way][kind] if isinstance(shared[way], dict) else shared[way]:,}" for kind in kinds))
-        for way, told in WAYS.items()
-        if way in shared
-    ]
-    yield table(("split", *kinds), rows)
+    rows = [(told, *(f"{shared[way][kind]:,}" for kind in ("exact", "near"))) for way, told in WAYS.items()]
+    yield table(("split", "exact", "near"), rows)
 
 
 def _facts(told: Mapping[str, int]) -> Iterator[str]:

@@ -8,6 +8,7 @@ import pytest
 
 from flows import cards
 from tasks.artifacts import Dialogues, Messages
+from tasks.dialogue.funnel import WAYS
 from tasks.step import Outcome
 from tasks.store.manifest import Manifest
 
@@ -48,7 +49,8 @@ def test_the_page_of_a_run_draws_the_chain() -> None:
 def test_the_card_of_dialogues_shows_the_funnel_with_ids_and_evidence_but_no_texts(tmp_path: Path) -> None:
     counts: dict[str, Any] = {
         "trees": 1, "messages": 2, "read": {"trees": 2, "messages": 4}, "masked": 0, "funnel": {"spam": 2},
-        "label_coverage": {"labels": 1.0, "detoxify": 1.0}, "facts": {}, "shared_across_splits": {"kept": 0},
+        "label_coverage": {"labels": 1.0, "detoxify": 1.0}, "facts": {},
+        "shared_across_splits": {way: {"exact": 0, "near": 0} for way in WAYS},
     }  # fmt: skip
     case = {"message_id": "m1", "evidence": "label_spam 0.9 > 0.5", "head": "BUY <b>NOW</b>"}
     told = {"counts": counts, "by_language": {"spam": {"en": 2}}, "cases": {"spam": [case]}}
