@@ -183,6 +183,8 @@ def _add_looks(command: Command) -> None:
     made = command("show", commands.show, "look into an artifact")
     made.add_argument("artifact", metavar="ID_OR_KIND", help="an id as `ls` prints it, or a kind for its youngest")
     made.add_argument("-n", type=_count, default=5, metavar="N", help="how many rows, trees or sequences (default: 5)")
+    for which, about in (("rejected", "of messages: lines that could not be read"), ("dropped", "of dialogues")):
+        made.add_argument(f"--{which}", action="store_const", const=which, dest="aside", help=about)
     _as_json(made)
     made = command(
         "why-dropped", commands.why_dropped, "say which rule dropped a message, what it saw, and the twin that stays"

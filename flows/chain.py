@@ -57,7 +57,7 @@ def until(last: str | None, chain: Sequence[Step[Any, Any]] = CHAIN) -> tuple[St
 
 def settings(step: Step[Any, Any], recipe: Recipe) -> dict[str, Any]:
     """Return the arguments that a recipe gives to a step: its Params, and its Runtime where it takes one."""
-    given = {step.params_name: getattr(recipe, step.name)}
+    given: dict[str, Any] = {step.params_name: recipe.section(step.name)}
     if step.runtime_name:
         given[step.runtime_name] = getattr(recipe.runtime, step.name)
     return given
@@ -99,7 +99,7 @@ def plan(
 
 def _planned(step: Step[Any, Any], recipe: Recipe, have: Made, store: Store, forced: bool) -> Planned:
     digests = {arg: have[kind].manifest.digest for arg, kind in step.inputs.items()}
-    preimage = step.recipe(digests, getattr(recipe, step.name))
+    preimage = step.recipe(digests, recipe.section(step.name))
     key = sha256_of(preimage)
     found = store.look(step.makes.kind, key)
     if forced:

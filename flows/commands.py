@@ -15,7 +15,7 @@ from typing import Any
 from flows import chain, recipe
 from flows.chain import STEP_NAMES
 from tasks.artifacts import Artifact, Dialogues, Model, Tokens
-from tasks.dialogue.scorecard import printable
+from tasks.dialogue.markdown import printable
 from tasks.errors import ParameterError, PermissionRefused, StoreError
 from tasks.step import Step, home, session
 from tasks.store import collect, parts
@@ -193,7 +193,10 @@ def show(asked: argparse.Namespace) -> int:
     from flows import showing
 
     artifact = chain.open_artifact(asked.artifact)
-    if asked.json:
+    if asked.aside:
+        rows = showing.aside(artifact, asked.aside, asked.n)
+        _json(rows) if asked.json else print(printable("\n".join(map(showing.aside_line, rows))))
+    elif asked.json:
         _json(showing.rows(artifact, asked.n))
     else:
         print(printable(showing.text(artifact, asked.n)))  # it is strangers' text: no escape reaches the terminal
@@ -229,7 +232,7 @@ def why_dropped(asked: argparse.Namespace) -> int:
     if asked.json:
         _json(found)
     else:
-        print("\n".join(showing.verdict(row) for row in found))
+        print(printable("\n".join(showing.verdict(row) for row in found)))
     return 0
 
 

@@ -70,7 +70,11 @@ REJECTED_COLUMNS: Mapping[str, str] = {
     "trees": "int32!",  # trees lost with this row: 1, or 0 where the loss is counted on another row
     "messages": "int32!",  # messages lost with this row; 0 where the line could not be read
 }
-DIALOGUE_COLUMNS: Mapping[str, str] = {**MESSAGE_COLUMNS, "split": "string!"}  # train | val | test
+DIALOGUE_COLUMNS: Mapping[str, str] = {
+    **MESSAGE_COLUMNS,
+    "split": "string!",  # train | val | test
+    "masked": "string",  # personal data that `text` no longer holds: "e-mail 2, phone 1"; null: it is as published
+}
 DROPPED_COLUMNS: Mapping[str, str] = {
     **MESSAGE_COLUMNS,
     "reason": "string!",  # the rule's name, or `parent` where an ancestor was dropped
@@ -198,14 +202,22 @@ class Messages(Artifact):
 
 @dataclass(frozen=True)
 class Dialogues(Artifact):
-    """The messages that are kept, still trees, each with its split; and every dropped one with its reason."""
+    """The messages that are kept, still trees, each with its split; and every dropped one with its reason.
+
+    curation.json is what a report says of it: the counts, the funnel by language, the first cases of each rule.
+    """
 
     kind = "dialogues"
-    files = ("dialogues.parquet", "dropped.parquet")
+    files = ("dialogues.parquet", "dropped.parquet", "curation.json")
 
     def scan(self) -> pl.LazyFrame:
         """Scan the kept messages: DIALOGUE_COLUMNS."""
         return self.table("dialogues.parquet")
+
+    def curation(self) -> dict[str, Any]:
+        """Read what a report says of the data."""
+        found: dict[str, Any] = self.json("curation.json")
+        return found
 
     def dropped(self) -> pl.LazyFrame:
         """Scan the dropped messages: DROPPED_COLUMNS."""
@@ -252,14 +264,21 @@ class Tokens(Artifact):
     index.parquet                 token ranges back to messages: INDEX_COLUMNS
     tokenizer.json                the same encoding for the `tokenizers` library
     encoding.json                 the fields of `Encoding`
+    curation.json                 what a report says of the data, as the dialogues have it: tokens travel alone
     """
 
     kind = "tokens"
+    records = frozenset({"curation.json"})
     files = ("ids.bin", "mask.bin", "positions.bin", "ends.bin", "index.parquet", "tokenizer.json", "encoding.json")
 
     def encoding(self) -> Encoding:
         """Read how the tokens were made."""
         return read_encoding(self.path)
+
+    def curation(self) -> dict[str, Any] | None:
+        """Read what a report says of the data; None where the dialogues did not tell."""
+        found: dict[str, Any] | None = self.json("curation.json") if (self.path / "curation.json").exists() else None
+        return found
 
     def index(self) -> pl.LazyFrame:
         """Scan the token ranges of messages: INDEX_COLUMNS."""

@@ -115,6 +115,8 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRun
     )
     vocabulary.exported().save(str(out / "tokenizer.json"))
     write_encoding(out, encoding)
+    if (told := dialogues.path / "curation.json").exists():
+        (out / told.name).write_bytes(told.read_bytes())
     counts = _counts(written, talks, encoding)
     del rows, talks, vocabulary  # the gate reads everything anew
     return {**counts, "gated": _gate(out, dialogues)}

@@ -190,7 +190,8 @@ def repeated_prompts(
     messages: pl.DataFrame, alike: Likeness, parents: Sequence[int], kept: Sequence[bool]
 ) -> dict[int, Twin]:
     """Return the first prompts that a better one nearly repeats, whatever stands below them; as `near_duplicates`."""
-    return _worse(messages, alike, parents, alike.rows(np.array(kept, dtype=np.bool_) & (np.array(parents) < 0)))
+    prompts = (messages["role"] == "prompter").to_numpy() & (np.array(parents) < 0)  # a root can be a reply, too
+    return _worse(messages, alike, parents, alike.rows(np.array(kept, dtype=np.bool_) & prompts))
 
 
 def leaks(messages: pl.DataFrame, alike: Likeness, kept: Sequence[bool], yielding: Split) -> dict[int, Twin]:

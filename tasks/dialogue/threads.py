@@ -36,9 +36,7 @@ def parent_rows(messages: pl.DataFrame) -> list[int]:
     if same.all() and bool((above < np.arange(len(messages))).all()):
         parents: list[int] = above.tolist()
         return parents
-    return _parents_by_name(
-        messages
-    )  # an id that stands twice, or out of order: seldom, and worth an error that names it
+    return _parents_by_name(messages)  # an id that stands twice, or out of order: seldom, worth an error that names it
 
 
 def _parents_by_name(messages: pl.DataFrame) -> list[int]:
@@ -58,6 +56,14 @@ def _parents_by_name(messages: pl.DataFrame) -> list[int]:
         row_of[tree, message] = row
         parents.append(above)
     return parents
+
+
+def roots(parents: Sequence[int]) -> list[int]:
+    """Return the row of each message's root, its own at a root: (N,)."""
+    found: list[int] = []
+    for row, parent in enumerate(parents):
+        found.append(row if parent < 0 else found[parent])
+    return found
 
 
 def is_below(parents: Sequence[int], marked: Sequence[bool]) -> list[bool]:

@@ -66,3 +66,12 @@ def test_a_file_of_ones_own_is_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("[encode\n")
     with pytest.raises(ParameterError, match=r"broken\.toml"):
         recipe.load(str(tmp_path / "broken.toml"))
+
+
+def test_curation_is_told_what_the_evaluation_asks_unless_it_was_told_otherwise() -> None:
+    made = recipe.load("quickstart", ['evaluate.panel=["Who?"]'])
+    told = made.section("curate").model_dump()
+    assert (told["panel"], told["facts"]) == (("Who?",), ("capital", "us_state", "indian_state"))
+    own = recipe.load("quickstart", ["curate.panel=[]", 'curate.facts=["plural"]']).section("curate").model_dump()
+    assert (own["panel"], own["facts"]) == ((), ("plural",))
+    assert made.section("encode") is made.encode
