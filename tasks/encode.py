@@ -36,16 +36,16 @@ if TYPE_CHECKING:
     from tasks.text.bpe import Vocabulary
     from tasks.text.chat import Tags, Template
     from tasks.text.lay import Texts, Turns
-    from tasks.text.layout import Fitted
+    from tasks.text.layout import Conversation, Fitted
 
 SPLITS = ("train", "val", "test")
 PAD = "<|endoftext|>"
 ARRAYS = ("ids", "mask", "positions", "ends")  # each a file: ids.bin, ...
 NAMES = ("message_id", "message_tree_id", "role", "split")  # what the index says of a row
-ROWS = (*NAMES, "parent_id", "rank", "sibling")  # what is read of all rows
+FEW = ("role", "split")  # columns that hold few values
 WINDOW = 1 << 16  # rows whose texts are in memory at a time: 40 MB
 CHUNK = 256  # sequences laid at a time: 2 MB an array at a block of 1,024, which caches hold
-GROUP = 1 << 20  # rows of a row group of the index, as pyarrow makes them of a whole table
+GROUP = 1 << 17  # rows of a row group of the index: 10 MB
 
 
 class EncodeParams(Params):
@@ -71,7 +71,7 @@ class EncodeRuntime(TextsRuntime):
     """How fast texts become ids, never which."""
 
 
-@step("encode", version=1, makes=Tokens)
+@step("encode", version=2, makes=Tokens)
 def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRuntime) -> Counts:
     """Write the memmaps, their index, the tokenizer and the encoding; nothing is published that the gate refuses.
 
@@ -81,11 +81,11 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRun
     """
     from tasks.text.chat import TEMPLATES, tags
 
-    rows, template = _rows(dialogues), TEMPLATES[params.template]
+    template = TEMPLATES[params.template]
     vocabulary = _vocabulary(dialogues, template, params)
     pieces = tags(template, vocabulary.specials, vocabulary.encode)
-    talks = _talks(dialogues, rows, _ids_of(vocabulary, params), pieces, params)
-    written = _write(out, rows, talks, params.block, vocabulary.specials[PAD])
+    talks = _talks(dialogues, _ids_of(vocabulary, params), pieces, params)
+    written = _write(out, dialogues, talks, params.block, vocabulary.specials[PAD])
     encoding = Encoding(
         block=params.block,
         vocab_size=vocabulary.size_padded,
@@ -100,13 +100,29 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRun
     vocabulary.exported().save(str(out / "tokenizer.json"))
     write_encoding(out, encoding)
     counts = _counts(written, talks, encoding)
-    del rows, talks, vocabulary  # the gate reads everything anew
+    del talks, vocabulary  # the gate reads everything anew
     return {**counts, "gated": _gate(out, dialogues)}
 
 
-def _rows(dialogues: Dialogues) -> pl.DataFrame:
-    """Read all columns that are needed, but for the texts, which are never in memory all at once."""
-    return dialogues.scan().select(ROWS).collect()
+def _trees(dialogues: Dialogues, layout: str) -> tuple[list[Conversation], NDArray[np.bool_], pl.Series]:
+    """Lay the trees out.
+
+    Returns:
+        The conversations, by row; (rows,) whether a row is an assistant's; (rows,) the split of each.
+    """
+    from tasks.text.layout import LAYOUTS, LINKS, forest
+
+    rows = _read(dialogues, *LINKS, "role", "split")
+    found = [*LAYOUTS[layout](forest(rows))]
+    return found, (rows["role"] == "assistant").to_numpy(), rows["split"]
+
+
+def _read(dialogues: Dialogues, *names: str) -> pl.DataFrame:
+    """Read some columns of all rows; what has a few values only, as their numbers."""
+    import polars as pl
+
+    few = [name for name in names if name in FEW]
+    return dialogues.scan().select(names).with_columns(pl.col(few).cast(pl.Categorical)).collect()
 
 
 def _texts(dialogues: Dialogues, rows: int) -> Iterator[pl.Series]:
@@ -147,6 +163,7 @@ class _Talks:
         replies: (rows,) whether a row is an assistant's.
         sizes: (conversations,) tokens of each.
         utf8: (rows,) bytes of each text in them.
+        splits: (rows,) the split of each.
         found: How many conversations the layout gave; the rest was left out (see `Fitted`).
     """
 
@@ -156,28 +173,28 @@ class _Talks:
     replies: NDArray[np.bool_]
     sizes: NDArray[np.int64]
     utf8: NDArray[np.int64]
+    splits: pl.Series
     found: int
 
 
-def _talks(dialogues: Dialogues, rows: pl.DataFrame, ids_of: PerText, tags: Tags, params: EncodeParams) -> _Talks:
+def _talks(dialogues: Dialogues, ids_of: PerText, tags: Tags, params: EncodeParams) -> _Talks:
     """Lay the trees out, encode the texts that are asked for, and end every conversation on a reply that fits."""
     import numpy as np
 
     from tasks.text.lay import around
-    from tasks.text.layout import LAYOUTS, fit, flat, forest
+    from tasks.text.layout import fit, flat
 
-    found = list(LAYOUTS[params.layout](forest(rows)))
-    asked = np.zeros(rows.height, np.bool_)
+    found, replies, splits = _trees(dialogues, params.layout)
+    asked = np.zeros(len(replies), np.bool_)
     asked[flat(found)[0]] = True
     texts, utf8 = _encoded(dialogues, asked, ids_of)
-    replies = (rows["role"] == "assistant").to_numpy()
-    nowhere = np.zeros(rows.height, np.bool_)  # what stands at the ends of a conversation is counted once, apart
+    nowhere = np.zeros(len(replies), np.bool_)  # what stands at the ends of a conversation is counted once, apart
     lengths = texts.lengths + sum(around(replies, nowhere, nowhere, tags))
     outer = len(tags.start) + len(tags.tail)
     fitted = fit(found, replies, lengths, params.block - outer)
     inside, stops = flat(fitted.conversations)
     sizes = np.diff(np.cumsum(lengths[inside])[stops - 1], prepend=0) + outer
-    return _Talks(fitted, tags, texts, replies, sizes, utf8, len(found))
+    return _Talks(fitted, tags, texts, replies, sizes, utf8, splits, len(found))
 
 
 def _encoded(dialogues: Dialogues, asked: NDArray[np.bool_], ids_of: PerText) -> tuple[Texts, NDArray[np.int64]]:
@@ -215,11 +232,11 @@ class _Tally:
     utf8_bytes: int = 0
 
 
-def _write(out: Path, rows: pl.DataFrame, talks: _Talks, block: int, pad: int) -> dict[str, _Tally]:
+def _write(out: Path, dialogues: Dialogues, talks: _Talks, block: int, pad: int) -> dict[str, _Tally]:
     """Pack each split, write the arrays and the index, and return what was written."""
     from tasks.text.lay import lay, turns
 
-    packed = _packed(rows, talks, block)
+    packed = _packed(talks, block)
     plan = [numbers for sequences in packed.values() for numbers in sequences]
     placed = turns(talks.fitted.conversations, plan, talks.replies, talks.texts.lengths, talks.tags)
     with ExitStack() as stack:
@@ -229,7 +246,8 @@ def _write(out: Path, rows: pl.DataFrame, talks: _Talks, block: int, pad: int) -
             laid = lay(placed, talks.texts, talks.tags, first, last, block, pad)
             for name, file in files.items():
                 file.write(getattr(laid, name))
-    _write_index(out / "index.parquet", rows, placed)
+    talks.texts.ids.clear()  # of ten times OASST2, half a GB
+    _write_index(out / "index.parquet", _read(dialogues, *NAMES), placed)
     written, first = {}, 0
     for split, sequences in packed.items():
         here = placed.of(first, first + len(sequences))
@@ -239,7 +257,7 @@ def _write(out: Path, rows: pl.DataFrame, talks: _Talks, block: int, pad: int) -
     return written
 
 
-def _packed(rows: pl.DataFrame, talks: _Talks, block: int) -> dict[str, list[list[int]]]:
+def _packed(talks: _Talks, block: int) -> dict[str, list[list[int]]]:
     """Return the numbers of the conversations of each sequence, by split.
 
     Raises:
@@ -249,13 +267,12 @@ def _packed(rows: pl.DataFrame, talks: _Talks, block: int) -> dict[str, list[lis
 
     from tasks.text.pack import best_fit
 
-    splits = rows["split"]
     conversations = talks.fitted.conversations
-    of_each = splits.gather([conversation[0] for conversation in conversations])
+    of_each = talks.splits.gather([conversation[0] for conversation in conversations])
     of_split = {split: np.flatnonzero((of_each == split).to_numpy()) for split in SPLITS}
     if not len(of_split["train"]):
         what = f"the train split holds no reply that fits a block of {block:,} tokens"
-        where = f"{rows.height:,} messages came in, {(splits == 'train').sum():,} of them to train on"
+        where = f"{len(talks.splits):,} messages came in, {(talks.splits == 'train').sum():,} of them to train on"
         raise InputError(what, where, "Keep more messages in curate, or raise encode.block", "encode.empty")
     return {
         split: [numbers[places].tolist() for places in best_fit(talks.sizes[numbers].tolist(), block)]
@@ -266,6 +283,7 @@ def _packed(rows: pl.DataFrame, talks: _Talks, block: int) -> dict[str, list[lis
 def _write_index(path: Path, rows: pl.DataFrame, placed: Turns) -> None:
     """Write the token ranges of messages; each goes on from the one before it."""
     import numpy as np
+    import polars as pl
     import pyarrow as pa
 
     schema = arrow_schema(INDEX_COLUMNS)
@@ -283,7 +301,7 @@ def _write_index(path: Path, rows: pl.DataFrame, placed: Turns) -> None:
             columns = {name: pa.array(values, pa.int32()) for name, values in numbers.items()}
             columns["parent"] = pa.array(before[here], pa.int64(), mask=placed.opens[here])
             for name in NAMES:
-                columns[name] = named[name].to_arrow().cast(pa.string())
+                columns[name] = named[name].cast(pl.String).to_arrow().cast(pa.string())
             writer.write_table(pa.table([columns[name] for name in INDEX_COLUMNS], schema=schema))
 
 
@@ -318,6 +336,8 @@ def _counts(written: dict[str, _Tally], talks: _Talks, encoding: Encoding) -> Co
 
 def _gate(out: Path, dialogues: Dialogues) -> int:
     """Read everything back as a reader of the artifact would, and check it."""
+    import polars as pl
+
     from tasks.text.chat import load_dialect
     from tasks.text.gate import check, ids_again
     from tasks.text.said import SAID
@@ -325,8 +345,9 @@ def _gate(out: Path, dialogues: Dialogues) -> int:
 
     tokens = Tokens(out, Manifest(key="", kind=Tokens.kind, recipe={}, files={}, digest=""))
     ids, mask, positions, ends = map(Stored, (tokens.ids(), tokens.mask(), tokens.positions(), tokens.ends()))
-    written = Written(ids, mask, positions, ends, tokens.index().collect(), tokens.encoding().splits)
+    few = pl.col(FEW).cast(pl.Categorical)
+    written = Written(ids, mask, positions, ends, tokens.index().with_columns(few).collect(), tokens.encoding().splits)
     tokenizer = (out / "tokenizer.json").read_text(encoding="utf-8")
     settings = {"tokenizer": sha256_file(out / "tokenizer.json")}
     again = PerText("exported-ids", 1, settings, partial(ids_again, tokenizer))
-    return check(written, load_dialect(out), dialogues.scan().select(SAID), partial(per_text, again))
+    return check(written, load_dialect(out), dialogues.scan().select(SAID).with_columns(few), partial(per_text, again))
