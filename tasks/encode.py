@@ -234,6 +234,8 @@ class _Tally:
 
 def _write(out: Path, dialogues: Dialogues, talks: _Talks, block: int, pad: int) -> dict[str, _Tally]:
     """Pack each split, write the arrays and the index, and return what was written."""
+    import pyarrow as pa
+
     from tasks.text.lay import lay, turns
 
     packed = _packed(talks, block)
@@ -246,7 +248,8 @@ def _write(out: Path, dialogues: Dialogues, talks: _Talks, block: int, pad: int)
             laid = lay(placed, talks.texts, talks.tags, first, last, block, pad)
             for name, file in files.items():
                 file.write(getattr(laid, name))
-    talks.texts.ids.clear()  # of ten times OASST2, half a GB
+    talks.texts.ids.clear()  # of ten times OASST2, half a GB, which Arrow would keep for itself
+    pa.default_memory_pool().release_unused()
     _write_index(out / "index.parquet", _read(dialogues, *NAMES), placed)
     written, first = {}, 0
     for split, sequences in packed.items():
