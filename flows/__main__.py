@@ -115,6 +115,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _seeds(text: str) -> int:
+    count = _count(text)
+    if not 1 <= count <= 100:
+        raise argparse.ArgumentTypeError(f"expected 1 to 100 seeds, found {text!r}")
+    return count
+
+
 def _hours(text: str) -> float:
     try:
         hours = float(text)
@@ -154,6 +161,12 @@ def _add_runs(command: Command) -> None:
     made = command("run", commands.run, "run a recipe, doing only what is not done yet")
     _about_recipe(made)
     made.add_argument("--verbose", action="store_true", help="show Prefect's own log, too")
+    made = command("sweep", commands.sweep, "train one model for each value of some settings, and compare them")
+    _recipe(made)
+    _settings(made, "what is varied, such as train.lr=1e-5,3e-5,1e-4; may be repeated")
+    made.add_argument("--seeds", type=_seeds, default=1, metavar="N", help="seeds that each arm is trained from (1)")
+    made.add_argument("--verbose", action="store_true", help="show Prefect's own log, too")
+    _as_json(made)
     for name, does, about in (
         ("plan", commands.plan, "say what a run would do, step by step"),
         ("why", commands.why, "say why steps would run"),
@@ -201,7 +214,7 @@ def _add_upkeep(command: Command) -> None:
     )
 
 
-def _about_recipe(made: argparse.ArgumentParser) -> None:
+def _recipe(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "recipe",
         nargs="?",
@@ -209,14 +222,15 @@ def _about_recipe(made: argparse.ArgumentParser) -> None:
         metavar="RECIPE",
         help=f"one of {', '.join(recipe.names())}, or a .toml file (default: quickstart)",
     )
-    made.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.NAME=VALUE",
-        dest="settings",
-        help="change a setting, such as train.epochs=2; may be repeated",
-    )
+
+
+def _settings(made: argparse.ArgumentParser, about: str) -> None:
+    made.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE", dest="settings", help=about)
+
+
+def _about_recipe(made: argparse.ArgumentParser) -> None:
+    _recipe(made)
+    _settings(made, "change a setting, such as train.epochs=2; may be repeated")
     made.add_argument("--tokens", default="", metavar="ID", help="begin with these tokens, such as copied ones")
     made.add_argument("--until", metavar="STEP", help="stop after this step")
     made.add_argument(

@@ -47,6 +47,16 @@ def publish_summary(recipe: str, outcomes: Sequence[Outcome]) -> None:
     best_effort(lambda: create_markdown_artifact(key="treeline-run", markdown=summary(recipe, outcomes)))
 
 
+def publish_comparison(recipe: str, rows: Sequence[Sequence[str]]) -> None:
+    """Leave the table that compares the arms of a sweep; its first row is the head."""
+    from prefect.artifacts import create_markdown_artifact
+
+    lines = [f"| {' | '.join(map(safe, row))} |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    page = f"# Sweep of {safe(recipe)}\n\nThe mean over the seeds, and the band.\n\n" + "\n".join(lines)
+    best_effort(lambda: create_markdown_artifact(key="treeline-sweep", markdown=page))
+
+
 def card(outcome: Outcome) -> str:
     """Render one step's card: what it made, its counts, and its picture where it has one."""
     artifact = outcome.artifact

@@ -108,9 +108,8 @@ def _planned(step: Step[Any, Any], recipe: Recipe, have: Made, store: Store, for
         return Planned(step.name, "cached", key, "nothing changed", step.makes(store.folder(found.kind, key), found))
     if isinstance(found, Fault):
         return Planned(step.name, "run", key, str(found))
-    return Planned(
-        step.name, "run", key, why_missing(preimage, store.comparable(step.makes.kind, recipe.name, step.name))
-    )
+    near = store.comparable(step.makes.kind, recipe.name, step.name)
+    return Planned(step.name, "run", key, why_missing(preimage, near, store.names()))
 
 
 def done(planned: Sequence[Planned]) -> bool:

@@ -73,28 +73,65 @@ def run(asked: argparse.Namespace) -> int:
     return 0
 
 
+def sweep(asked: argparse.Namespace) -> int:
+    """Run the arms of a sweep, and print the table that compares them."""
+    from flows import sweep as sweeps
+    from flows.terminal import console, table
+
+    base = recipe.load(asked.recipe)
+    planned = sweeps.arms(base, asked.settings, asked.seeds)
+    if (outcomes := sweeps.done(base, planned)) is None:
+        _prefect(asked.verbose)
+        from flows.pipeline import sweep_arms
+
+        with _in_process():
+            sweep_arms(base, asked.settings, asked.seeds)
+        outcomes = sweeps.done(base, planned) or []
+    rows = sweeps.comparison(outcomes)
+    if asked.json:
+        _json(rows)
+    else:
+        console().print(table(f"sweep of {base.name}", sweeps.COLUMNS, [sweeps.cells(row) for row in rows]))
+    return 0
+
+
 def _work(wanted: _Wanted, asked: argparse.Namespace) -> list[tuple[str, bool, float, str, Artifact]]:
     """Run the flow in this process, on Prefect's in-process API unless PREFECT_API_URL names a server."""
-    from flows.deployments import configure, server_apart
-    from flows.terminal import Bars
-    from tasks.progress import listening
-
-    for name in ("PREFECT_LOGGING_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL"):
-        os.environ.setdefault(name, "INFO" if asked.verbose else "CRITICAL")
-    configure(os.environ)
-    print("starting Prefect (the first time, its database takes half a minute) ...", file=sys.stderr)
+    _prefect(asked.verbose)
     from flows.cards import publish_card
     from flows.pipeline import model, pipeline
 
-    bars, until = Bars(), next(step for step in reversed(STEP_NAMES) if step == asked.until or not asked.until)
+    until = next(step for step in reversed(STEP_NAMES) if step == asked.until or not asked.until)
     forced = [step for step in STEP_NAMES if step in wanted.force]
-    server_apart()
-    with bars.shown(), listening(bars), session(wanted.recipe.name, wanted.force, publish_card) as run:
+    with _in_process(), session(wanted.recipe.name, wanted.force, publish_card) as run:
         if asked.tokens:
             model(wanted.recipe, asked.tokens, until, forced)
         else:
             pipeline(wanted.recipe, until, forced)
     return [(one.step, one.cached, one.seconds, one.why, one.artifact) for one in run.outcomes]
+
+
+def _prefect(verbose: bool) -> None:
+    """Set Prefect's environment; its modules read it once, when they are imported."""
+    from flows.deployments import configure
+
+    for name in ("PREFECT_LOGGING_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL"):
+        os.environ.setdefault(name, "INFO" if verbose else "CRITICAL")
+    configure(os.environ)
+    print("starting Prefect (the first time, its database takes half a minute) ...", file=sys.stderr)
+
+
+@contextmanager
+def _in_process() -> Iterator[None]:
+    """Show bars while flows run in this process, and keep Ctrl-C from Prefect's own server."""
+    from flows.deployments import server_apart
+    from flows.terminal import Bars
+    from tasks.progress import listening
+
+    bars = Bars()
+    server_apart()
+    with bars.shown(), listening(bars):
+        yield
 
 
 def plan(asked: argparse.Namespace) -> int:

@@ -100,6 +100,8 @@ def _stream(tokens: Tokens, split: str, path: Path) -> int:
     import numpy as np
     import polars as pl
 
+    if tokens.encoding().layout == "tree":
+        return _threads(tokens, split, path)
     ids, (first, last) = tokens.ids(split), tokens.encoding().splits[split]
     filled = np.zeros(last - first, np.int64)  # tokens before the padding
     stops = tokens.index().filter(pl.col("split") == split).group_by("sequence").agg(pl.col("stop").max()).collect()
@@ -110,6 +112,28 @@ def _stream(tokens: Tokens, split: str, path: Path) -> int:
             here = slice(low, low + ROWS)
             file.write(ids[here][place < filled[here, None]].astype("<u2").tobytes())
     return int(filled.sum())
+
+
+def _threads(tokens: Tokens, split: str, path: Path) -> int:
+    """Write each path from a root to a leaf of packed trees: a plain stream has no branches. Return the ids written."""
+    import polars as pl
+
+    ids, index = tokens.ids(), tokens.index().with_row_index("place").filter(pl.col("split") == split).collect()
+    first = index["place"].min() or 0
+    parents = [-1 if above is None else above - first for above in index["parent"]]
+    where = list(index.select("sequence", "start", "stop").iter_rows())
+    inner, written = {*parents}, 0
+    with path.open("wb") as file:
+        for leaf in range(len(parents)):
+            thread = []
+            place = -1 if leaf in inner else leaf
+            while place >= 0:
+                thread.append(where[place])
+                place = parents[place]
+            for sequence, start, stop in reversed(thread):
+                file.write(ids[sequence, start:stop].astype("<u2").tobytes())
+                written += stop - start
+    return written
 
 
 def messages(dialogues: Dialogues, folder: Path) -> Counts:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from prefect import flow
 
-from flows import cards, chain
+from flows import cards, chain, runners, sweep
 from flows.chain import StepName
 from flows.recipe import Recipe
 from tasks.artifacts import Artifact, Tokens
@@ -25,7 +26,11 @@ def _run(recipe: Recipe, force: Sequence[str]) -> Iterator[Session]:
     """Open a session that shows itself in the UI; in a flow of a flow, go on with the outer one."""
     now = listener()
     shown = now if isinstance(now, cards.UiProgress) else cards.UiProgress(now)
-    with session(recipe.name, frozenset(force), shown=cards.publish_card) as run, listening(shown):
+    with (
+        session(recipe.name, frozenset(force), shown=cards.publish_card) as run,
+        listening(shown),
+        runners.on(recipe.runtime.runner),
+    ):
         yield run
         Store(home()).note_run(recipe.name, {outcome.step: outcome.artifact.id for outcome in run.outcomes})
 
@@ -74,6 +79,38 @@ def pipeline(recipe: Recipe, until: StepName = "evaluate", force: Sequence[StepN
             last = model(recipe, last.id, until, force)
         cards.publish_summary(recipe.name, run.outcomes)
         return last
+
+
+@flow(name="treeline-arm", flow_run_name="{recipe.name}", persist_result=False)
+def arm(recipe: Recipe, label: str, judge: str) -> Artifact:
+    """Run one arm of a sweep: its data where that differs, its model, and the report on the sweep's tokens.
+
+    Args:
+        recipe: All settings of the arm.
+        label: The settings that the sweep varies.
+        judge: Id of the tokens that its loss is measured on.
+    """
+    with _run(recipe, ()):
+        own = chain.open_tokens(data(recipe).id)
+        return sweep.run(sweep.Arm(label, recipe.train.seed, recipe), own, chain.open_tokens(judge)).report
+
+
+@flow(name="treeline-sweep", flow_run_name="sweep {recipe.name}", persist_result=False)
+def sweep_arms(recipe: Recipe, settings: Sequence[str], seeds: int = 1) -> list[dict[str, Any]]:
+    """Train one model for each combination of some settings, and compare them in one table.
+
+    Args:
+        recipe: What every arm starts from; all are judged on its tokens.
+        settings: What is varied, such as train.lr=1e-5,3e-5,1e-4; one entry a setting.
+        seeds: Seeds that each arm is trained from, to tell a difference from noise.
+    """
+    planned = sweep.arms(recipe, settings, seeds)
+    judge = data(recipe)
+    for one in planned:
+        arm(one.recipe, one.label, judge.id)
+    rows = sweep.comparison(sweep.done(recipe, planned) or ())
+    cards.publish_comparison(recipe.name, [sweep.COLUMNS, *map(sweep.cells, rows)])
+    return rows
 
 
 def _tokens(recipe: Recipe, name: str) -> Artifact:

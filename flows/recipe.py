@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from flows.runners import Runner
 from tasks.curate import CurateParams
 from tasks.download import DownloadParams, DownloadRuntime
 from tasks.encode import EncodeParams, EncodeRuntime
@@ -27,6 +28,8 @@ class RuntimeSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    runner: Runner = "threads"
+    """Where texts are worked on: threads of this machine, or the workers of a Dask or Ray cluster."""
     download: DownloadRuntime = DownloadRuntime()
     """The download step."""
     encode: EncodeRuntime = EncodeRuntime()
@@ -82,6 +85,18 @@ def load(name: str = "quickstart", settings: Sequence[str] = ()) -> Recipe:
     return build(data, where=name)
 
 
+def changed(base: Recipe, settings: Sequence[str], name: str) -> Recipe:
+    """Return a recipe with some settings changed, under another name.
+
+    Raises:
+        ParameterError: If a setting is unknown, or a value is out of its range.
+    """
+    data = base.model_dump(mode="python")
+    for setting in settings:
+        _put(data, setting)
+    return build({**data, "name": name}, where=name)
+
+
 def build(data: dict[str, Any], where: str) -> Recipe:
     """Validate plain data as a recipe, saying each fault in one line.
 
@@ -131,7 +146,7 @@ def _put(data: dict[str, Any], setting: str) -> None:
 
 def _route(parts: list[str]) -> list[str]:
     """Lead `train.device` to `runtime.train.device`: who sets it need not know which settings are keyed."""
-    if len(parts) == 2 and parts[0] in RuntimeSettings.model_fields:
+    if len(parts) == 2 and parts[0] in RuntimeSettings.model_fields and parts[0] in Recipe.model_fields:
         section, name = parts
         keyed = Recipe.model_fields[section].default
         runtime = RuntimeSettings.model_fields[section].default

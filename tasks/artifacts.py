@@ -203,7 +203,8 @@ class Encoding:
     """How texts became token ids: everything that a reader of the memmaps or of a tuned model needs to know.
 
     Attributes:
-        block: T, tokens in a sequence.
+        block: Most tokens of a conversation, so positions are less than this.
+        length: T, tokens in a sequence; at least `block`.
         vocab_size: V, rows of the embedding table; a multiple of 64, so the last ones may stand for nothing.
         template: Name of the chat template.
         layout: Name of the layout.
@@ -215,6 +216,7 @@ class Encoding:
     """
 
     block: int
+    length: int
     vocab_size: int
     template: str
     layout: str
@@ -271,8 +273,8 @@ class Tokens(Artifact):
         encoding = self.encoding()
         size = (self.path / name).stat().st_size
         if size == 0:  # an empty file cannot be mapped
-            return np.zeros((0, encoding.block), dtype=dtype)
-        whole = np.memmap(self.path / name, dtype=dtype, mode="r").reshape(-1, encoding.block)
+            return np.zeros((0, encoding.length), dtype=dtype)
+        whole = np.memmap(self.path / name, dtype=dtype, mode="r").reshape(-1, encoding.length)
         first, last = encoding.splits[split] if split else (0, len(whole))
         return whole[first:last]
 
@@ -333,4 +335,5 @@ def write_encoding(folder: Path, encoding: Encoding) -> None:
 def read_encoding(folder: Path) -> Encoding:
     """Read `encoding.json` from a folder."""
     found = json.loads((folder / "encoding.json").read_bytes())
+    found.setdefault("length", found["block"])  # before trees could be longer than a path
     return Encoding(**{**found, "splits": {name: tuple(rows) for name, rows in found["splits"].items()}})

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tasks.artifacts import (
     INDEX_COLUMNS,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tasks.text.bpe import Vocabulary
     from tasks.text.chat import Tags, Template
     from tasks.text.lay import Texts, Turns
-    from tasks.text.layout import Conversation, Fitted
+    from tasks.text.layout import Conversation, Forest
 
 SPLITS = ("train", "val", "test")
 PAD = "<|endoftext|>"
@@ -58,13 +58,28 @@ class EncodeParams(Params):
     """Most token ids of a trained vocabulary, its 4 special tokens among them; GPT-2's own has 50,260."""
 
     block: int = Field(default=1_024, ge=16, le=65_535)
-    """Tokens in a sequence; GPT-2 knows 1,024 positions."""
+    """Most tokens of a conversation, from its start to a reply; GPT-2 knows 1,024 positions."""
 
     template: Literal["chat", "xml"] = "chat"
     """How turns are written: with role tokens, or with the plain-text tags of the seed."""
 
-    layout: Literal["paths", "top1", "first-reply"] = "paths"
-    """Which paths of a tree are trained on: all from root to leaf, the best-ranked one, or prompt and first replies."""
+    pack: int | None = Field(default=None, ge=16, le=65_535)
+    """Tokens of a sequence, at least block: a larger one cuts fewer trees, and costs attention. None: block."""
+
+    layout: Literal["tree", "paths", "top1", "first-reply"] = "tree"
+    """How trees become sequences: whole, each message once; as all paths from root to leaf, the best-ranked path, or
+    prompt and first replies."""
+
+    @model_validator(mode="after")
+    def _holds_a_path(self) -> EncodeParams:
+        if self.pack is not None and self.pack < self.block:
+            raise ValueError(f"pack {self.pack} is less than block {self.block}, so not every path would fit")
+        return self
+
+    @property
+    def length(self) -> int:
+        """T, tokens of a sequence."""
+        return self.pack or self.block
 
 
 class EncodeRuntime(TextsRuntime):
@@ -85,9 +100,10 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRun
     vocabulary = _vocabulary(dialogues, template, params)
     pieces = tags(template, vocabulary.specials, vocabulary.encode)
     talks = _talks(dialogues, _ids_of(vocabulary, params), pieces, params)
-    written = _write(out, dialogues, talks, params.block, vocabulary.specials[PAD])
+    written = _write(out, dialogues, talks, params.length, vocabulary.specials[PAD])
     encoding = Encoding(
         block=params.block,
+        length=params.length,
         vocab_size=vocabulary.size_padded,
         template=params.template,
         layout=params.layout,
@@ -104,17 +120,12 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRun
     return {**counts, "gated": _gate(out, dialogues)}
 
 
-def _trees(dialogues: Dialogues, layout: str) -> tuple[list[Conversation], NDArray[np.bool_], pl.Series]:
-    """Lay the trees out.
-
-    Returns:
-        The conversations, by row; (rows,) whether a row is an assistant's; (rows,) the split of each.
-    """
-    from tasks.text.layout import LAYOUTS, LINKS, forest
+def _trees(dialogues: Dialogues) -> tuple[Forest, NDArray[np.bool_], pl.Series]:
+    """Link the trees, and tell of each row whether it is an assistant's and what its split is."""
+    from tasks.text.layout import LINKS, forest
 
     rows = _read(dialogues, *LINKS, "role", "split")
-    found = [*LAYOUTS[layout](forest(rows))]
-    return found, (rows["role"] == "assistant").to_numpy(), rows["split"]
+    return forest(rows), (rows["role"] == "assistant").to_numpy(), rows["split"]
 
 
 def _read(dialogues: Dialogues, *names: str) -> pl.DataFrame:
@@ -157,24 +168,28 @@ class _Talks:
     """Which conversations are written, and the ids of their messages.
 
     Attributes:
-        fitted: The conversations, by row.
+        conversations: Rows of each, depth first: a path, or as much of a tree as fits.
+        contexts: How many rows at the start of each are not trained: another conversation trains them.
         tags: The template's pieces as ids.
         texts: Ids of the texts in them.
+        parents: (rows,) row of each row's parent, -1 at a root.
         replies: (rows,) whether a row is an assistant's.
         sizes: (conversations,) tokens of each.
         utf8: (rows,) bytes of each text in them.
         splits: (rows,) the split of each.
-        found: How many conversations the layout gave; the rest was left out (see `Fitted`).
+        counts: What the layout did: how many conversations it found, and what of them was left out.
     """
 
-    fitted: Fitted
+    conversations: list[Conversation]
+    contexts: list[int]
     tags: Tags
     texts: Texts
+    parents: NDArray[np.int64]
     replies: NDArray[np.bool_]
     sizes: NDArray[np.int64]
     utf8: NDArray[np.int64]
     splits: pl.Series
-    found: int
+    counts: Counts
 
 
 def _talks(dialogues: Dialogues, ids_of: PerText, tags: Tags, params: EncodeParams) -> _Talks:
@@ -182,19 +197,73 @@ def _talks(dialogues: Dialogues, ids_of: PerText, tags: Tags, params: EncodePara
     import numpy as np
 
     from tasks.text.lay import around
+    from tasks.text.layout import LAYOUTS, flat
+
+    trees, replies, splits = _trees(dialogues)
+    found = None if params.layout == "tree" else list(LAYOUTS[params.layout](trees))
+    asked = np.full(len(replies), found is None)
+    if found is not None:
+        asked[flat(found)[0]] = True
+    texts, utf8 = _encoded(dialogues, asked, ids_of)
+    nowhere = np.zeros(len(replies), np.bool_)  # what stands at the ends of a conversation is counted apart
+    lengths = texts.lengths + sum(around(replies, nowhere, nowhere, tags))
+    laid = (
+        _whole(trees, replies, lengths, tags, params)
+        if found is None
+        else _paths(found, replies, lengths, tags, params)
+    )
+    return _Talks(*laid[:2], tags, texts, np.array(trees.parents, np.int64), replies, laid[2], utf8, splits, laid[3])
+
+
+_Laid = tuple[list["Conversation"], list[int], "NDArray[np.int64]", Counts]  # conversations, contexts, sizes, counts
+
+
+def _whole(
+    trees: Forest, replies: NDArray[np.bool_], lengths: NDArray[np.int64], tags: Tags, params: EncodeParams
+) -> _Laid:
+    """Take trees as they are, or as much of one as fits a sequence."""
+    import numpy as np
+
+    from tasks.text.branches import Sizes, cut
+
+    sizes = Sizes(lengths.tolist(), len(tags.start), len(tags.tail), params.block, params.length)
+    made = cut(trees, replies.tolist(), sizes)
+    counts = {
+        "found": made.trees + made.skipped,
+        "cut": made.divided,
+        "skipped": made.skipped,
+        "too_long": made.too_long,
+        "context": sum(sizes.rows[row] for piece in made.pieces for row in piece.rows[: piece.context]),
+    }
+    pieces = made.pieces
+    tokens = np.array([piece.tokens for piece in pieces], np.int64)
+    return [piece.rows for piece in pieces], [piece.context for piece in pieces], tokens, counts
+
+
+def _paths(
+    found: list[Conversation],
+    replies: NDArray[np.bool_],
+    lengths: NDArray[np.int64],
+    tags: Tags,
+    params: EncodeParams,
+) -> _Laid:
+    """Take paths, each to its last reply that fits."""
+    import numpy as np
+
     from tasks.text.layout import fit, flat
 
-    found, replies, splits = _trees(dialogues, params.layout)
-    asked = np.zeros(len(replies), np.bool_)
-    asked[flat(found)[0]] = True
-    texts, utf8 = _encoded(dialogues, asked, ids_of)
-    nowhere = np.zeros(len(replies), np.bool_)  # what stands at the ends of a conversation is counted once, apart
-    lengths = texts.lengths + sum(around(replies, nowhere, nowhere, tags))
     outer = len(tags.start) + len(tags.tail)
     fitted = fit(found, replies, lengths, params.block - outer)
     inside, stops = flat(fitted.conversations)
     sizes = np.diff(np.cumsum(lengths[inside])[stops - 1], prepend=0) + outer
-    return _Talks(fitted, tags, texts, replies, sizes, utf8, splits, len(found))
+    counts = {
+        "found": len(found),
+        "cut": fitted.cut,
+        "skipped": fitted.skipped,
+        "repeated": fitted.repeated,
+        "too_long": fitted.too_long,
+    }
+    return fitted.conversations, [0] * len(sizes), sizes, counts
 
 
 def _encoded(dialogues: Dialogues, asked: NDArray[np.bool_], ids_of: PerText) -> tuple[Texts, NDArray[np.int64]]:
@@ -240,7 +309,9 @@ def _write(out: Path, dialogues: Dialogues, talks: _Talks, block: int, pad: int)
 
     packed = _packed(talks, block)
     plan = [numbers for sequences in packed.values() for numbers in sequences]
-    placed = turns(talks.fitted.conversations, plan, talks.replies, talks.texts.lengths, talks.tags)
+    placed = turns(
+        talks.conversations, talks.contexts, plan, talks.parents, talks.replies, talks.texts.lengths, talks.tags
+    )
     with ExitStack() as stack:
         files = {name: stack.enter_context((out / f"{name}.bin").open("wb")) for name in ARRAYS}
         for first in track(range(0, len(plan), CHUNK), "pack", -(-len(plan) // CHUNK), f"times {CHUNK} sequences"):
@@ -255,7 +326,7 @@ def _write(out: Path, dialogues: Dialogues, talks: _Talks, block: int, pad: int)
     for split, sequences in packed.items():
         here = placed.of(first, first + len(sequences))
         first += len(sequences)
-        spoken = int(talks.utf8[here.row[here.reply]].sum())
+        spoken = int(talks.utf8[here.row[here.trained > 0]].sum())
         written[split] = _Tally(len(sequences), int(here.size.sum()), int(here.trained.sum()), spoken)
     return written
 
@@ -270,11 +341,10 @@ def _packed(talks: _Talks, block: int) -> dict[str, list[list[int]]]:
 
     from tasks.text.pack import best_fit
 
-    conversations = talks.fitted.conversations
-    of_each = talks.splits.gather([conversation[0] for conversation in conversations])
+    of_each = talks.splits.gather([conversation[0] for conversation in talks.conversations])
     of_split = {split: np.flatnonzero((of_each == split).to_numpy()) for split in SPLITS}
     if not len(of_split["train"]):
-        what = f"the train split holds no reply that fits a block of {block:,} tokens"
+        what = f"the train split holds no reply that fits {block:,} tokens"
         where = f"{len(talks.splits):,} messages came in, {(talks.splits == 'train').sum():,} of them to train on"
         raise InputError(what, where, "Keep more messages in curate, or raise encode.block", "encode.empty")
     return {
@@ -284,13 +354,11 @@ def _packed(talks: _Talks, block: int) -> dict[str, list[list[int]]]:
 
 
 def _write_index(path: Path, rows: pl.DataFrame, placed: Turns) -> None:
-    """Write the token ranges of messages; each goes on from the one before it."""
-    import numpy as np
+    """Write the token ranges of messages, and which one each goes on from."""
     import polars as pl
     import pyarrow as pa
 
     schema = arrow_schema(INDEX_COLUMNS)
-    before = np.arange(-1, len(placed.row) - 1)
     with parquet_writer(path, INDEX_COLUMNS) as writer:
         for first in range(0, len(placed.row), GROUP):
             here = slice(first, first + GROUP)
@@ -302,7 +370,7 @@ def _write_index(path: Path, rows: pl.DataFrame, placed: Turns) -> None:
                 "trained": placed.trained[here],
             }
             columns = {name: pa.array(values, pa.int32()) for name, values in numbers.items()}
-            columns["parent"] = pa.array(before[here], pa.int64(), mask=placed.opens[here])
+            columns["parent"] = pa.array(placed.parent[here], pa.int64(), mask=placed.opens[here])
             for name in NAMES:
                 columns[name] = named[name].cast(pl.String).to_arrow().cast(pa.string())
             writer.write_table(pa.table([columns[name] for name in INDEX_COLUMNS], schema=schema))
@@ -325,13 +393,9 @@ def _counts(written: dict[str, _Tally], talks: _Talks, encoding: Encoding) -> Co
         "sequences": sequences,
         "tokens": tokens,
         "trained": trained,
-        "padding": sequences * encoding.block - tokens,
-        "found": talks.found,
-        "conversations": len(talks.fitted.conversations),
-        "cut": talks.fitted.cut,
-        "skipped": talks.fitted.skipped,
-        "repeated": talks.fitted.repeated,
-        "too_long": talks.fitted.too_long,
+        "padding": sequences * encoding.length - tokens,
+        "conversations": len(talks.conversations),
+        **talks.counts,
         "vocab_size": encoding.vocab_size,
         "splits": {split: asdict(tally) for split, tally in written.items()},
     }
@@ -348,8 +412,11 @@ def _gate(out: Path, dialogues: Dialogues) -> int:
 
     tokens = Tokens(out, Manifest(key="", kind=Tokens.kind, recipe={}, files={}, digest=""))
     ids, mask, positions, ends = map(Stored, (tokens.ids(), tokens.mask(), tokens.positions(), tokens.ends()))
+    encoding = tokens.encoding()
+    once = encoding.layout == "tree"
     few = pl.col(FEW).cast(pl.Categorical)
-    written = Written(ids, mask, positions, ends, tokens.index().with_columns(few).collect(), tokens.encoding().splits)
+    index = tokens.index().with_columns(few).collect()
+    written = Written(ids, mask, positions, ends, index, encoding.splits, once)
     tokenizer = (out / "tokenizer.json").read_text(encoding="utf-8")
     settings = {"tokenizer": sha256_file(out / "tokenizer.json")}
     again = PerText("exported-ids", 1, settings, partial(ids_again, tokenizer))

@@ -241,7 +241,8 @@ class _Call:
         """Say why this call has no artifact."""
         if self.forced or self.fault:
             return self.fault or "forced"
-        return why_missing(self.recipe, self.store.comparable(self.kind, self.run.recipe, self.step.name))
+        near = self.store.comparable(self.kind, self.run.recipe, self.step.name)
+        return why_missing(self.recipe, near, self.store.names())
 
     def build(self) -> Manifest:
         """Run the step's function in a scratch folder and publish what it wrote."""

@@ -119,7 +119,7 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     model = build_start(spec, folder)
     set_dropout(model, params.dropout)
     chosen = params.model_dump()
-    sequences = max(1, params.batch_tokens // encoding.block)
+    sequences = max(1, params.batch_tokens // encoding.length)
     settings = Settings(sequences=sequences, **{f.name: chosen[f.name] for f in fields(Settings) if f.name in chosen})
     machine = Machine(device_of(run.device), time.monotonic, run.micro_batch, run.compile, run.checkpoint_seconds)
     with threads(run.threads, model.config.n_embd):

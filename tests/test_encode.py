@@ -108,7 +108,47 @@ def test_the_index_leads_from_tokens_to_messages_and_from_a_message_to_its_paren
 def test_replies_that_several_paths_hold_are_counted_in_bytes_as_often_as_they_are_trained(tmp_path: Path) -> None:
     rows = talk("a", "Hi", "é", "So?", "b")
     rows.append({**rows[3], "message_id": "x", "sibling": 1, "text": "cc"})
-    assert encoded(tmp_path, rows).encoding().utf8_bytes["train"] == 2 + 1 + 2 + 2
+    paths = encoded(tmp_path / "paths", rows, SMALL.model_copy(update={"layout": "paths"}))
+    assert paths.encoding().utf8_bytes["train"] == 2 + 1 + 2 + 2
+    assert encoded(tmp_path / "tree", rows).encoding().utf8_bytes["train"] == 2 + 1 + 2  # there, each is trained once
+
+
+def test_a_tree_stands_once_with_its_branches_blind_to_each_other(tmp_path: Path) -> None:
+    rows = talk("a", "Hi", "Hello", "So?", "b")
+    rows.append({**rows[3], "message_id": "x", "sibling": 1, "text": "cc"})
+    rows.append({**rows[1], "message_id": "y", "sibling": 1, "text": "Hey"})
+    made = encoded(tmp_path, rows)
+    index, ends, positions = made.index().collect(), made.ends()[0], made.positions()[0]
+    assert index["message_id"].to_list() == ["a0", "a1", "a2", "a3", "x", "y"]
+    assert index["parent"].to_list() == [None, 0, 1, 2, 2, 0]
+    start, stop = (dict(zip(index["message_id"], index[name], strict=True)) for name in ("start", "stop"))
+    assert [ends[start[name]] for name in index["message_id"]] == [
+        stop["y"], stop["x"], stop["x"], stop["a3"], stop["x"], stop["y"],
+    ]  # fmt: skip
+    assert positions[start["x"]] == positions[start["a3"]] == stop["a2"]
+    assert positions[start["y"]] == positions[start["a1"]] == stop["a0"]
+    assert made.counts["trained"] == index["trained"].sum() == made.mask().sum()
+
+
+def test_a_tree_larger_than_a_sequence_repeats_ancestors_that_only_one_piece_trains(tmp_path: Path) -> None:
+    rows = talk("a", "Hi", "Hello " * 3)
+    rows += [{**rows[1], "message_id": f"x{at}", "sibling": at, "text": f"{at} " * 9} for at in range(1, 6)]
+    rows += [
+        {**rows[1], "message_id": f"y{at}", "parent_id": "a1", "depth": 2, "text": f"{at}! " * 8} for at in range(3)
+    ]
+    rows = [{**row, "role": "assistant" if row["message_id"] != "a0" else "prompter"} for row in rows]
+    made = encoded(tmp_path, rows)
+    index = made.index().collect()
+    assert made.counts["cut"] == 1
+    assert made.counts["conversations"] > 1
+    trained = index.filter(index["trained"] > 0)["message_id"].to_list()
+    assert sorted(trained) == sorted(row["message_id"] for row in rows if row["role"] == "assistant")
+    assert len(index) > len(rows)
+    assert made.counts["context"] > 0
+    long = encoded(tmp_path / "long", rows, SMALL.model_copy(update={"pack": 512}))
+    assert long.ids().shape == (1, 512)
+    assert long.counts["context"] == long.counts["cut"] == 0
+    assert int(long.positions().max()) < 64 == long.encoding().block
 
 
 def test_a_trained_vocabulary_sees_the_train_split_only(tmp_path: Path) -> None:
@@ -211,7 +251,7 @@ def test_real_trees_are_encoded_and_read_back_exactly(
     tmp_path: Path, shared: Path, template: Literal["chat", "xml"]
 ) -> None:
     rows = list(published(shared / "data/oasst1_en_validation.trees.jsonl.gz"))
-    made = encoded(tmp_path, rows, EncodeParams(template=template))
+    made = encoded(tmp_path, rows, EncodeParams(template=template, layout="paths"))
     counts, encoding, index = made.counts, made.encoding(), made.index().collect()
     assert len(rows) == 2_019
     assert counts["found"] == counts["conversations"] + counts["skipped"] + counts["repeated"]
@@ -228,6 +268,22 @@ def test_real_trees_are_encoded_and_read_back_exactly(
         else:
             assert not targets.any()
             assert text_of[row["message_id"]] in said.decode(tokens.tolist())
+
+
+def test_real_trees_are_computed_half_as_often_as_their_paths(tmp_path: Path, shared: Path) -> None:
+    rows = list(published(shared / "data/oasst1_en_validation.trees.jsonl.gz"))
+    tree, paths = (
+        encoded(tmp_path / layout, rows, EncodeParams(layout=layout, pack=4_096)) for layout in ("tree", "paths")
+    )
+    replies = {
+        name: tree.index().collect().filter(role="assistant")["message_id"]
+        for name, tree in (("tree", tree), ("paths", paths))
+    }
+    assert {*replies["tree"]} == {*replies["paths"]}
+    assert len(replies["tree"]) == replies["tree"].n_unique()
+    assert tree.counts["context"] == 0
+    assert paths.counts["tokens"] / tree.counts["tokens"] > 1.45
+    assert tree.counts["padding"] < tree.counts["tokens"] / 20  # three splits end on a sequence that is not full
 
 
 def test_the_first_replies_of_a_real_file_are_the_pairs_of_the_seed(tmp_path: Path, shared: Path) -> None:

@@ -63,7 +63,8 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
     vocabulary.exported().save(str(folder / "tokenizer.json"))
     splits = {"train": (0, 5), "val": (4, 5), "test": (5, 6)}
     sizes = {name: sum(len(answer) for _, answer in TALKS[first:last]) for name, (first, last) in splits.items()}
-    encoding = Encoding(BLOCK, vocabulary.size_padded, "chat", "paths", vocabulary.specials, stop, pad, splits, sizes)
+    specials, size = vocabulary.specials, vocabulary.size_padded
+    encoding = Encoding(BLOCK, BLOCK, size, "chat", "paths", specials, stop, pad, splits, sizes)
     write_encoding(folder, encoding)
     return Tokens(folder, manifest("tokens"))
 

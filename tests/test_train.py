@@ -65,6 +65,7 @@ def tokens_in(folder: Path, template: str = "chat", splits: dict[str, tuple[int,
         folder,
         Encoding(
             block=BLOCK,
+            length=BLOCK,
             vocab_size=vocabulary.size_padded,
             template=template,
             layout="paths",

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tasks.store.manifest import Manifest
 
 NEW = "nothing like it was made before"
+NAMELESS: Mapping[str, str] = {}
 
 
-def why_missing(recipe: dict[str, Any], made: list[Manifest]) -> str:
+def why_missing(recipe: dict[str, Any], made: list[Manifest], names: Mapping[str, str] = NAMELESS) -> str:
     """Say what sets a recipe apart from the nearest of the artifacts that were made, old value first.
 
     Args:
         recipe: The key's preimage that has no artifact.
         made: Manifests to compare with, oldest first; among equally near ones the youngest is taken.
+        names: Digest of a content -> id of an artifact that holds it, to be shown in its place.
     """
     near = [
-        differences(manifest.recipe, recipe)
+        differences(manifest.recipe, recipe, names=names)
         for manifest in reversed(made)
         if manifest.recipe.get("step") == recipe["step"]
     ]
@@ -27,13 +30,13 @@ def why_missing(recipe: dict[str, Any], made: list[Manifest]) -> str:
     return "; ".join(nearest) or "its files are gone"
 
 
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """List where two JSON values differ, as `params.block: 512 -> 1024`; digests are shortened."""
+def differences(old: Any, new: Any, path: str = "", names: Mapping[str, str] = NAMELESS) -> list[str]:
+    """List where two JSON values differ, as `params.block: 512 -> 1024`; digests are named, or else shortened."""
     if isinstance(old, dict) and isinstance(new, dict):
-        names = [*new, *(name for name in old if name not in new)]
-        below = [(f"{path}.{name}" if path else name, old.get(name, ABSENT), new.get(name, ABSENT)) for name in names]
-        return [line for name, before, after in below for line in differences(before, after, name)]
-    return [] if old == new else [f"{path}: {_shown(old)} -> {_shown(new)}"]
+        found = [*new, *(name for name in old if name not in new)]
+        below = [(f"{path}.{name}" if path else name, old.get(name, ABSENT), new.get(name, ABSENT)) for name in found]
+        return [line for name, before, after in below for line in differences(before, after, name, names)]
+    return [] if old == new else [f"{path}: {_shown(old, names)} -> {_shown(new, names)}"]
 
 
 class _Absent:
@@ -44,7 +47,9 @@ class _Absent:
 ABSENT = _Absent()
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, names: Mapping[str, str]) -> str:
     if isinstance(value, str):
+        if value in names:
+            return names[value]
         return f"{value[:12]}…" if len(value) == 64 and value.isalnum() else (value or '""')
     return repr(value)

@@ -161,6 +161,10 @@ class Store:
         last = self.last_run(recipe).get(step)
         return [one for one in made if f"{kind}/{one.key[:SHORT]}" == last] or made
 
+    def names(self) -> dict[str, str]:
+        """Return the id of the youngest artifact of each content: digest -> id."""
+        return {made.digest: f"{made.kind}/{made.key[:SHORT]}" for _, made in self.manifests()}
+
     def folders(self, kind: str | None = None) -> list[Path]:
         """List every folder that is named like an artifact, readable or not."""
         kinds = [self.root / kind] if kind else [path for path in self.root.glob("*") if _KIND.fullmatch(path.name)]

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 
 from tasks.progress import bar
 from tasks.text.chat import Dialect, sound
-from tasks.text.rules import RULES
+from tasks.text.rules import RULES, trained_as_often
 from tasks.text.said import Said, read_said, sources, weights
 from tasks.text.written import Chunk, Ints, Written, chunks, fail
 
@@ -54,6 +54,7 @@ def check(written: Written, dialect: Dialect, messages: pl.LazyFrame, again: Aga
             _encoded_again(chunk, dialect, expected, said)
             _same_bytes(chunk, dialect, of_id, said)
             shown.advance(len(chunk.start))
+    trained_as_often(written, said.row)
     return int(said.drawn[said.row].sum())
 
 

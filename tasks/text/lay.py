@@ -47,7 +47,10 @@ class Turns:
         head: (M,) tokens before its text, `text` those of its text, `foot` those after it.
         trained: (M,) targets of the loss: the first of its text and on; 0 in a prompt.
         reply: (M,) whether it is an assistant's.
-        opens: (M,) whether it is the first of its conversation; `closes`: the last.
+        parent: (M,) which of the messages it answers here, -1 at the first of a conversation.
+        before: (M,) tokens above it in its conversation, which is the position of its first token.
+        end: (M,) one past the last token of all that is below it, in its sequence.
+        opens: (M,) whether it is the first of its conversation; `closes`: whether nothing is below it.
     """
 
     row: Ints
@@ -57,6 +60,9 @@ class Turns:
     text: Ints
     foot: Ints
     trained: Ints
+    parent: Ints
+    before: Ints
+    end: Ints
     reply: Flags
     opens: Flags
     closes: Flags
@@ -80,13 +86,21 @@ def around(replies: Flags, opens: Flags, closes: Flags, tags: Tags) -> tuple[Int
 
 
 def turns(
-    conversations: Sequence[Conversation], packed: Sequence[Sequence[int]], replies: Flags, lengths: Ints, tags: Tags
+    conversations: Sequence[Conversation],
+    contexts: Sequence[int],
+    packed: Sequence[Sequence[int]],
+    parents: Ints,
+    replies: Flags,
+    lengths: Ints,
+    tags: Tags,
 ) -> Turns:
     """Give every message its place.
 
     Args:
-        conversations: Rows of each conversation.
+        conversations: Rows of each conversation, depth first: a path, or a tree.
+        contexts: How many rows at the start of each one are not trained, as another conversation trains them.
         packed: Numbers of the conversations of each sequence, as `best_fit` gives them.
+        parents: (rows,) row of each row's parent.
         replies: (rows,) whether a row is an assistant's.
         lengths: (rows,) tokens of a row's text.
         tags: What stands around the texts.
@@ -96,16 +110,50 @@ def turns(
     row = np.fromiter(chain.from_iterable(order), np.int64, int(sizes.sum()))
     in_sequence = np.fromiter(map(len, packed), np.int64, len(packed))
     sequence = np.repeat(np.repeat(np.arange(len(packed)), in_sequence), sizes)
-    opens, closes = np.zeros(len(row), np.bool_), np.zeros(len(row), np.bool_)
-    last = np.cumsum(sizes) - 1
-    opens[last - sizes + 1], closes[last] = True, True
+    first = np.cumsum(sizes) - sizes
+    parent = _above(row, parents, np.repeat(first, sizes))
+    opens, closes = parent < 0, np.ones(len(row), np.bool_)
+    closes[parent[~opens]] = False
     reply, text = replies[row], lengths[row]
     head, foot = around(reply, opens, closes, tags)
     size = head + text + foot
     start = np.cumsum(size) - size  # were there only one sequence
     start -= start[np.searchsorted(sequence, sequence)]
-    trained = np.where(reply, text + len(tags.closes["assistant"]), 0)
-    return Turns(row, sequence, start, head, text, foot, trained, reply, opens, closes)
+    skipped = np.fromiter((contexts[number] for numbers in packed for number in numbers), np.int64, len(order))
+    taught = reply & (np.arange(len(row)) >= np.repeat(first + skipped, sizes))
+    trained = np.where(taught, text + len(tags.closes["assistant"]), 0)
+    before, end = _depths(parent, start, size)
+    return Turns(row, sequence, start, head, text, foot, trained, parent, before, end, reply, opens, closes)
+
+
+def _above(row: Ints, parents: Ints, first: Ints) -> Ints:
+    """Return where in the same conversation the parent of each row stands, -1 for the first row: (M,).
+
+    Mostly that is the row before; of the others the latest such row is found by one sort.
+    """
+    place = np.arange(len(row))
+    above = np.where(place == first, -1, place - 1)
+    wanted = parents[row]
+    other = np.flatnonzero((above >= 0) & (row[above] != wanted))
+    if len(other):
+        known = np.lexsort((row, first))
+        key = first[known] * (len(parents) + 1) + row[known]
+        above[other] = known[np.searchsorted(key, first[other] * (len(parents) + 1) + wanted[other])]
+    return above
+
+
+def _depths(parent: Ints, start: Ints, size: Ints) -> tuple[Ints, Ints]:
+    """Return the tokens above each message, and where all that is below it ends: two of (M,)."""
+    above, sizes = parent.tolist(), size.tolist()
+    before, end = [0] * len(above), (start + size).tolist()
+    for message, over in enumerate(above):
+        if over >= 0:
+            before[message] = before[over] + sizes[over]
+    for message in range(len(above) - 1, -1, -1):
+        over = above[message]
+        if over >= 0 and end[over] < end[message]:
+            end[over] = end[message]
+    return np.array(before, np.int64), np.array(end, np.int64)
 
 
 @dataclass(frozen=True)
@@ -133,7 +181,7 @@ def lay(all_turns: Turns, texts: Texts, tags: Tags, first: int, last: int, block
     target = begin + here.head
     return Laid(
         ids=_ids(here, begin, texts, tags, np.full(count, pad, np.uint16)),
-        mask=_between(target[here.reply], (target + here.trained)[here.reply], count),
+        mask=_between(target[here.trained > 0], (target + here.trained)[here.trained > 0], count),
         **_places(here, begin, last - first, block),
     )
 
@@ -169,17 +217,19 @@ def _between(start: Ints, stop: Ints, count: int) -> NDArray[np.uint8]:
 
 
 def _places(here: Turns, begin: Ints, sequences: int, block: int) -> dict[str, NDArray[np.uint16]]:
-    """Return positions and ends: a run of tokens a conversation, and one of padding at the end of each sequence."""
-    start, stop = begin[here.opens], (begin + here.size)[here.closes]  # of conversations
+    """Return positions and ends: a run of tokens a message, and one of padding at the end of each sequence."""
+    stop = begin + here.size
     edges = np.arange(sequences) * block
     filled = edges.copy()  # where padding starts
-    np.maximum.at(filled, (stop - 1) // block, stop)
+    np.maximum.at(filled, begin // block, stop)
     edges += block
-    after = np.searchsorted(start, edges)
-    runs, run_stops = np.insert(start, after, filled), np.insert(stop, after, edges)
+    after = np.searchsorted(begin, edges)
+    runs, run_stops = np.insert(begin, after, filled), np.insert(stop, after, edges)
+    sizes = run_stops - runs
     local = np.tile(np.arange(block, dtype=np.uint16), sequences)
-    positions = local - np.repeat((runs % block).astype(np.uint16), run_stops - runs)
-    ends = np.repeat(((run_stops - 1) % block + 1).astype(np.uint16), run_stops - runs)
+    shift = np.insert(here.start - here.before, after, 0).astype(np.uint16)  # may wrap, and wraps back
+    positions = local - np.repeat(shift, sizes)
+    ends = np.repeat(np.insert(here.end, after, 0).astype(np.uint16), sizes)
     padding = ranges(filled, edges)
     positions[padding], ends[padding] = 0, local[padding] + 1
     return {"positions": positions, "ends": ends}

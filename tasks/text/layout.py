@@ -164,10 +164,8 @@ def fit(found: Iterable[Conversation], replies: Flags, lengths: Ints, room: int)
     taken -= np.append(0, taken)[starts][number]
     reply = np.flatnonzero(replies[rows])
     fits = reply[taken[reply] <= room]
-    last, kept = (
-        np.zeros(len(whole), np.int64),
-        np.zeros(len(whole), np.int64),
-    )  # sizes, up to a reply and to a fitting one
+    last = np.zeros(len(whole), np.int64)  # size up to the last reply
+    kept = np.zeros(len(whole), np.int64)  # size up to the last one that fits
     np.maximum.at(last, number[reply], reply + 1 - starts[number[reply]])
     np.maximum.at(kept, number[fits], fits + 1 - starts[number[fits]])
     full = np.flatnonzero(kept)

@@ -11,7 +11,7 @@ import numpy as np
 
 from tasks.text.chat import Dialect
 from tasks.text.lay import ranges as spread
-from tasks.text.written import Chunk, fail
+from tasks.text.written import Chunk, Ints, Written, fail
 
 
 def known_ids(chunk: Chunk, dialect: Dialect) -> None:
@@ -64,7 +64,7 @@ def turns_end(chunk: Chunk, dialect: Dialect) -> None:
         fail("untrained", chunk.names[roots[place]], "opens a conversation with nothing to train on")
     marked = np.append(-1, np.flatnonzero(chunk.mask))
     latest = marked[np.searchsorted(marked, chunk.stop) - 1]
-    for message in np.flatnonzero(chunk.replies & ((trained == 0) | (chunk.ids[latest] != dialect.stop)))[:1]:
+    for message in np.flatnonzero(chunk.taught & ((trained == 0) | (chunk.ids[latest] != dialect.stop)))[:1]:
         found = chunk.ids[latest[message]] if trained[message] else "nothing"
         what = f"must have the end of its turn, id {dialect.stop}, trained on last; found {found}"
         fail("stop", chunk.names[message], what)
@@ -75,12 +75,12 @@ def turns_end(chunk: Chunk, dialect: Dialect) -> None:
 
 
 def whole_replies(chunk: Chunk, dialect: Dialect) -> None:
-    """A reply is trained on from the first token of its text to the end of its turn, without a gap."""
+    """A reply that is trained is trained from the first token of its text to the end of its turn, without a gap."""
     tags = dialect.tags
     head = len(tags.opens["assistant"]) + len(tags.start) * (chunk.parent < 0)
     first, last = chunk.start + head, chunk.stop - len(tags.tail) * chunk.leaves
     expected = np.zeros(len(chunk.ids), np.uint8)
-    expected[spread(first[chunk.replies], last[chunk.replies])] = 1
+    expected[spread(first[chunk.taught], last[chunk.taught])] = 1
     for token in np.flatnonzero(expected != chunk.mask)[:1]:
         what = f"token {token % chunk.block}: expected mask {expected[token]}, found {chunk.mask[token]}"
         fail("mask", chunk.named(token), what)
@@ -120,6 +120,21 @@ def visibility(chunk: Chunk, dialect: Dialect) -> None:
             token = int(chunk.tokens[place])
             what = f"token {token % chunk.block}: expected {name} {values[place]}, found {found[place]}"
             fail(name, chunk.named(token), what)
+
+
+def trained_as_often(written: Written, row: Ints) -> None:
+    """Every reply is trained where it stands; of those that are to be trained once, one is, the others are context.
+
+    Args:
+        written: All of it.
+        row: (rows of the index,) row of the input of each.
+    """
+    replies, trained = (written.index["role"] == "assistant").to_numpy(), (written.index["trained"] > 0).to_numpy()
+    times = np.bincount(row[trained], minlength=int(row.max(initial=-1)) + 1)[row]
+    odd, wanted = (times != 1, "exactly once") if written.once else (~trained, "wherever it stands")
+    for place in np.flatnonzero(replies & odd)[:1]:
+        found = f"trained {times[place]} times" if written.once else "a place where it is not"
+        fail("untrained", written.index["message_id"][int(place)], f"is to be trained {wanted}; found {found}")
 
 
 RULES: tuple[Callable[[Chunk, Dialect], None], ...] = (

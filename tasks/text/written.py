@@ -54,6 +54,7 @@ class Written:
         ends: (S, T) token q sees token k when k <= q < ends[k].
         index: Token ranges of messages, by sequence and start.
         splits: Sequences of each split: (first, one past the last).
+        once: Whether each reply is to be trained exactly once, wherever else it stands as context.
     """
 
     ids: Any
@@ -62,6 +63,7 @@ class Written:
     ends: Any
     index: pl.DataFrame
     splits: Mapping[str, tuple[int, int]]
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,12 @@ class Chunk:
     def replies(self) -> NDArray[np.bool_]:
         """(M,) whether a message is an assistant's."""
         return (self.index["role"] == "assistant").to_numpy()
+
+    @cached_property
+    def taught(self) -> NDArray[np.bool_]:
+        """(M,) whether a message is an assistant's, and trained here: not context of what is."""
+        taught: NDArray[np.bool_] = self.replies & (self.index["trained"] > 0).to_numpy()
+        return taught
 
     @cached_property
     def leaves(self) -> NDArray[np.bool_]:

@@ -46,8 +46,29 @@ def dialogues(tmp_path: Path) -> Dialogues:
 def tokens(dialogues: Dialogues, tmp_path: Path) -> Tokens:
     out = tmp_path / "tokens"
     out.mkdir()
-    encode.function(out, dialogues, EncodeParams(tokenizer="trained", vocab_size=300, block=64), EncodeRuntime())
+    encode.function(
+        out, dialogues, EncodeParams(tokenizer="trained", vocab_size=300, block=64, layout="paths"), EncodeRuntime()
+    )
     return Tokens(out, MANIFEST)
+
+
+def test_nanogpt_gets_the_paths_of_packed_trees(dialogues: Dialogues, tokens: Tokens, tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    encode.function(
+        tmp_path / "tree",
+        dialogues,
+        EncodeParams(tokenizer="trained", vocab_size=300, block=64, pack=128),
+        EncodeRuntime(),
+    )
+    export("nanogpt", Tokens(tmp_path / "tree", MANIFEST), tmp_path / "of-trees")
+    export("nanogpt", tokens, tmp_path / "of-paths")
+    start = tokens.ids()[0, 0]
+
+    def talks(name: str) -> list[tuple[int, ...]]:
+        ids = np.fromfile(tmp_path / name / "train.bin", np.uint16)
+        return sorted(tuple(talk.tolist()) for talk in np.split(ids, np.flatnonzero(ids == start)[1:]))
+
+    assert talks("of-trees") == talks("of-paths")
 
 
 def test_nanogpt_reads_the_conversations_without_their_padding(tokens: Tokens, tmp_path: Path) -> None:

@@ -25,3 +25,9 @@ def test_digests_are_shortened_and_absent_settings_shown() -> None:
 def test_nothing_to_compare_with_is_said() -> None:
     assert why_missing({"step": "encode"}, []) == NEW
     assert why_missing({"step": "encode"}, [made()]) == "its files are gone"
+
+
+def test_an_input_is_named_by_the_artifact_that_holds_it() -> None:
+    old, new = made(inputs={"messages": "0" * 64}), {"step": "encode", "inputs": {"messages": "f" * 64}}
+    names = {"0" * 64: "messages/0123456789ab", "f" * 64: "messages/ba9876543210"}
+    assert why_missing(new, [old], names) == "inputs.messages: messages/0123456789ab -> messages/ba9876543210"

@@ -1,5 +1,6 @@
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ from tasks.text import gate, said
 from tasks.text import written as writing
 from tasks.text.chat import Dialect, load_dialect
 from tasks.text.gate import check
+from tasks.text.rules import trained_as_often
 from tasks.text.written import Stored, Written
 
 
@@ -305,3 +307,29 @@ def test_the_tokenizer_file_counts_not_the_one_in_memory(tokens: Tokens, written
     file.write_text(text.replace('"H":', '"\\u0000swap":').replace('"I":', '"H":').replace('"\\u0000swap":', '"I":'))
     with pytest.raises(GateError):
         check(written, load_dialect(tmp_path / "copy"), SAID)
+
+
+def test_a_reply_that_is_trained_nowhere_is_refused(written: Written, dialect: Dialect) -> None:
+    sequence, tokens = span(written, "a0")
+    written.mask[sequence, tokens.start : tokens.stop] = 0
+    index = written.index.with_columns(
+        trained=pl.when(pl.col("message_id") == "a0").then(0).otherwise(pl.col("trained")).cast(pl.Int32)
+    )
+    with pytest.raises(GateError, match="a0") as caught:
+        check(replace(written, index=index), dialect, SAID)
+    assert caught.value.code == "gate.untrained"
+
+
+@pytest.mark.parametrize(("trained", "good"), [([0, 4, 0, 0], True), ([0, 4, 0, 4], False), ([0, 0, 0, 0], False)])
+def test_a_reply_of_a_tree_is_trained_once_wherever_else_it_is_context(
+    written: Written, trained: list[int], good: bool
+) -> None:
+    index = pl.DataFrame({"message_id": list("qaqa"), "role": ["prompter", "assistant"] * 2, "trained": trained})
+    tree, row = replace(written, index=index, once=True), np.array([0, 1, 0, 1])
+    if good:
+        trained_as_often(tree, row)
+    else:
+        with pytest.raises(GateError, match="exactly once"):
+            trained_as_often(tree, row)
+    with pytest.raises(GateError, match="wherever it stands") if 0 in trained[1::2] else nullcontext():
+        trained_as_often(replace(tree, once=False), row)

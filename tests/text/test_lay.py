@@ -33,7 +33,8 @@ def laid(sizes: list[list[int]], window: int) -> tuple[Laid, list[list[list[tupl
     replies = np.array([place % 2 == 1 for talk in sizes for place in range(len(talk))])
     spoken = [spelled([ids[row].tolist() for row in talk]) for talk in rows]
     packed = best_fit([len(talk) for talk in spoken], BLOCK)
-    placed = turns(rows, packed, replies, lengths, TAGS)
+    parents = np.array([row - 1 if place else -1 for talk in rows for place, row in enumerate(talk)])
+    placed = turns(rows, [0] * len(rows), packed, parents, replies, lengths, TAGS)
     return lay(placed, texts, TAGS, 0, len(packed), BLOCK, PAD), [[spoken[talk] for talk in talks] for talks in packed]
 
 
@@ -70,3 +71,24 @@ def test_a_token_sees_what_came_before_it_in_its_conversation_and_nothing_else(s
         for query in range(BLOCK):
             for key in range(BLOCK):
                 assert (key <= query < ends[key]) == (key <= query and talk_of[key] == talk_of[query])
+
+
+def test_a_tree_is_laid_once_and_its_context_is_not_trained() -> None:
+    #  0 -> 1 -> 2,  0 -> 3: laid as a whole; then 0 as context of 3 alone
+    lengths, replies = np.array([1, 1, 0, 2]), np.array([False, True, False, True])
+    ids = np.concatenate([np.full(size, 100 + row, np.uint16) for row, size in enumerate(lengths)])
+    texts = Texts(4, [ids], np.cumsum(lengths) - lengths, lengths)
+    whole, part = (0, 1, 2, 3), (0, 3)
+    placed = turns([whole, part], [0, 1], [[0], [1]], np.array([-1, 0, 1, 0]), replies, lengths, TAGS)
+    made = lay(placed, texts, TAGS, 0, 2, BLOCK, PAD)
+    #                        0            1            2          3
+    expected = [1, 2, 100, 5, 3, 4, 101, 6, 2, 5, 7, 3, 4, 103, 103, 6, 7]
+    assert made.ids[:17].tolist() == expected
+    assert made.mask[:17].tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 0]
+    assert made.positions[:17].tolist() == [*range(11), *range(4, 10)]
+    assert made.ends[:17].tolist() == [17] * 4 + [11] * 7 + [17] * 6
+    assert placed.parent.tolist() == [-1, 0, 1, 0, -1, 4]
+    assert made.ids[BLOCK : BLOCK + 10].tolist() == [1, 2, 100, 5, 3, 4, 103, 103, 6, 7]
+    again = turns([whole, part], [0, 2], [[0, 1]], np.array([-1, 0, 1, 0]), replies, lengths, TAGS)
+    assert again.trained.tolist() == [0, 2, 0, 3, 0, 0]
+    assert again.start.tolist()[4:] == [17, 21]

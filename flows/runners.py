@@ -1,0 +1,131 @@
+"""Task runners: where the texts of a step are worked on, on threads here or on the workers of a cluster.
+
+On a cluster each task run of Prefect gets a few chunks of texts and sends rows back; the step that asked lays them out,
+so its files are the same wherever they were worked on. Workers need this checkout and its packages, and no store.
+
+A cluster is named by the environment, not by a setting: whoever may fill in a form must not choose whose code we trust.
+Without a name, one is started on this machine, with the first text that is not remembered.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+from tasks.errors import ParameterError
+from tasks.rows import mapping
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from tasks.rows import Compute
+
+Runner = Literal["threads", "dask", "ray"]
+ADDRESS = {"dask": "TREELINE_DASK_SCHEDULER", "ray": "TREELINE_RAY_ADDRESS"}
+_running: ContextVar[bool] = ContextVar("treeline_runner", default=False)
+TOGETHER = 4  # chunks of a task run: a few MB of text, some seconds of work, so that Prefect's share is small
+
+
+@contextmanager
+def on(runner: Runner) -> Iterator[None]:
+    """Work on texts there while the block runs; a cluster that this starts ends with it.
+
+    Raises:
+        ParameterError: If the runner is not installed.
+    """
+    # Threads of this process need no task runs: one for each chunk would cost more than it shows. And a flow of a flow
+    # goes on with the outer one's cluster.
+    if runner == "threads" or _running.get():
+        yield
+        return
+    token = _running.set(True)
+    try:
+        with ExitStack() as stack, mapping(_Cluster(runner, stack)):
+            yield
+    finally:
+        _running.reset(token)
+
+
+class _Cluster:
+    """Maps chunks over a task runner, which starts when the first one comes."""
+
+    def __init__(self, runner: Runner, stack: ExitStack) -> None:
+        self.make = _made(runner)
+        self.stack = stack
+        self.started: Any = None
+
+    def __call__(self, compute: Compute, chunks: Iterable[pa.StringArray]) -> Iterator[pa.RecordBatch]:
+        """Compute chunks on the workers, and yield their rows in order."""
+        from prefect import task
+        from prefect.cache_policies import NO_CACHE
+
+        self.started = self.started or self.stack.enter_context(self.make())
+        work = task(name="texts", cache_policy=NO_CACHE, persist_result=False)(_work)
+        waiting = iter(chunks)
+        futures = []
+        while some := list(islice(waiting, TOGETHER)):
+            futures.append(self.started.submit(work, parameters={"compute": _Sealed(compute), "texts": _packed(some)}))
+        for future in futures:
+            yield from _unpacked(future.result())
+
+
+class _Sealed:
+    """Holds a function so that Prefect, which looks into parameters, leaves it as it is."""
+
+    def __init__(self, compute: Compute) -> None:
+        self.compute = compute
+
+    def __repr__(self) -> str:
+        return getattr(getattr(self.compute, "func", self.compute), "__name__", "a function")
+
+
+def _work(compute: _Sealed, texts: bytes) -> bytes:
+    """Compute some chunks; runs on a worker."""
+    return _packed([compute.compute(batch.column(0)) for batch in _unpacked(texts)])
+
+
+def _packed(parts: list[Any]) -> bytes:
+    """Return arrays or record batches of one schema as an Arrow stream."""
+    import pyarrow as pa
+
+    batches = [
+        part if isinstance(part, pa.RecordBatch) else pa.RecordBatch.from_arrays([part], ["text"]) for part in parts
+    ]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batches[0].schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def _unpacked(content: bytes) -> list[pa.RecordBatch]:
+    import pyarrow as pa
+
+    with pa.ipc.open_stream(content) as reader:
+        return list(reader)
+
+
+def _made(runner: Runner) -> Callable[[], Any]:
+    """Return what starts a task runner: on the cluster that the environment names, else on one of this machine."""
+    address = os.environ.get(ADDRESS[runner]) or None
+    try:
+        if runner == "dask":
+            from prefect_dask.task_runners import DaskTaskRunner
+
+            own = {"n_workers": os.cpu_count() or 1, "threads_per_worker": 1, "dashboard_address": None}
+            return lambda: DaskTaskRunner(address=address, cluster_kwargs=None if address else own)
+        from prefect_ray.task_runners import RayTaskRunner
+
+        return lambda: RayTaskRunner(address=address)
+    except ImportError as error:
+        raise ParameterError(
+            f"the task runner {runner} is not installed: {error}",
+            "runtime.runner",
+            f"pip install -c .constraints.txt '.[{runner}]', or set runtime.runner to threads",
+            "param.runner",
+        ) from error

@@ -1,0 +1,205 @@
+"""Sweeps: one recipe with some settings varied, each arm trained from several seeds, all judged alike.
+
+    python -m flows sweep RECIPE --set train.lr=1e-5,3e-5,1e-4 --seeds 3
+
+Arms share whatever they have in common: steps are cached by content, so the data half is computed once. The losses of
+all arms are measured on the tokens of the recipe itself, since a layout changes what a split's average is over; an arm
+of another vocabulary or template can only be measured on its own tokens, and its row says so.
+Importing this module starts neither Prefect nor torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from statistics import fmean
+from typing import Any
+
+from flows import chain
+from flows.recipe import Recipe, changed
+from tasks.artifacts import Model, Report, Tokens
+from tasks.errors import ParameterError
+from tasks.evaluate import evaluate
+from tasks.train import train
+
+MOST = 64  # arms of a sweep: more is a slip of the keyboard, and would keep a machine busy for days
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run of a sweep.
+
+    Attributes:
+        label: The settings that it varies, as given: "train.lr=3e-05"; empty where only the seed is varied.
+        seed: `train.seed`.
+        recipe: All its settings; its name is the sweep's, with some digits of the settings' hash.
+    """
+
+    label: str
+    seed: int
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an arm ended with.
+
+    Attributes:
+        arm: The arm.
+        model: What it trained.
+        report: What the model was found to be.
+        shared: Whether it was judged on the tokens of the sweep; if not, on its own.
+    """
+
+    arm: Arm
+    model: Model
+    report: Report
+    shared: bool
+
+
+def arms(base: Recipe, settings: Sequence[str], seeds: int) -> list[Arm]:
+    """Return one arm for each combination of the values, and seed.
+
+    Args:
+        base: What every arm starts from.
+        settings: `section.name=value,value,...` each; values as `--set` takes them.
+        seeds: How many seeds, from the recipe's own on.
+
+    Raises:
+        ParameterError: If a setting is unknown or given twice, two arms are equal, or there are too many.
+    """
+    varied = [_values(setting) for setting in settings]
+    names = [name for name, _ in varied]
+    if len({*names}) < len(names) or "train.seed" in names:
+        what = "train.seed is varied by --seeds" if "train.seed" in names else "a setting is varied twice"
+        raise ParameterError(what, "--set", code="param.sweep")
+    made = []
+    for values in product(*(found for _, found in varied)):
+        chosen = [f"{name}={json.dumps(value)}" for name, value in zip(names, values, strict=True)]
+        label = " ".join(f"{name}={_shown(value)}" for name, value in zip(names, values, strict=True))
+        for seed in range(base.train.seed, base.train.seed + seeds):
+            given = [*chosen, f"train.seed={seed}"]
+            made.append(Arm(label, seed, changed(base, given, f"{base.name[:48]}-{_digest(given)}")))
+    if len(made) > MOST or len({arm.recipe.name for arm in made}) < len(made):
+        what = f"{len(made)} arms, at most {MOST} are run" if len(made) > MOST else "two arms have the same settings"
+        raise ParameterError(what, "--set", "Give each value once, and fewer of them", "param.sweep")
+    return made
+
+
+def _values(setting: str) -> tuple[str, list[Any]]:
+    """Split `section.name=1,2,3`; commas inside of a TOML value do not part."""
+    name, equals, text = setting.partition("=")
+    if not equals or not text.strip():
+        raise ParameterError(f"expected section.name=value,value, found {setting!r}", "--set", code="param.set")
+    try:
+        return name.strip(), tomllib.loads(f"values = [{text}]")["values"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), [part.strip() for part in text.split(",")]
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _digest(given: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(given).encode()).hexdigest()[:8]
+
+
+def done(base: Recipe, planned: Sequence[Arm]) -> list[Outcome] | None:
+    """Return what all arms ended with, if everything is there; None if something would run."""
+    judge = chain.plan(base, chain.DATA)[-1].artifact
+    found = [_found(arm, judge) for arm in planned] if isinstance(judge, Tokens) else [None]
+    return None if None in found else [one for one in found if one]
+
+
+def _found(arm: Arm, judge: Tokens) -> Outcome | None:
+    *_, own, trained = (planned.artifact for planned in chain.plan(arm.recipe, chain.until("train")))
+    if not isinstance(own, Tokens) or not isinstance(trained, Model):
+        return None
+    used = judge_of(own, judge)
+    report = chain.plan(arm.recipe, (evaluate,), made={Model: trained, Tokens: used})[-1].artifact
+    return Outcome(arm, trained, report, used is judge) if isinstance(report, Report) else None
+
+
+def run(arm: Arm, own: Tokens, judge: Tokens) -> Outcome:
+    """Train an arm on its own tokens, and judge it on those of the sweep, if it can read them."""
+    used = judge_of(own, judge)
+    made = chain.run(arm.recipe, (train,), {Tokens: own})
+    trained, report = made[Model], chain.run(arm.recipe, (evaluate,), {**made, Tokens: used})[Report]
+    assert isinstance(trained, Model)
+    assert isinstance(report, Report)
+    return Outcome(arm, trained, report, used is judge)
+
+
+def judge_of(own: Tokens, judge: Tokens) -> Tokens:
+    """Return the tokens that a model trained on `own` can be judged on: those of the sweep, if they mean the same."""
+    same_words = own.manifest.files["tokenizer.json"] == judge.manifest.files["tokenizer.json"]
+    ours, theirs = own.encoding(), judge.encoding()
+    return judge if same_words and (ours.template, ours.block) == (theirs.template, theirs.block) else own
+
+
+Measure = Callable[[Outcome], float | None]
+
+
+def _figure(*path: str) -> Measure:
+    def read(outcome: Outcome) -> float | None:
+        found: Any = outcome.report.figures()
+        for name in path:
+            found = found.get(name) if isinstance(found, Mapping) else None
+        return None if found is None else float(found)
+
+    return read
+
+
+MEASURES: Mapping[str, tuple[Measure, str]] = {  # column -> what of an outcome, and how it is written
+    "trained tokens": (lambda outcome: outcome.model.counts.get("supervised"), ",.0f"),
+    "tokens computed": (lambda outcome: outcome.model.counts.get("tokens"), ",.0f"),
+    "best step": (lambda outcome: outcome.model.counts.get("best_step"), ",.0f"),
+    "NLL": (_figure("nll", "tuned"), ".4f"),
+    "bits/byte": (_figure("bits_per_byte", "tuned"), ".4f"),
+    "facts": (_figure("facts", "tuned"), ".1%"),
+    "stops": (_figure("stop_rate", "tuned"), ".1%"),
+}
+
+
+def comparison(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Compare arms: a row each, over its seeds, the lowest NLL first.
+
+    Returns:
+        `arm`, `seeds`, and for each of MEASURES `mean`, `low` and `high` over the seeds; None where there is none.
+    """
+    by_label: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_label.setdefault(outcome.arm.label, []).append(outcome)
+    rows = [_row(label, found) for label, found in by_label.items()]
+    return sorted(rows, key=lambda row: row["NLL"]["mean"] if row["NLL"] else float("inf"))
+
+
+def _row(label: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    apart = "" if all(outcome.shared for outcome in outcomes) else " (judged on its own tokens)"
+    row: dict[str, Any] = {"arm": (label or "as it is") + apart, "seeds": len(outcomes)}
+    for name, (measure, _) in MEASURES.items():
+        values = [value for value in map(measure, outcomes) if value is not None]
+        row[name] = {"mean": fmean(values), "low": min(values), "high": max(values)} if values else None
+    return row
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """Write a row of a comparison: the mean over the seeds, with the band from the lowest to the highest."""
+    made = [str(row["arm"]), str(row["seeds"])]
+    for name, (_, form) in MEASURES.items():
+        found = row[name]
+        if found is None:
+            made.append("-")
+        elif found["low"] == found["high"]:
+            made.append(format(found["mean"], form))
+        else:
+            made.append(f"{found['mean']:{form}} ({found['low']:{form}}-{found['high']:{form}})")
+    return made
+
+
+COLUMNS = ("arm", "seeds", *MEASURES)

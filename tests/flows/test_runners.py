@@ -1,0 +1,75 @@
+"""Laws of task runners: wherever texts are worked on, the artifacts are the same bytes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from flows import chain, recipe, runners
+from flows.runners import _packed, _Sealed, _unpacked, _work
+from tasks.errors import ParameterError
+from tasks.store.folders import Store
+
+ROOT = Path(__file__).parents[2]
+TINY = str(Path(__file__).with_name("tiny.toml"))
+
+
+def doubled(texts: pa.StringArray, times: int) -> pa.RecordBatch:
+    return pa.record_batch({"said": pa.array([text * times for text in texts.to_pylist()])})
+
+
+@pytest.fixture(scope="module")
+def scheduler() -> Iterator[str]:
+    """Start a cluster of two workers, each a process of its own."""
+    distributed = pytest.importorskip("distributed")
+    pytest.importorskip("prefect_dask")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        yield cluster.scheduler_address
+
+
+def work_done(scheduler: str) -> int:
+    """Return how often a cluster's tasks have changed their state, ever."""
+    from distributed import Client
+
+    with Client(scheduler) as client:  # type: ignore[no-untyped-call]
+        return int(client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.transition_counter))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {manifest.kind: manifest.digest for _, manifest in Store(folder).manifests()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_two_workers_of_a_cluster_make_the_bytes_that_threads_make(
+    scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TREELINE_ARTIFACTS", str(tmp_path / "threads"))
+    chain.run(recipe.load(TINY), chain.DATA)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TREELINE_"))}
+    named = {"TREELINE_ARTIFACTS": str(tmp_path / "dask"), "HOME": str(tmp_path), "TREELINE_DASK_SCHEDULER": scheduler}
+    asked = [sys.executable, "-m", "flows", "run", TINY, "--until", "encode", "--set", "runtime.runner=dask"]
+    before = work_done(scheduler)
+    done = subprocess.run(asked, cwd=ROOT, env={**kept, **named}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert work_done(scheduler) > before
+    assert digests(tmp_path / "dask") == digests(tmp_path / "threads")
+    assert {*digests(tmp_path / "dask")} == {"raw", "messages", "dialogues", "tokens"}
+
+
+def test_chunks_and_rows_survive_the_way_there_and_back() -> None:
+    texts = [pa.array(["a", "ü", ""]), pa.array(["b"])]
+    rows = _unpacked(_work(_Sealed(partial(doubled, times=2)), _packed(texts)))
+    assert [batch.to_pydict() for batch in rows] == [{"said": ["aa", "üü", ""]}, {"said": ["bb"]}]
+
+
+def test_a_runner_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prefect_ray.task_runners", None)
+    with pytest.raises(ParameterError, match="ray is not installed") as caught, runners.on("ray"):
+        pass
+    assert "pip install" in str(caught.value)

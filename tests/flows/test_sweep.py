@@ -1,0 +1,85 @@
+"""Laws of a sweep: every combination once, what is shared is computed once, and all arms are judged alike."""
+
+from pathlib import Path
+
+import pytest
+
+from flows import recipe, sweep
+from flows.__main__ import main
+from tasks.errors import ParameterError
+from tasks.store.folders import Store
+
+TINY = str(Path(__file__).with_name("tiny.toml"))
+BASE = recipe.load(TINY)
+
+
+def labels(*settings: str, seeds: int = 1) -> list[tuple[str, int]]:
+    return [(arm.label, arm.seed) for arm in sweep.arms(BASE, settings, seeds)]
+
+
+def test_each_combination_is_an_arm_with_each_seed() -> None:
+    made = sweep.arms(BASE, ["train.lr=1e-3,3e-3", "encode.layout=paths,top1"], 2)
+    assert [arm.label for arm in made[::2]] == [
+        f"train.lr={lr} encode.layout={layout}" for lr in ("0.001", "0.003") for layout in ("paths", "top1")
+    ]
+    assert [arm.seed for arm in made[:2]] == [BASE.train.seed, BASE.train.seed + 1]
+    assert made[0].recipe.train.lr == 1e-3
+    assert made[0].recipe.model_copy(update={"name": BASE.name, "train": BASE.train}) == BASE.model_copy(
+        update={"encode": made[0].recipe.encode}
+    )
+    assert len({arm.recipe.name for arm in made}) == 8
+
+
+def test_a_comma_within_a_value_does_not_part() -> None:
+    assert labels('curate.languages=["en","de"],["fr"]') == [
+        ('curate.languages=["en", "de"]', 1337),
+        ('curate.languages=["fr"]', 1337),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["train.lr"], "section.name=value"),
+        (["train.lr=1e-3", "train.lr=3e-3"], "varied twice"),
+        (["train.seed=1,2"], "--seeds"),
+        (["train.lr=1e-3,1e-3"], "same settings"),
+        (["train.rate=1"], "no such setting"),
+        ([f"train.epochs={','.join(map(str, range(1, 70)))}"], "at most 64"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_refused(settings: list[str], said: str) -> None:
+    with pytest.raises(ParameterError, match=said):
+        sweep.arms(BASE, settings, 1)
+
+
+def test_arms_share_their_data_and_are_judged_on_the_same_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TREELINE_ARTIFACTS", str(tmp_path))
+    base = recipe.load(TINY, ["encode.vocab_size=512"])
+    planned = sweep.arms(base, ["encode.layout=paths,top1", "train.epochs=0.2,0.4"], 1)
+    from flows import chain
+    from tasks.artifacts import Tokens
+    from tasks.step import session
+
+    assert sweep.done(base, planned) is None
+    with session() as now:
+        judge = chain.run(base, chain.DATA)[Tokens]
+        assert isinstance(judge, Tokens)
+        for arm in planned:
+            own = chain.run(arm.recipe, chain.DATA)[Tokens]
+            assert isinstance(own, Tokens)
+            assert sweep.run(arm, own, judge).shared
+        built = [outcome.step for outcome in now.outcomes if not outcome.cached]
+    assert sorted(built) == sorted(["download", "parse", "curate", "encode", "encode", *["train", "evaluate"] * 4])
+    assert len(Store(tmp_path).manifests("report")) == 4
+    outcomes = sweep.done(base, planned)
+    assert outcomes is not None
+    assert len({outcome.report.figures()["tokens"] for outcome in outcomes}) == 1
+    rows = sweep.comparison(outcomes)
+    assert [row["NLL"]["mean"] for row in rows] == sorted(row["NLL"]["mean"] for row in rows)
+    assert all(len(sweep.cells(row)) == len(sweep.COLUMNS) for row in rows)
+    arguments = ["sweep", TINY, "--set", "encode.layout=paths,top1", "--set", "train.epochs=0.2,0.4", "--json"]
+    assert main(arguments) == 0  # nothing is left to do: the table, without Prefect
+    assert "judged" not in capsys.readouterr().out

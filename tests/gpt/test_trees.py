@@ -1,0 +1,161 @@
+"""The laws of packed trees, on real ones: a tree is trained as its paths are, with each message counted once."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2LMHeadModel
+
+from tasks.artifacts import DIALOGUE_COLUMNS, Dialogues, Tokens, arrow_schema, parquet_writer
+from tasks.encode import EncodeParams, EncodeRuntime, encode
+from tasks.gpt.attention import visible
+from tasks.gpt.loss import supervised_nats
+from tasks.gpt.weights import build_start, scratch_spec
+from tasks.store.manifest import Manifest
+
+BLOCK, TREES = 384, 6
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def rows_of(path: Path, most: int) -> list[dict[str, object]]:
+    """Flatten the first trees of a published file, long texts shortened: the law is about branches."""
+    rows: list[dict[str, object]] = []
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for line, _ in zip(lines, range(most), strict=False):
+            tree = json.loads(line)
+            todo = [(tree["prompt"], None, 0, 0)]
+            while todo:
+                node, parent, depth, sibling = todo.pop()
+                rows.append(
+                    {
+                        "message_tree_id": tree["message_tree_id"], "message_id": node["message_id"],
+                        "parent_id": parent, "depth": depth, "sibling": sibling, "text": node["text"][:120],
+                        "role": node["role"], "rank": node.get("rank"), "split": "train",
+                    }
+                )  # fmt: skip
+                todo += [(low, node["message_id"], depth + 1, at) for at, low in enumerate(node["replies"] or [])]
+    return rows
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
+    found = Path(__file__).resolve().parents[3] / "shared" / "data" / "oasst1_en_validation.trees.jsonl.gz"
+    if not found.is_file():
+        pytest.skip("needs the real trees in ../shared")
+    folder = tmp_path_factory.mktemp("trees")
+    with parquet_writer(folder / "dialogues.parquet", DIALOGUE_COLUMNS) as writer:
+        writer.write_table(pa.Table.from_pylist(rows_of(found, TREES), schema=arrow_schema(DIALOGUE_COLUMNS)))
+    manifest = Manifest("0" * 64, "", {}, {}, "0" * 64)
+    (folder / "tokens").mkdir()
+    params = EncodeParams(tokenizer="trained", vocab_size=512, block=BLOCK, pack=2 * BLOCK)
+    encode.function(folder / "tokens", Dialogues(folder, manifest), params, EncodeRuntime())
+    return Tokens(folder / "tokens", manifest)
+
+
+@pytest.fixture(scope="module")
+def model(tokens: Tokens) -> GPT2LMHeadModel:
+    size = tokens.encoding().vocab_size
+    return build_start(scratch_spec(layers=2, heads=2, width=16, positions=BLOCK, vocab_size=size, seed=3)).eval()
+
+
+def packed(tokens: Tokens, rows: slice = slice(None)) -> Batch:
+    ids, mask, positions, ends = (
+        torch.from_numpy(array[rows].astype(np.int64))
+        for array in (tokens.ids(), tokens.mask(), tokens.positions(), tokens.ends())
+    )
+    return ids, mask.bool(), positions, ends
+
+
+def paths(tokens: Tokens) -> list[Batch]:
+    """Spell out, for each trained reply, all that is above it and it: one plain causal sequence, its own loss only."""
+    index, ids, mask = tokens.index().collect(), tokens.ids(), tokens.mask()
+    found: list[Batch] = []
+    for place in np.flatnonzero((index["trained"] > 0).to_numpy()).tolist():
+        pieces, above = [], place
+        while above is not None:
+            row = index.row(above, named=True)
+            at = (row["sequence"], slice(row["start"], row["stop"]))
+            pieces.append((ids[at], mask[at] if above == place else np.zeros_like(mask[at])))
+            above = row["parent"]
+        said, taught = (np.concatenate(side).astype(np.int64) for side in zip(*reversed(pieces), strict=True))
+        line = torch.arange(len(said))[None]
+        found.append(
+            (torch.tensor(said)[None], torch.tensor(taught).bool()[None], line, torch.full_like(line, len(said)))
+        )
+    return found
+
+
+def gradients(model: GPT2LMHeadModel, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
+    model.zero_grad()
+    total = 0.0
+    for batch in batches:
+        nats = supervised_nats(model, *batch)
+        nats.backward()  # type: ignore[no-untyped-call]
+        total += nats.item()
+    return total, {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def test_a_packed_tree_has_the_loss_and_gradients_of_its_paths_each_message_once(
+    tokens: Tokens, model: GPT2LMHeadModel
+) -> None:
+    together, apart = gradients(model, [packed(tokens)]), gradients(model, paths(tokens))
+    assert together[0] == pytest.approx(apart[0], rel=1e-5)
+    assert {*together[1]} == {*apart[1]}
+    for name, found in together[1].items():
+        difference = (found - apart[1][name]).norm() / apart[1][name].norm()
+        assert difference < 1e-5, name
+
+
+def test_every_supervised_token_is_trained_exactly_once_an_epoch(tokens: Tokens) -> None:
+    index = tokens.index().collect()
+    trained = index.filter(index["trained"] > 0)
+    assert trained["message_id"].n_unique() == len(trained)
+    assert tokens.counts == {} or tokens.counts["trained"] == int(tokens.mask().sum())
+    assert int(tokens.mask().sum()) == sum(int(mask.sum()) for _, mask, _, _ in paths(tokens))
+
+
+def test_a_token_changes_no_logit_outside_of_its_own_subtree(tokens: Tokens, model: GPT2LMHeadModel) -> None:
+    ids, _, positions, ends = packed(tokens, slice(0, 1))
+    draw = np.random.default_rng(0)
+
+    def logits(ids: Tensor) -> Tensor:
+        out: Tensor = model(ids, attention_mask=visible(ends), position_ids=positions).logits[0]
+        return out
+
+    with torch.no_grad():
+        before = logits(ids)
+        for token in draw.integers(0, ids.shape[1], 12).tolist():
+            other = ids.clone()
+            other[0, token] = (other[0, token] + 1) % 500
+            changed = (logits(other) != before).any(dim=1)
+            last = max(int(ends[0, token]), token + 1)
+            assert not changed[:token].any()
+            assert not changed[last:].any()
+            assert changed[token]
+
+
+def test_a_tree_of_one_branch_is_an_isolated_document(tmp_path: Path) -> None:
+    rows = [
+        {
+            "message_tree_id": f"t{tree}", "message_id": f"{tree}-{depth}", "depth": depth, "sibling": 0,
+            "parent_id": f"{tree}-{depth - 1}" if depth else None, "role": ("prompter", "assistant")[depth % 2],
+            "text": f"text {tree} {depth} " * (1 + tree % 3), "split": "train",
+        }
+        for tree in range(12) for depth in range(2 + 2 * (tree % 2))
+    ]  # fmt: skip
+    with parquet_writer(tmp_path / "dialogues.parquet", DIALOGUE_COLUMNS) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema=arrow_schema(DIALOGUE_COLUMNS)))
+    made = []
+    for layout in ("tree", "paths"):
+        (tmp_path / layout).mkdir()
+        params = EncodeParams(tokenizer="trained", vocab_size=300, block=128, layout=layout)
+        encode.function(
+            tmp_path / layout, Dialogues(tmp_path, Manifest("0" * 64, "", {}, {}, "0" * 64)), params, EncodeRuntime()
+        )
+        made.append([(tmp_path / layout / f"{name}.bin").read_bytes() for name in ("ids", "mask", "positions", "ends")])
+    assert made[0] == made[1]
