@@ -57,4 +57,5 @@ def _longest_first(lengths: Sequence[int]) -> list[int]:
     """Return the numbers of documents by falling length; ties keep their order."""
     if len(lengths) < MANY:
         return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    return np.argsort(-np.array(lengths, np.int64), kind="stable").tolist()
+    order: list[int] = np.argsort(-np.array(lengths, np.int64), kind="stable").tolist()
+    return order
