@@ -86,8 +86,7 @@ def cut(forest: Forest, replies: Sequence[bool], sizes: Sizes) -> Cut:
     made, paths = Cut(), _paths(forest, sizes)
     stays = _staying(forest, replies, paths, sizes.block - sizes.tail)
     made.too_long = sum(reply and not kept for reply, kept in zip(replies, stays, strict=True))
-    places = forest.places.tolist().__getitem__
-    children = [sorted((row for row in below if stays[row]), key=places) for below in forest.children]
+    children = _best_first(forest, stays)
     for root in forest.roots:
         if not stays[root]:
             made.skipped += 1
@@ -114,6 +113,12 @@ def _staying(forest: Forest, replies: Sequence[bool], paths: Sequence[int], bloc
         if stays[row] and forest.parents[row] >= 0:
             stays[forest.parents[row]] = True
     return stays
+
+
+def _best_first(forest: Forest, stays: Sequence[bool]) -> list[Sequence[int]]:
+    """Return the rows below each row that stay, the best first; most have none, and cost no list."""
+    places = forest.places.tolist().__getitem__
+    return [sorted((row for row in below if stays[row]), key=places) if below else () for below in forest.children]
 
 
 def _pieces(
