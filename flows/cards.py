@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from flows.terminal import asked_of_texts
 from tasks.artifacts import Dialogues, Model, Report
 from tasks.progress import Bar, Listener
 from tasks.step import Outcome
@@ -62,6 +63,7 @@ def card(outcome: Outcome) -> str:
     head = f"# {outcome.step}: `{artifact.id}` {'cached' if outcome.cached else 'made'}"
     parts = [head, f"{safe(outcome.why)}; {outcome.seconds:.1f} s; in `{safe(str(artifact.path))}`"]
     parts.append(_with_pictures(artifact) if isinstance(artifact, Report) else counts_table(artifact.counts))
+    parts += [] if outcome.cached else [safe(line) for line in asked_of_texts(artifact.manifest)]
     if isinstance(artifact, Model):
         parts.append(_losses(artifact))
     if isinstance(artifact, Dialogues):

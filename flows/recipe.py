@@ -191,7 +191,8 @@ def _advice(error: ValidationError) -> str:
             *sections, unknown = map(str, fault["loc"])
             model: Any = Recipe
             for section in sections:
-                model = type(model.model_fields[section].default)
+                default = model.model_fields[section].default if section in model.model_fields else None
+                model = type(default) if isinstance(default, BaseModel) else model  # one of `also` is like its section
             near = difflib.get_close_matches(unknown, model.model_fields, 1)
             return f"did you mean {near[0]}" if near else f"known are {', '.join(model.model_fields)}"
     return "give another value"

@@ -9,7 +9,7 @@ Importing this module is cheap on purpose: `plan` and `ls` must start neither po
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -114,12 +114,26 @@ def arrow_schema(columns: Mapping[str, str]) -> pa.Schema:
     return pa.schema([field(name, kind) for name, kind in columns.items()])
 
 
-def parquet_writer(path: Path, columns: Mapping[str, str]) -> pq.ParquetWriter:
-    """Open a Parquet file for writing with the house's settings: explicit schema, zstd 3, page checksums."""
+def parquet_writer(
+    path: Path, columns: Mapping[str, str], level: int = 3, distinct: Collection[str] = ()
+) -> pq.ParquetWriter:
+    """Open a Parquet file for writing with the house's settings: explicit schema, zstd, page checksums.
+
+    Args:
+        path: The file.
+        columns: A table of columns such as MESSAGE_COLUMNS.
+        level: Of zstd. On messages, 1 makes a file 14 % larger than 3 and saves a third of the time.
+        distinct: Columns whose values hardly ever come again: no dictionary is tried for them.
+    """
     import pyarrow.parquet as pq
 
     return pq.ParquetWriter(
-        path, arrow_schema(columns), compression="zstd", compression_level=3, write_page_checksum=True
+        path,
+        arrow_schema(columns),
+        compression="zstd",
+        compression_level=level,
+        use_dictionary=[name for name in columns if name not in distinct] if distinct else True,
+        write_page_checksum=True,
     )
 
 

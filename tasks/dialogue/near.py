@@ -187,7 +187,8 @@ def _again(hashes: U64, group: I64) -> I64:
     keyed = hashes + mixed(group.astype(np.uint64) + np.uint64(1))
     order = np.argsort(keyed)
     keyed = keyed[order]
-    return order[1:][keyed[1:] == keyed[:-1]]
+    again: I64 = order[1:][keyed[1:] == keyed[:-1]]
+    return again
 
 
 def _distinct(numbers: U64) -> U64:

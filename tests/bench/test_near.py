@@ -12,9 +12,11 @@ import json
 import os
 import random
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -113,6 +115,7 @@ def datasketch(texts: list[str]) -> Links:
 
 def text_dedup(texts: list[str]) -> Links:
     """Its signature of a text, and a dictionary a band; its own driver, which maps over a dataset, is left out."""
+    sys.modules.setdefault("pyspark", ModuleType("pyspark"))  # it imports that for another of its commands
     embed = pytest.importorskip("text_dedup.minhash").embed_func
     hashing = pytest.importorskip("text_dedup.utils.hashfunc").xxh3_32hash
     draw, prime = np.random.RandomState(42), np.uint64((1 << 61) - 1)
