@@ -263,7 +263,8 @@ def at_the_last_position(given: Split, row: int) -> Split:
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_step_and_sequence(tmp_path: Path) -> None:
     row = int(Plan(ROWS, SETTINGS.sequences, SETTINGS.epochs, SETTINGS.seed).rows(0)[2])
     said = stopped(tmp_path, poisoned(), at_the_last_position(split(), row), split(0))
-    assert f"loss is nan at step 1. sequences {row} of the training split." in said
+    assert said.startswith("error[train.nonfinite]: loss is nan, gradient norm is nan, weight transformer.wpe.weight")
+    assert f"is not finite at step 1. sequences {row} of the training split." in said
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
