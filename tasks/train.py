@@ -15,8 +15,8 @@ from pydantic import Field, model_validator
 from tasks.artifacts import Counts, Encoding, Model, Tokens
 from tasks.errors import InputError, ParameterError
 from tasks.gpt.folder import CONFIG, WEIGHTS, digests
-from tasks.sources import MODELS
 from tasks.signals import kept_signals
+from tasks.sources import MODELS
 from tasks.start import FOLDER, SCRATCH, allowed_folder, fetch_published
 from tasks.step import Params, Runtime, step
 

@@ -24,10 +24,15 @@ def _handler() -> Iterator[None]:
 
 def test_the_signal_reaches_the_program_once_the_block_has_ended() -> None:
     done = []
-    with pytest.raises(Ended), kept_signals(lambda: done.append("asked")):
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-        done.append("tidy")
+
+    def work() -> None:
+        with kept_signals(lambda: done.append("asked")):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("tidy")
+
+    with pytest.raises(Ended):
+        work()
     assert done == ["asked", "tidy"]
 
 
@@ -43,9 +48,13 @@ def test_what_asking_raises_gives_way_to_the_signal() -> None:
 
 
 def test_a_failure_is_not_hidden_by_a_signal() -> None:
-    with pytest.raises(ZeroDivisionError), kept_signals(lambda: None):
-        os.kill(os.getpid(), signal.SIGTERM)
-        1 / 0  # noqa: B018
+    def work() -> None:
+        with kept_signals(lambda: None):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work()
 
 
 def test_a_handler_that_does_nothing_does_not_let_half_done_work_go_on() -> None:

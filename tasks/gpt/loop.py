@@ -155,7 +155,7 @@ class _Run:
         limit = math.inf if settings.clip is None else settings.clip
         norm = clip_grad_norm_(self.model.parameters(), limit).item()
         if not all(isfinite(found) for found in (loss, norm, self.largest())):
-            raise self.nonfinite(rows, loss, norm)
+            raise self.nonfinite(progress.step + 1, loss, norm)
         set_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -230,17 +230,20 @@ class _Run:
         seconds = round(progress.seconds + self.machine.clock() - self.started, 3)
         return {**told, **blank, "seconds": seconds, "tokens_per_second": None, **measured}
 
-    def nonfinite(self, rows: Array, loss: float, norm: float) -> TrainingError:
-        """Say what is no finite number, and which sequences made it so."""
+    def nonfinite(self, step: int, loss: float = 0.0, norm: float = 0.0) -> TrainingError:
+        """Say what is no finite number, and which sequences of a step, counted from 1, made it so."""
+        rows = self.plan.rows(step - 1)
         self.optimizer.zero_grad()
-        found = [f"{name} is {value}" for name, value in (("loss", loss), ("gradient norm", norm)) if not isfinite(value)]
+        found = [
+            f"{name} is {value}" for name, value in (("loss", loss), ("gradient norm", norm)) if not isfinite(value)
+        ]
         ruined = [name for name, weight in self.model.named_parameters() if not weight.isfinite().all()]
         found += [f"weight {name} is not finite" for name in ruined[:1]]
         guilty = [int(row) for row in rows if not isfinite(self.loss_of(row))] or sorted(int(row) for row in rows)
         return TrainingError(
-            f"{', '.join(found)} at step {self.progress.step + 1}",
+            f"{', '.join(found)} at step {step}",
             self.machine.named(guilty),
-            "The weights were not touched; look at these sequences, and if nothing is odd there, lower train.lr",
+            "The last checkpoint is as it was; look at these, and if nothing is odd there, lower train.lr",
             "train.nonfinite",
         )
 
@@ -267,7 +270,7 @@ class _Run:
         if self.kept == self.progress.step:
             return
         if not isfinite(self.largest()):  # only reached if the last update made it so: the checkpoint before it stands
-            raise self.nonfinite(self.plan.rows(max(0, self.progress.step - 1)), 0.0, 0.0)
+            raise self.nonfinite(self.progress.step)
         seconds = self.progress.seconds + self.machine.clock() - self.started
         now = Progress(**{**asdict(self.progress), "seconds": seconds})
         state = {"progress": asdict(now), "settings": asdict(self.settings), "pending": self.pending}

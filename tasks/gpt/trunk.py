@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import embedding
 from transformers import GPT2LMHeadModel
 
@@ -34,7 +34,7 @@ def hidden_states(model: GPT2LMHeadModel, ids: Tensor, positions: Tensor, attend
     Returns:
         (B, T, D).
     """
-    gpt = model.transformer
+    gpt: Any = model.transformer
     # A dense gradient of the table would be made of zeros but for these tokens, and added to the head's.
     eager = not torch.compiler.is_compiling()
     sparse = eager and ids.device.type == "cpu" and model.config.tie_word_embeddings
@@ -49,9 +49,9 @@ def hidden_states(model: GPT2LMHeadModel, ids: Tensor, positions: Tensor, attend
     return final
 
 
-def _mixed(block: nn.Module, layer: int, states: Tensor, attend: Attend) -> Tensor:
+def _mixed(block: Any, layer: int, states: Tensor, attend: Attend) -> Tensor:
     """Return what attention adds: (B, T, D)."""
-    attention: Any = block.attn
+    attention = block.attn
     rows, length, width = states.shape
     parts = attention.c_attn(block.ln_1(states)).view(rows, length, 3, attention.num_heads, -1)  # (B, T, 3, H, K)
     queries, keys, values = (part.transpose(1, 2) for part in parts.unbind(2))  # (B, H, T, K)

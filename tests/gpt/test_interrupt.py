@@ -19,17 +19,18 @@ class AskedAt(Interrupt):
         super().__init__()
         self.left = calls
 
-    def count(self) -> None:
+    def count(self) -> float:
         self.left -= 1
         if self.left == 0:
             self.ask()
+        return 0.0
 
 
 def stopped(folder: Path, interrupt: AskedAt, ticks: bool, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Run until the interrupt; tell whether it came before the end."""
     machine = replace(MACHINE, interrupt=interrupt)
     if ticks:
-        machine = replace(machine, clock=lambda: float(interrupt.count() or 0))
+        machine = replace(machine, clock=interrupt.count)
     else:
         passed: Callable[..., object] = lambda *given: (interrupt.count(), hidden_states(*given))[1]  # noqa: E731
         monkeypatch.setattr(loop, "hidden_states", passed)

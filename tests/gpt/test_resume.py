@@ -7,13 +7,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tasks.gpt.batches import Split
 from tasks.gpt.loop import fit
 from tasks.gpt.weights import build_start, scratch_spec, set_dropout
-from tests.gpt.test_loop import BLOCK, MACHINE, SETTINGS, VOCABULARY, split
+from tests.gpt.test_loop import BLOCK, MACHINE, SETTINGS, split
 
 ROOT = Path(__file__).parents[2]
 POINTS = 30
@@ -88,14 +89,14 @@ def test_across_thread_counts_losses_agree_to_five_digits(tmp_path: Path) -> Non
         lines = (tmp_path / str(threads) / "log.jsonl").read_text().splitlines()
         losses[threads] = [json.loads(line)["loss"] for line in lines[1:]]
     torch.set_num_threads(before)
-    assert VOCABULARY < 512
     assert losses[1] == pytest.approx(losses[2], rel=1e-5)
 
 
 def repeated(given: Split, times: int) -> Split:
     """The same sequences, several in one row: wide enough for torch to share the work out."""
-    arrays = [getattr(given, name).repeat(times, axis=0).reshape(len(given), -1) for name in ("ids", "mask")]
-    positions = given.positions.repeat(times, axis=0).reshape(len(given), -1)
-    ends = given.ends.repeat(times, axis=0).reshape(len(given), times, -1)
-    offsets = BLOCK * torch.arange(times).numpy()[None, :, None]
-    return Split(*arrays, positions, (ends + offsets).reshape(len(given), -1))
+    ids, mask, positions = (
+        array.repeat(times, axis=0).reshape(len(given), -1) for array in (given.ids, given.mask, given.positions)
+    )
+    offsets = BLOCK * np.arange(times)[None, :, None]
+    ends = given.ends.repeat(times, axis=0).reshape(len(given), times, -1) + offsets
+    return Split(ids, mask, positions, ends.reshape(len(given), -1))
