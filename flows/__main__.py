@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     logging.getLogger("treeline").addHandler(_to_stderr())
+    logging.getLogger("treeline.train").setLevel(logging.INFO)  # what a run will need, said before it takes its time
     try:
         asked = parser().parse_args(arguments)
         code: int = asked.command(asked)

@@ -95,8 +95,8 @@ class TrainRuntime(Runtime):
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train; auto takes a GPU where there is one."""
-    micro_batch: Count | None = None
-    """Sequences that go through the model at once; lower it where memory runs out. None: as many as hold 8,192 tokens."""  # noqa: E501
+    micro_batch: Count | Literal["auto"] | None = None
+    """Sequences that go through the model at once; lower it where memory runs out. None: as many as hold 8,192 tokens; auto: of these, as many as fit into the memory that is free."""  # noqa: E501
     compile: bool = False
     """Compile the model; pays on a GPU, in runs longer than a few minutes."""
     threads: Count | None = None
@@ -113,6 +113,7 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     from tasks.gpt.device import device_of, threads
     from tasks.gpt.interrupt import Interrupt
     from tasks.gpt.loop import fit
+    from tasks.gpt.planning import memory_named, planned
     from tasks.gpt.run import Machine, Settings
     from tasks.gpt.weights import build_start, export, parameter_count, set_dropout
 
@@ -127,18 +128,19 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     chosen = params.model_dump()
     sequences = max(1, params.batch_tokens // encoding.block)
     settings = Settings(sequences=sequences, **{f.name: chosen[f.name] for f in fields(Settings) if f.name in chosen})
-    interrupt = Interrupt()
+    interrupt, device = Interrupt(), device_of(run.device)
     machine = Machine(
-        device_of(run.device),
+        device,
         time.monotonic,
-        micro_batch=run.micro_batch,
+        micro_batch=planned(model, splits, settings, device, run.micro_batch, time.monotonic),
+        yielding=run.micro_batch == "auto",
         compile=run.compile,
         checkpoint_seconds=run.checkpoint_seconds,
         keep=run.keep_checkpoints,
         interrupt=interrupt,
         named=lambda rows: name_messages(tokens, rows),
     )
-    with threads(run.threads, model.config.n_embd), kept_signals(interrupt.ask):
+    with threads(run.threads, model.config.n_embd), kept_signals(interrupt.ask), memory_named(machine, encoding.block):
         progress = fit(model, *splits, settings=settings, machine=machine, workplace=out)
     export(model, out, stop=encoding.stop, pad=encoding.pad)
     write_tokenizer(out, tokens.path, encoding, spec["positions"])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -53,3 +54,25 @@ def hold_memory() -> None:
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(MAPPINGS, 0)
         library.mallopt(TRIM, MOST)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that a device has left; None where that cannot be asked."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    told = Path("/proc/meminfo")
+    if device.type != "cpu" or not told.is_file():
+        return None
+    kilobytes = next(line for line in told.read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable"))
+    return int(kilobytes.split()[1]) * 1024
+
+
+def product_rate(device: torch.device, half: bool, clock: Callable[[], float], size: int = 1024) -> float:
+    """Return the operations a second of a plain product of matrices, the best of some."""
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+        one, other, took = torch.randn(size, size, device=device), torch.randn(size, size, device=device), []
+        for _ in range(6):
+            began = clock()
+            (one @ other)[0, 0].item()  # waits for the device
+            took.append(clock() - began)
+    return 2 * size**3 / max(1e-9, min(took))

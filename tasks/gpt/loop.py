@@ -29,13 +29,13 @@ from tasks.gpt.batches import Array, Plan, Split
 from tasks.gpt.interrupt import Interrupted
 from tasks.gpt.logbook import Logbook
 from tasks.gpt.loss import supervised_nats, token_nats
+from tasks.gpt.need import AT_ONCE
 from tasks.gpt.optim import adamw, moments, set_moments, set_rate
 from tasks.gpt.run import Machine, Progress, Settings
 from tasks.gpt.schedule import learning_rate
 from tasks.gpt.trunk import Trunk, hidden_states
 from tasks.progress import bar
 
-AT_ONCE = 8_192  # tokens of a micro-batch where none is asked for: 100 MB or so of activations a block at width 768
 SAVING_SHARE = 0.1  # of the time at most: a large model on a slow disk is saved less often than asked for
 
 
@@ -273,7 +273,8 @@ class _Run:
             raise self.nonfinite(self.progress.step)
         seconds = self.progress.seconds + self.machine.clock() - self.started
         now = Progress(**{**asdict(self.progress), "seconds": seconds})
-        state = {"progress": asdict(now), "settings": asdict(self.settings), "pending": self.pending}
+        state: dict[str, Any] = {"progress": asdict(now), "settings": asdict(self.settings)}
+        state |= {"pending": self.pending, "at_once": self.at_once}
         weights = dict(self.model.named_parameters())
         tensors = {"model": weights, "optimizer": moments(self.optimizer, self.model), "best": self.best}
         self.log.flush()
@@ -295,6 +296,8 @@ class _Run:
         self.best = dict(found.tensors["best"])
         self.progress = Progress(**found.state["progress"])
         self.pending, self.kept = found.state["pending"], found.step
+        if self.machine.yielding:
+            self.at_once = found.state["at_once"]
         self.log.cut_after(found.step - (self.pending is not None))
 
     @torch.no_grad()

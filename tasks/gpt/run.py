@@ -58,6 +58,7 @@ class Machine:
         device: Holds weights and batches.
         clock: Seconds since whenever.
         micro_batch: Sequences at once. None: as many as hold 8,192 tokens.
+        yielding: A resumed run keeps the micro-batch that it began with: another one rounds otherwise.
         compile: Compile the transformer's blocks.
         checkpoint_seconds: Between two checkpoints, more where saving is slow; 0: after each step.
         keep: Checkpoints kept, at least 1; the best weights are in each of them.
@@ -68,6 +69,7 @@ class Machine:
     device: torch.device
     clock: Callable[[], float]
     micro_batch: int | None = None
+    yielding: bool = False
     compile: bool = False
     checkpoint_seconds: float = 120.0
     keep: int = 2
