@@ -129,6 +129,25 @@ def open_tokens(name: str) -> Tokens:
     return found
 
 
+def tokens_of(recipe: Recipe, name: str = "") -> Tokens:
+    """Return the tokens of that id, or else those that a recipe leads to.
+
+    Raises:
+        ParameterError: If they are not in the store.
+    """
+    if name:
+        return open_tokens(name)
+    last = plan(recipe, DATA)[-1]
+    if not isinstance(last.artifact, Tokens):
+        raise ParameterError(
+            f"the tokens of recipe {recipe.name} are not in the store: {last.why}",
+            str(home()),
+            "run flow treeline-data first, or copy the artifact's folder here and name its id",
+            code="param.tokens",
+        )
+    return last.artifact
+
+
 def open_artifact(name: str) -> Artifact:
     """Open an artifact by `kind/hex`, by the first digits of its key, or the youngest of a kind.
 

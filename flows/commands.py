@@ -9,7 +9,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from flows import chain, recipe
@@ -157,6 +159,23 @@ def why(asked: argparse.Namespace) -> int:
     if not planned:
         print("nothing would run: every artifact is there, and nothing changed")
     return 0
+
+
+def verify_resume(asked: argparse.Namespace) -> int:
+    """Kill training at some points, resume it, and compare with the uninterrupted run; 1 if anything differs."""
+    from flows.resuming import trials
+    from flows.terminal import Bars, console, resume_table
+    from tasks.progress import listening
+
+    settings, bars = recipe.load(asked.recipe, asked.settings), Bars()
+    tokens = chain.tokens_of(settings, asked.tokens)
+    with TemporaryDirectory(prefix="treeline-resume-", dir=asked.scratch) as scratch, bars.shown(), listening(bars):
+        found = trials(tokens, settings.train, settings.runtime.train, max(1, asked.points), Path(scratch))
+    if asked.json:
+        _json([asdict(one) for one in found])
+    else:
+        console().print(resume_table(f"{settings.name}: killed, resumed, compared with the uninterrupted run", found))
+    return 0 if all(one.same for one in found) else 1
 
 
 def ls(asked: argparse.Namespace) -> int:
