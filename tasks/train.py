@@ -140,7 +140,7 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
         interrupt=interrupt,
         named=lambda rows: name_messages(tokens, rows),
     )
-    with threads(run.threads, model.config.n_embd), kept_signals(interrupt.ask), memory_named(machine, encoding.block):
+    with threads(run.threads, model.config.n_embd), kept_signals(interrupt.ask), memory_named(machine, encoding.length):
         progress = fit(model, *splits, settings=settings, machine=machine, workplace=out)
     export(model, out, stop=encoding.stop, pad=encoding.pad)
     write_tokenizer(out, tokens.path, encoding, spec["positions"])
