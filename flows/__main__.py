@@ -1,4 +1,4 @@
-"""The command line: python -m flows run | plan | why | ls | show | why-dropped | export | verify | gc | ..."""
+"""The command line: python -m flows run | plan | why | ls | show | why-dropped | export | verify | ..."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     logging.getLogger("treeline").addHandler(_to_stderr())
+    logging.getLogger("treeline.train").setLevel(logging.INFO)  # what a run will need, said before it takes its time
     try:
         asked = parser().parse_args(arguments)
         code: int = asked.command(asked)
@@ -183,6 +184,8 @@ def _add_looks(command: Command) -> None:
     made = command("show", commands.show, "look into an artifact")
     made.add_argument("artifact", metavar="ID_OR_KIND", help="an id as `ls` prints it, or a kind for its youngest")
     made.add_argument("-n", type=_count, default=5, metavar="N", help="how many rows, trees or sequences (default: 5)")
+    for which, about in (("rejected", "of messages: lines that could not be read"), ("dropped", "of dialogues")):
+        made.add_argument(f"--{which}", action="store_const", const=which, dest="aside", help=about)
     _as_json(made)
     made = command(
         "why-dropped", commands.why_dropped, "say which rule dropped a message, what it saw, and the twin that stays"
@@ -203,6 +206,11 @@ def _add_upkeep(command: Command) -> None:
     made = command("gc", commands.gc, "remove artifacts that no recipe's last run needs")
     made.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     made.add_argument("--grace", type=_hours, default=1.0, metavar="HOURS", help="keep what is younger (default: 1)")
+    made = command("verify-resume", commands.verify_resume, "kill training, resume it, and compare, to the bit")
+    _about_settings(made)
+    made.add_argument("--points", type=_count, default=3, metavar="N", help="how many kills (default: 3)")
+    made.add_argument("--scratch", type=Path, metavar="DIR", help="where to train (default: the system's place)")
+    _as_json(made)
     command("lock", commands.lock, "write the digests of the steps' code into tasks/versions.lock")
     made = command("chat", commands.chat, "talk to a tuned model")
     made.add_argument("--model", default="model", metavar="ID", help="a model's id (default: the youngest)")
@@ -228,10 +236,14 @@ def _settings(made: argparse.ArgumentParser, about: str) -> None:
     made.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE", dest="settings", help=about)
 
 
-def _about_recipe(made: argparse.ArgumentParser) -> None:
+def _about_settings(made: argparse.ArgumentParser) -> None:
     _recipe(made)
     _settings(made, "change a setting, such as train.epochs=2; may be repeated")
     made.add_argument("--tokens", default="", metavar="ID", help="begin with these tokens, such as copied ones")
+
+
+def _about_recipe(made: argparse.ArgumentParser) -> None:
+    _about_settings(made)
     made.add_argument("--until", metavar="STEP", help="stop after this step")
     made.add_argument(
         "--force",

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tasks.artifacts import Model, Report
+from flows.terminal import asked_of_texts
+from tasks.artifacts import Dialogues, Model, Report
 from tasks.progress import Bar, Listener
 from tasks.step import Outcome
 
@@ -62,8 +63,11 @@ def card(outcome: Outcome) -> str:
     head = f"# {outcome.step}: `{artifact.id}` {'cached' if outcome.cached else 'made'}"
     parts = [head, f"{safe(outcome.why)}; {outcome.seconds:.1f} s; in `{safe(str(artifact.path))}`"]
     parts.append(_with_pictures(artifact) if isinstance(artifact, Report) else counts_table(artifact.counts))
+    parts += [] if outcome.cached else [safe(line) for line in asked_of_texts(artifact.manifest)]
     if isinstance(artifact, Model):
         parts.append(_losses(artifact))
+    if isinstance(artifact, Dialogues):
+        parts.append(_funnel(artifact))
     return "\n\n".join(parts)
 
 
@@ -102,8 +106,10 @@ def safe(text: str) -> str:
 
 
 def _with_pictures(report: Report) -> str:
-    """Return the report with its pictures inside: the UI cannot reach files."""
-    page = report.markdown()
+    """Return the report without texts of the data, and with its pictures inside: the UI cannot reach files."""
+    from tasks.dialogue.scorecard import render
+
+    page = render(report.figures(), heads=False)
     for name in report.manifest.files:
         if name.endswith(".svg"):
             page = page.replace(f"]({name})", f"]({_inline((report.path / name).read_bytes())})")
@@ -112,6 +118,14 @@ def _with_pictures(report: Report) -> str:
 
 def _inline(svg: bytes) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+
+
+def _funnel(dialogues: Dialogues) -> str:
+    """Return the funnel by rule and language, with ids and evidence of the first cases; texts stay in the store."""
+    from tasks.dialogue.funnel import render
+    from tasks.gpt.figures import funnel_svg
+
+    return "\n\n".join(render(dialogues.curation(), heads=False, picture=_inline(funnel_svg(dialogues.counts))))
 
 
 def _losses(model: Model) -> str:

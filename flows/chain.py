@@ -57,7 +57,7 @@ def until(last: str | None, chain: Sequence[Step[Any, Any]] = CHAIN) -> tuple[St
 
 def settings(step: Step[Any, Any], recipe: Recipe) -> dict[str, Any]:
     """Return the arguments that a recipe gives to a step: its Params, and its Runtime where it takes one."""
-    given = {step.params_name: getattr(recipe, step.name)}
+    given: dict[str, Any] = {step.params_name: recipe.section(step.name)}
     if step.runtime_name:
         given[step.runtime_name] = getattr(recipe.runtime, step.name)
     return given
@@ -99,7 +99,7 @@ def plan(
 
 def _planned(step: Step[Any, Any], recipe: Recipe, have: Made, store: Store, forced: bool) -> Planned:
     digests = {arg: have[kind].manifest.digest for arg, kind in step.inputs.items()}
-    preimage = step.recipe(digests, getattr(recipe, step.name))
+    preimage = step.recipe(digests, recipe.section(step.name))
     key = sha256_of(preimage)
     found = store.look(step.makes.kind, key)
     if forced:
@@ -127,6 +127,25 @@ def open_tokens(name: str) -> Tokens:
     if not isinstance(found, Tokens):
         raise ParameterError(f"expected the id of tokens, found {found.id}", "tokens", code="param.artifact")
     return found
+
+
+def tokens_of(recipe: Recipe, name: str = "") -> Tokens:
+    """Return the tokens of that id, or else those that a recipe leads to.
+
+    Raises:
+        ParameterError: If they are not in the store.
+    """
+    if name:
+        return open_tokens(name)
+    last = plan(recipe, DATA)[-1]
+    if not isinstance(last.artifact, Tokens):
+        raise ParameterError(
+            f"the tokens of recipe {recipe.name} are not in the store: {last.why}",
+            str(home()),
+            "run flow treeline-data first, or copy the artifact's folder here and name its id",
+            code="param.tokens",
+        )
+    return last.artifact
 
 
 def open_artifact(name: str) -> Artifact:

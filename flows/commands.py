@@ -9,13 +9,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from flows import chain, recipe
 from flows.chain import STEP_NAMES
 from tasks.artifacts import Artifact, Dialogues, Model, Tokens
-from tasks.dialogue.scorecard import printable
+from tasks.dialogue.markdown import printable
 from tasks.errors import ParameterError, PermissionRefused, StoreError
 from tasks.step import Step, home, session
 from tasks.store import collect, parts
@@ -159,6 +161,23 @@ def why(asked: argparse.Namespace) -> int:
     return 0
 
 
+def verify_resume(asked: argparse.Namespace) -> int:
+    """Kill training at some points, resume it, and compare with the uninterrupted run; 1 if anything differs."""
+    from flows.resuming import trials
+    from flows.terminal import Bars, console, resume_table
+    from tasks.progress import listening
+
+    settings, bars = recipe.load(asked.recipe, asked.settings), Bars()
+    tokens = chain.tokens_of(settings, asked.tokens)
+    with TemporaryDirectory(prefix="treeline-resume-", dir=asked.scratch) as scratch, bars.shown(), listening(bars):
+        found = trials(tokens, settings.train, settings.runtime.train, max(1, asked.points), Path(scratch))
+    if asked.json:
+        _json([asdict(one) for one in found])
+    else:
+        console().print(resume_table(f"{settings.name}: killed, resumed, compared with the uninterrupted run", found))
+    return 0 if all(one.same for one in found) else 1
+
+
 def ls(asked: argparse.Namespace) -> int:
     """List the artifacts."""
     from flows.terminal import artifact_table, console, remembered, size
@@ -193,7 +212,10 @@ def show(asked: argparse.Namespace) -> int:
     from flows import showing
 
     artifact = chain.open_artifact(asked.artifact)
-    if asked.json:
+    if asked.aside:
+        rows = showing.aside(artifact, asked.aside, asked.n)
+        _json(rows) if asked.json else print(printable("\n".join(map(showing.aside_line, rows))))
+    elif asked.json:
         _json(showing.rows(artifact, asked.n))
     else:
         print(printable(showing.text(artifact, asked.n)))  # it is strangers' text: no escape reaches the terminal
@@ -229,7 +251,7 @@ def why_dropped(asked: argparse.Namespace) -> int:
     if asked.json:
         _json(found)
     else:
-        print("\n".join(showing.verdict(row) for row in found))
+        print(printable("\n".join(showing.verdict(row) for row in found)))
     return 0
 
 

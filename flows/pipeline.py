@@ -15,7 +15,6 @@ from flows import cards, chain, runners, sweep
 from flows.chain import StepName
 from flows.recipe import Recipe
 from tasks.artifacts import Artifact, Tokens
-from tasks.errors import ParameterError
 from tasks.progress import listener, listening
 from tasks.step import Session, home, session
 from tasks.store.folders import Store
@@ -59,7 +58,7 @@ def model(recipe: Recipe, tokens: str = "", until: StepName = "evaluate", force:
         force: Steps to build even where their artifact is there.
     """
     with _run(recipe, force):
-        made: dict[type[Artifact], Artifact] = {Tokens: _tokens(recipe, tokens)}
+        made: dict[type[Artifact], Artifact] = {Tokens: chain.tokens_of(recipe, tokens)}
         return list(chain.run(recipe, chain.until(until, chain.MODEL), made).values())[-1]
 
 
@@ -111,17 +110,3 @@ def sweep_arms(recipe: Recipe, settings: Sequence[str], seeds: int = 1) -> list[
     rows = sweep.comparison(sweep.done(recipe, planned) or ())
     cards.publish_comparison(recipe.name, [sweep.COLUMNS, *map(sweep.cells, rows)])
     return rows
-
-
-def _tokens(recipe: Recipe, name: str) -> Artifact:
-    if name:
-        return chain.open_tokens(name)
-    last = chain.plan(recipe, chain.DATA)[-1]
-    if last.artifact is None:
-        raise ParameterError(
-            f"the tokens of recipe {recipe.name} are not in the store: {last.why}",
-            str(home()),
-            "run flow treeline-data first, or copy the artifact's folder here and name its id",
-            code="param.tokens",
-        )
-    return last.artifact

@@ -12,12 +12,13 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flows.runners import Runner
-from tasks.curate import CurateParams
+from tasks.curate import CurateParams, CurateRuntime
 from tasks.download import DownloadParams, DownloadRuntime
 from tasks.encode import EncodeParams, EncodeRuntime
 from tasks.errors import ParameterError
 from tasks.evaluate import EvaluateParams, EvaluateRuntime
 from tasks.parse import ParseParams
+from tasks.step import Params
 from tasks.train import TrainParams, TrainRuntime
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -32,6 +33,8 @@ class RuntimeSettings(BaseModel):
     """Where texts are worked on: threads of this machine, or the workers of a Dask or Ray cluster."""
     download: DownloadRuntime = DownloadRuntime()
     """The download step."""
+    curate: CurateRuntime = CurateRuntime()
+    """The curate step."""
     encode: EncodeRuntime = EncodeRuntime()
     """The encode step."""
     train: TrainRuntime = TrainRuntime()
@@ -61,6 +64,16 @@ class Recipe(BaseModel):
     """Step 6: what is measured."""
     runtime: RuntimeSettings = RuntimeSettings()
     """How fast, never what."""
+
+    def section(self, step: str) -> Params:
+        """Return the settings of a step; curation is told what the evaluation asks, unless it was told otherwise."""
+        if step != "curate":
+            found: Params = getattr(self, step)
+            return found
+        asked = {"panel": self.evaluate.panel, "facts": self.evaluate.facts}
+        return self.curate.model_copy(
+            update={name: value for name, value in asked.items() if getattr(self.curate, name) is None}
+        )
 
 
 def names() -> list[str]:
@@ -178,7 +191,8 @@ def _advice(error: ValidationError) -> str:
             *sections, unknown = map(str, fault["loc"])
             model: Any = Recipe
             for section in sections:
-                model = type(model.model_fields[section].default)
+                default = model.model_fields[section].default if section in model.model_fields else None
+                model = type(default) if isinstance(default, BaseModel) else model  # one of `also` is like its section
             near = difflib.get_close_matches(unknown, model.model_fields, 1)
             return f"did you mean {near[0]}" if near else f"known are {', '.join(model.model_fields)}"
     return "give another value"

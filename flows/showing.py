@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from flows.terminal import asked_of_texts
 from tasks.artifacts import Artifact, Dialogues, Messages, Model, RawTrees, Report, Tokens
 from tasks.dialogue.record import named_in
+from tasks.errors import ParameterError
 
 TRAINED = ("«", "»")  # around the text that the loss sees
 
@@ -41,17 +42,42 @@ def text(artifact: Artifact, count: int) -> str:
     return f"{head}\n{shown[type(artifact)](artifact, count)}"
 
 
+def aside(artifact: Artifact, which: Literal["rejected", "dropped"], count: int) -> list[dict[str, Any]]:
+    """Return the first rows that a step set aside: bad input of messages, or what curation dropped, as JSON values.
+
+    Raises:
+        ParameterError: If the artifact has none of that kind.
+    """
+    if which == "rejected" and isinstance(artifact, Messages):
+        return [_plain(row) for row in artifact.rejected().head(count).collect().to_dicts()]
+    if which == "dropped" and isinstance(artifact, Dialogues):
+        wanted = ("message_tree_id", "message_id", "role", "lang", "reason", "evidence", "text")
+        return [_plain(row) for row in artifact.dropped().select(wanted).head(count).collect().to_dicts()]
+    kind = {"rejected": Messages, "dropped": Dialogues}[which].kind
+    raise ParameterError(f"expected the id of {kind}, found {artifact.id}", f"--{which}", code="param.artifact")
+
+
+def aside_line(row: Mapping[str, Any]) -> str:
+    """Render one entry of `aside`."""
+    if "code" in row:
+        return f"{row['file']} line {row['line']:,}: {row['code']}: {row['message']}\n    {_line(row['head'])}"
+    return verdict(row)
+
+
 def verdicts(artifact: Dialogues, message: str) -> list[dict[str, Any]]:
     """Return what curation decided about a message, then about the one that its evidence names, and so on.
 
     Returns:
-        One entry a message, as JSON values: `split` of a kept one, `reason` and `evidence` of a dropped one. Empty if
-        there is no such message.
+        One entry a message, as JSON values: `split` of a kept one and what was `masked` in it, `reason` and `evidence`
+        of a dropped one. Empty if there is no such message.
     """
     import polars as pl
 
     wanted = ("message_id", "message_tree_id", "role", "depth", "rank", "text")
-    tables = (artifact.scan().select(*wanted, "split"), artifact.dropped().select(*wanted, "reason", "evidence"))
+    tables = (
+        artifact.scan().select(*wanted, "split", "masked"),
+        artifact.dropped().select(*wanted, "reason", "evidence"),
+    )
     found: list[dict[str, Any]] = []
     asked: str | None = message
     while asked is not None and asked not in {row["message_id"] for row in found}:
@@ -64,7 +90,12 @@ def verdicts(artifact: Dialogues, message: str) -> list[dict[str, Any]]:
 def verdict(row: Mapping[str, Any]) -> str:
     """Render one entry of `verdicts`: which message, what became of it, and its text."""
     rank = f", rank {row['rank']}" if "rank" in row else ""
-    became = f"kept in {row['split']}" if "split" in row else f"dropped by {row['reason']}: {row['evidence']}"
+    became = (
+        f"kept in {row['split']}, tree {row['message_tree_id']}"
+        if "split" in row
+        else f"dropped by {row['reason']}: {row['evidence']}"
+    )
+    became += f", masked: {row['masked']}" if "masked" in row else ""
     return f"{row['role']} {row['message_id']}{rank}: {became}\n    {_line(row['text'])}"
 
 

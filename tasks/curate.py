@@ -1,16 +1,21 @@
 """Step 3, curate: keep the messages worth learning from, still as trees, and give each tree a split.
 
-Rules filter message by message, subtrees follow, prompts without a reply go, copies and near copies go. Every message
-ends in exactly one of two tables: kept with its split, or dropped with the reason and what the rule saw.
+Rules filter message by message, first by what the table says of it, then by its text; subtrees follow, prompts without
+a reply go, copies and near copies go. Every message ends in exactly one of two tables: kept with its split, or dropped
+with the reason and what the rule saw.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pydantic import model_validator
+from pydantic import PrivateAttr, model_validator
 
 from tasks import progress
 from tasks.artifacts import (
@@ -25,23 +30,44 @@ from tasks.artifacts import (
     arrow_schema,
     parquet_writer,
 )
-from tasks.dialogue.record import PROTECTION, CopyLimits, Limits, Share, Verdicts, near_evidence
-from tasks.errors import InputError
-from tasks.step import Params, step
+from tasks.dialogue.record import (
+    PROTECTION,
+    CopyLimits,
+    Limits,
+    Share,
+    Verdicts,
+    near_evidence,
+)  # fmt: skip
+from tasks.errors import InputError, SourceChanged
+from tasks.rows import PerText, per_text
+from tasks.sources import LocalPath, allowed_file
+from tasks.step import Params, TextsRuntime, step
+from tasks.store.canonical import sha256_file
 
 if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
 
     from tasks.dialogue.dedupe import Likeness, Twin
+    from tasks.dialogue.near import Prints
+    from tasks.dialogue.reading import Reader, Seen
+    from tasks.dialogue.texts import Masks, Texts
 
 ROWS = 16_384  # of a row group: some 10 MB of text, so memory stays flat and readers can skip
-TOP_LANGUAGES = 20  # what a summary can show
+SCORES = {"labels": [f"label_{name}" for name in LABELS], "detoxify": [f"detoxify_{name}" for name in DETOXIFY]}
 
 
 class CurateParams(Params, Limits, CopyLimits):
     """Settings of the curate step."""
 
+    panel: tuple[str, ...] | None = None
+    """Prompts that are not learnt from. None: those of `evaluate.panel`, where a recipe has one."""
+    facts: tuple[str, ...] | None = None
+    """Families of facts of which is counted what replies tell. None: those of `evaluate.facts`."""
+    prompt_files: tuple[LocalPath, ...] = ()
+    """More prompts that are not learnt from: text or JSON lines, in a folder named in TREELINE_SOURCE_ROOTS."""
+    whole_threads: bool = False
+    """Whether a thread, from first prompt to last reply, goes whole where one of its messages goes."""
     require_reply: bool = True
     """Whether prompts with no reply anywhere below them are dropped: there is nothing to train on."""
     dedupe: bool = True
@@ -63,53 +89,98 @@ class CurateParams(Params, Limits, CopyLimits):
             raise ValueError(f"test_share {self.test_share} and val_share {self.val_share} leave nothing to train on")
         return self
 
+    _keyed: tuple[str, ...] = PrivateAttr(default=())  # so that a file that changes after keying is found out
 
-@step("curate", version=2, makes=Dialogues)
-def curate(out: Path, messages: Messages, params: CurateParams) -> Counts:
-    """Write `dialogues.parquet` and `dropped.parquet`, both in the order of the messages.
+    def keyed(self) -> dict[str, Any]:
+        """Return every setting, the content's hash in place of a path."""
+        self._keyed = tuple(sha256_file(allowed_file(path)) for path in self.prompt_files)
+        return {**super().keyed(), "prompt_files": [*self._keyed]}
+
+    def prompts(self) -> Iterator[tuple[str, str]]:
+        """Yield where each prompt stands and what it says.
+
+        Raises:
+            InputError: For a line that holds none, or a file that changed since its hash entered the key.
+        """
+        from tasks.dialogue.prompts import read_prompts
+
+        yield from ((f"panel {number}", text) for number, text in enumerate(self.panel or (), 1))
+        for at, path in enumerate(self.prompt_files):
+            content = allowed_file(path).read_bytes()
+            if self._keyed and sha256(content).hexdigest() != self._keyed[at]:
+                raise SourceChanged("the prompts changed while the run was at work", path, "Run again")
+            for number, text in read_prompts(Path(path).name, content):
+                yield f"file {at + 1} line {number}", text
+
+
+class CurateRuntime(TextsRuntime):
+    """How fast texts are read, never what is found in them."""
+
+
+@step("curate", version=3, makes=Dialogues)
+def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRuntime) -> Counts:
+    """Write `dialogues.parquet` and `dropped.parquet`, both in the order of the messages, and `curation.json`.
 
     Raises:
-        InputError: If nothing is left, with the funnel that says where it went.
+        InputError: If nothing is left, with the funnel that says where it went; for a file of prompts that is none.
     """
+    from tasks.dialogue import tally
     from tasks.dialogue.quality import COLUMNS
     from tasks.dialogue.split import splits
+    from tasks.dialogue.texts import Texts
 
-    asked = {"message_tree_id", "message_id", "parent_id", "rank", *COLUMNS}
+    asked = {"message_tree_id", "message_id", "parent_id", "sibling", *COLUMNS} - {"text"}
     table = messages.scan().select(name for name in MESSAGE_COLUMNS if name in asked).collect()
     table = table.with_columns(splits(table["message_tree_id"], params.test_share, params.val_share))
-    verdicts, shared = decide(table, params)
-    counts = {**_counts(messages.scan(), table, verdicts, params), "shared_across_splits": shared}
+    texts = Texts(messages.scan())
+    verdicts, seen, shared = decide(table, texts, params)
+    counts = {
+        **tally.counts(table, verdicts),
+        "funnel": tally.funnel(verdicts, stages(params)),
+        "label_coverage": tally.coverage(messages.scan(), SCORES),
+        "masked": sum(verdicts.reasons[row] is None for row in seen.masks),
+        "facts": {"asked": seen.facts, "told_in_train": tally.told(table, verdicts, seen.told)} if seen.facts else {},
+        "shared_across_splits": shared,
+    }
     if not counts["messages"]:
         raise _nothing_left(counts, messages.path)
-    _write(out, messages.scan(), table["split"], verdicts)
+    _write(out, messages.scan(), table["split"], verdicts, seen.masks)
+    told = tally.curation(table, texts, verdicts, counts)
+    (out / "curation.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
     return counts
 
 
-def decide(table: pl.DataFrame, params: CurateParams) -> tuple[Verdicts, dict[str, int]]:
+def decide(table: pl.DataFrame, texts: Texts, params: CurateParams) -> tuple[Verdicts, Seen, dict[str, dict[str, int]]]:
     """Judge every message.
 
     Args:
-        table: N messages, parents first, with `split` and the columns that the rules ask for.
+        table: N messages, parents first, with `split` and the columns that the rules ask for, but for the text.
+        texts: The texts of these.
         params: The settings.
 
     Returns:
-        One verdict a message, kept only if its parent is; and how many messages the splits share, see `_shared`.
+        One verdict a message, kept only if its parent is; what was seen in the texts; and how many messages the splits
+        share, see `_shared`.
     """
-    from tasks.dialogue.dedupe import duplicates, leaks, likeness, near_duplicates, normalised, repeated_prompts
-    from tasks.dialogue.quality import in_thread, judge, rules_of
+    from tasks.dialogue.dedupe import duplicates, leaks, likeness, near_duplicates, repeated_prompts
     from tasks.dialogue.threads import parent_rows
 
-    parents, ids = parent_rows(table), table["message_id"].to_list()
-    with progress.bar("curate", 4, "passes") as bar:
-        verdicts = judge(in_thread(table, parents), rules_of(params))
+    parents, ids = parent_rows(table), table["message_id"]
+    with progress.bar("curate", 5, "passes") as bar:
+        verdicts = _filtered(table, texts, parents, params)
+        bar.advance(note="filtered")
+        seen = _read(table, texts, parents, verdicts, params)
+        texts = replace(texts, masks=seen.masks)
+        if params.whole_threads:
+            _keep_whole(table, parents, verdicts)
         _settle(table, parents, verdicts, params)
         filtered = verdicts.kept()
-        bar.advance(note="filtered")
-        texts = normalised(table["text"])
-        alike = likeness(table, texts, filtered, params)
+        bar.advance(note="read")
+        prints = _prints(texts, filtered, params)
+        alike = likeness(table, prints, texts.of, filtered, params)
         bar.advance(note="compared")
         if params.dedupe:
-            twins = duplicates(table, texts, parents, filtered)
+            twins = duplicates(table, prints, parents, filtered)
             verdicts.drop("duplicate", {row: ids[twin] for row, twin in twins.items()})
         if not params.repeat_prompts:
             verdicts.drop("near_duplicate", _named(repeated_prompts(table, alike, parents, verdicts.kept()), ids))
@@ -122,17 +193,106 @@ def decide(table: pl.DataFrame, params: CurateParams) -> tuple[Verdicts, dict[st
             verdicts.drop("leak", _named(leaks(table, alike, verdicts.kept(), yielding), ids))
             _settle(table, parents, verdicts, params)
         bar.advance(note="splits separated")
-    return verdicts, _shared(table, alike, filtered, verdicts.kept(), params)
+    return verdicts, seen, _shared(table, alike, filtered, verdicts.kept(), params)
 
 
-def _named(twins: Mapping[int, Twin], ids: list[str]) -> dict[int, str]:
+def _filtered(table: pl.DataFrame, texts: Texts, parents: list[int], params: CurateParams) -> Verdicts:
+    """Judge every message by the rules, whole trees at a time, so that a message's thread is at hand."""
+    from tasks.dialogue.quality import in_thread, judge, rules_of
+    from tasks.dialogue.texts import WINDOW
+    from tasks.dialogue.threads import windows
+
+    rules, verdicts = rules_of(params), Verdicts([], [])
+    for start, stop in windows(parents, WINDOW):
+        part = table.slice(start, stop - start).with_columns(texts.between(start, stop))
+        above = [parent - start if parent >= 0 else -1 for parent in parents[start:stop]]
+        found = judge(in_thread(part, above), rules)
+        verdicts.reasons.extend(found.reasons)
+        verdicts.evidence.extend(found.evidence)
+    return verdicts
+
+
+def _prints(texts: Texts, kept: list[bool], params: CurateParams) -> Prints:
+    """Return the fingerprints of the kept messages' texts; zeros stand for those of the others."""
+    import numpy as np
+
+    from tasks.dialogue.fingerprint import bands, compute
+    from tasks.dialogue.near import Prints
+
+    rows = np.flatnonzero(kept)
+    count, _ = bands(params.near_permutations, params.near_threshold)
+    made = Prints(
+        np.zeros((len(kept), 2), dtype=np.uint64),
+        np.zeros(len(kept), dtype=np.int32),
+        np.zeros((len(kept), count), dtype=np.uint32),
+    )
+    settings: dict[str, Any] = {
+        name: getattr(params, f"near_{name}") for name in ("ngram", "permutations", "threshold")
+    }
+    function, done = PerText("near-fingerprint", 1, settings, partial(compute, **settings)), 0
+    for part, within in texts.parts(rows):
+        found = Prints.of(per_text(function, part.gather(within)))
+        own = rows[done : done + len(within)]
+        made.digests[own], made.chars[own], made.keys[own] = found.digests, found.chars, found.keys
+        done += len(within)
+    return made
+
+
+def _read(table: pl.DataFrame, texts: Texts, parents: list[int], verdicts: Verdicts, params: CurateParams) -> Seen:
+    """Judge what is left by its text, a window at a time."""
+    import polars as pl
+
+    rows = table.select("role", above=pl.Series(parents, dtype=pl.Int64)).with_row_index("row")
+    replies = rows.filter(role="assistant").select(pl.col("row").cast(pl.Int64), "above")
+    starts = range(0, len(table), ROWS)
+    windows = ((at, pl.DataFrame([texts.between(at, at + ROWS), table["lang"].slice(at, ROWS)])) for at in starts)
+    return _reader(params).read(windows, replies, verdicts)
+
+
+def _reader(params: CurateParams) -> Reader:
+    from tasks.dialogue import language, pii
+    from tasks.dialogue.contamination import Asked, Facts, Index, Told
+    from tasks.dialogue.reading import Reader
+    from tasks.oasst.facts import facts_of
+
+    chars = params.text_language_chars
+    told = [
+        Told(f"{fact.family} of {fact.subject}", fact.subject, (fact.answer, *fact.aliases))
+        for fact in facts_of(params.facts or ())
+    ]
+    return Reader(
+        params,
+        partial(_rows_of, PerText("language", 1, {"chars": chars}, partial(language.detect, chars=chars))),
+        partial(_rows_of, PerText("personal", 1, {}, pii.scan)),
+        Index([Asked(where, text) for where, text in params.prompts()], params.overlap_words),
+        Facts(told),
+    )
+
+
+def _rows_of(function: PerText, texts: pl.Series) -> pl.DataFrame:
+    """Return what a function gives for texts, of which it remembers those that it has seen."""
+    import polars as pl
+
+    return pl.DataFrame(per_text(function, texts))
+
+
+def _keep_whole(table: pl.DataFrame, parents: list[int], verdicts: Verdicts) -> None:
+    """Drop what no whole thread goes through."""
+    from tasks.dialogue.selection import in_whole_threads
+
+    replies = (table["role"] == "assistant").to_list()
+    held = in_whole_threads(parents, replies, table["sibling"].to_list(), verdicts.kept())
+    verdicts.drop("thread", {row: "no thread through it is whole" for row, whole in enumerate(held) if not whole})
+
+
+def _named(twins: Mapping[int, Twin], ids: pl.Series) -> dict[int, str]:
     return {row: near_evidence(ids[twin], similarity) for row, (twin, similarity) in twins.items()}
 
 
 def _shared(
     table: pl.DataFrame, alike: Likeness, filtered: list[bool], kept: list[bool], params: CurateParams
-) -> dict[str, int]:
-    """Count the first prompts and long replies of which a copy or near copy stands in another split.
+) -> dict[str, dict[str, int]]:
+    """Count the first prompts and long replies of which a copy, or else a near copy, stands in another split.
 
     `kept` is what is written, 0 if splits are separated. The others are what three ways to split would share of what
     the filters left: by tree as here, by row at random, and by the order of the file.
@@ -140,13 +300,16 @@ def _shared(
     from tasks.dialogue.dedupe import shared
     from tasks.dialogue.split import in_order, splits
 
-    by_tree, shares = table["split"].to_list(), (params.test_share, params.val_share)
-    return {
-        "kept": shared(alike, by_tree, kept),
-        "by_tree": shared(alike, by_tree, filtered),
-        "by_row": shared(alike, splits(table["message_id"], *shares).to_list(), filtered),
-        "by_file_order": shared(alike, in_order(len(table), *shares), filtered),
+    equal, shares = replace(alike, near={}), (params.test_share, params.val_share)
+    by_tree = table["split"].to_list()
+    ways = {
+        "kept": (by_tree, kept),
+        "by_tree": (by_tree, filtered),
+        "by_row": (splits(table["message_id"], *shares).to_list(), filtered),
+        "by_file_order": (in_order(len(table), *shares), filtered),
     }
+    exact = {way: shared(equal, *given) for way, given in ways.items()}
+    return {way: {"exact": exact[way], "near": shared(alike, *given) - exact[way]} for way, given in ways.items()}
 
 
 def _settle(table: pl.DataFrame, parents: list[int], verdicts: Verdicts, params: CurateParams) -> None:
@@ -163,64 +326,18 @@ def _settle(table: pl.DataFrame, parents: list[int], verdicts: Verdicts, params:
         verdicts.drop("no_reply", {row: "no reply below" for row, found in enumerate(answered) if not found})
 
 
-def _counts(messages: pl.LazyFrame, table: pl.DataFrame, verdicts: Verdicts, params: CurateParams) -> Counts:
-    """Measure what was kept and where the rest went; `trees` and `messages` are the kept ones."""
-    import polars as pl
-
-    kept = table.filter(pl.Series(verdicts.kept(), dtype=pl.Boolean))
-    return {
-        "trees": kept["message_tree_id"].n_unique(),
-        "messages": len(kept),
-        "dropped": len(table) - len(kept),
-        "read": {"trees": table["message_tree_id"].n_unique(), "messages": len(table)},
-        "funnel": _funnel(verdicts, params),
-        "splits": {name: _sizes(kept.filter(pl.col("split") == name)) for name in reversed(PROTECTION)},
-        "label_coverage": _coverage(messages),
-        "languages": _languages(table),
-    }
-
-
-def _funnel(verdicts: Verdicts, params: CurateParams) -> dict[str, int]:
-    """Return messages dropped by each rule that was asked for, in the order of judgement."""
-    stages = {
+def stages(params: CurateParams) -> list[str]:
+    """Return the names of what may drop a message under these settings, in the order of judgement."""
+    others = {
+        "fact": params.drop_facts,
+        "thread": params.whole_threads,
         "parent": True,
         "no_reply": params.require_reply,
         "duplicate": params.dedupe,
         "near_duplicate": params.near_dedupe or not params.repeat_prompts,
         "leak": params.separate_splits,
     }
-    names = [*params.rules, *(name for name, active in stages.items() if active)]
-    found = dict.fromkeys(names, 0)
-    for reason in verdicts.reasons:
-        if reason is not None:
-            found[reason] += 1
-    return found
-
-
-def _sizes(kept: pl.DataFrame) -> dict[str, int]:
-    replies = int((kept["role"] == "assistant").sum())
-    return {"trees": kept["message_tree_id"].n_unique(), "messages": len(kept), "replies": replies}
-
-
-def _coverage(messages: pl.LazyFrame) -> dict[str, float]:
-    """Return the share of messages with at least one label, and with Detoxify's scores: rules on them see no others."""
-    import polars as pl
-
-    groups = {"labels": [f"label_{name}" for name in LABELS], "detoxify": [f"detoxify_{name}" for name in DETOXIFY]}
-    shares = {
-        name: pl.any_horizontal(pl.col(column).is_not_null() for column in columns).mean()
-        for name, columns in groups.items()
-    }
-    found = messages.select(**shares).collect().row(0, named=True)
-    return {name: round(share or 0.0, 4) for name, share in found.items()}
-
-
-def _languages(table: pl.DataFrame) -> dict[str, int]:
-    """Return messages read of each of the most frequent languages; `unknown` where none is given."""
-    import polars as pl
-
-    table = table.select(pl.col("lang").fill_null("unknown")).group_by("lang").len()
-    return dict(table.sort("len", "lang", descending=[True, False]).head(TOP_LANGUAGES).iter_rows())
+    return [*params.rules, *(name for name, active in others.items() if active)]
 
 
 def _nothing_left(counts: Counts, where: Path) -> InputError:
@@ -234,13 +351,18 @@ def _nothing_left(counts: Counts, where: Path) -> InputError:
     )
 
 
-def _write(out: Path, messages: pl.LazyFrame, splits: pl.Series, verdicts: Verdicts) -> None:
-    """Write both tables, reading the messages once more, a row group at a time."""
+def _write(out: Path, messages: pl.LazyFrame, splits: pl.Series, verdicts: Verdicts, masks: Masks) -> None:
+    """Write both tables, reading the messages once more, a row group at a time; only what is kept is masked."""
     import polars as pl
 
-    verdict = pl.DataFrame(
-        {"split": splits, "reason": verdicts.reasons, "evidence": verdicts.evidence},
-        schema={"split": pl.String, "reason": pl.String, "evidence": pl.String},
+    from tasks.dialogue.texts import masked
+
+    stay = {row: mask for row, mask in masks.items() if verdicts.reasons[row] is None}
+    told = {"reason": verdicts.reasons, "evidence": verdicts.evidence}
+    verdict = pl.DataFrame({"split": splits, **told}, dict.fromkeys(("split", *told), pl.String)).with_columns(
+        masked=pl.Series([None], dtype=pl.String)
+        .new_from_index(0, len(splits))
+        .scatter([*stay], pl.Series([what for _, what in stay.values()], dtype=pl.String))
     )
     with (
         parquet_writer(out / "dialogues.parquet", DIALOGUE_COLUMNS) as kept,
@@ -249,7 +371,8 @@ def _write(out: Path, messages: pl.LazyFrame, splits: pl.Series, verdicts: Verdi
     ):
         for start in range(0, len(verdict), ROWS):
             part = verdict.slice(start, ROWS)
-            rows = pl.concat([messages.slice(start, ROWS).collect(), part], how="horizontal")
+            rows = messages.slice(start, ROWS).collect()
+            rows = pl.concat([rows.with_columns(masked(rows["text"], stay, start)), part], how="horizontal")
             for writer, stays, columns in ((kept, True, DIALOGUE_COLUMNS), (dropped, False, DROPPED_COLUMNS)):
                 chosen = rows.filter(pl.col("reason").is_null() == stays)
                 if len(chosen):

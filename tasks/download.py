@@ -1,11 +1,11 @@
-"""Step 1, download: bring the published file here, byte for byte as pinned."""
+"""Step 1, download: bring the published file, or several, here, byte for byte as pinned."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -21,8 +21,8 @@ _NEEDS = {"hub": {"repo", "file", "revision", "sha256"}, "file": {"path"}}
 _MAY = {"hub": set[str](), "file": {"sha256"}}
 
 
-class DownloadParams(Params):
-    """Which dataset. What enters the key is where it lies on the hub and its content's hash, never a local path."""
+class Input(Params):
+    """One file. What enters the key is where it lies on the hub and its content's hash, never a local path."""
 
     source: str = Field(default="sample", json_schema_extra={"enum": [*SOURCES, *_NEEDS]})
     """A registered dataset (`sample` is made here, offline); `hub`: any file of the hub; `file`: a local file."""
@@ -45,7 +45,7 @@ class DownloadParams(Params):
     _keyed: Source | None = PrivateAttr(default=None)  # so that a local file that changes after keying is found out
 
     @model_validator(mode="after")
-    def _fits_the_source(self) -> DownloadParams:
+    def _fits_the_source(self) -> Self:
         if self.source not in (*SOURCES, *_NEEDS):
             raise ValueError(f"source: expected one of {', '.join((*SOURCES, *_NEEDS))}, found {self.source!r}")
         given = {name for name in ("repo", "file", "revision", "sha256", "path") if getattr(self, name) is not None}
@@ -78,6 +78,24 @@ class DownloadParams(Params):
         return SOURCES[self.source]
 
 
+class DownloadParams(Input):
+    """Which dataset: a file, and others that go with it."""
+
+    also: tuple[Input, ...] = Field(default=(), max_length=98)
+    """More files, each with the same settings as the first: newer revisions, other datasets. Where two of them have a
+    message with the same id, the later one wins."""
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """All files, in their order."""
+        return (self, *self.also)
+
+    def keyed(self) -> dict[str, Any]:
+        """Return what each file is; of a single one, no more than that."""
+        own = super().keyed()
+        return {**own, "also": [one.keyed() for one in self.also]} if self.also else own
+
+
 class DownloadRuntime(Runtime):
     """How patiently a hub that does not answer is asked again."""
 
@@ -90,30 +108,38 @@ class DownloadRuntime(Runtime):
 
 @step("download", version=1, makes=RawTrees)
 def download(out: Path, params: DownloadParams, run: DownloadRuntime) -> Counts:
-    """Write the file as published, under its own name.
+    """Write the file as published, under its own name; of several, each with its number before it: 01-, 02-.
 
     Raises:
         SourceChanged: If its bytes are not the pinned ones.
         TreelineError: For the hub, as `tasks.hub.fetch_file` says; for `file`, as `tasks.sources.allowed_file` says.
     """
-    pinned = params.pinned
-    target = out / Path(pinned.file).name
+    size = 0
+    for number, one in enumerate(params.inputs, 1):
+        name = Path(one.pinned.file).name
+        size += _fetch(one, out / (f"{number:02}-{name}" if params.also else name), run)
+    return {"files": len(params.inputs), "bytes": size}
+
+
+def _fetch(one: Input, target: Path, run: DownloadRuntime) -> int:
+    """Write one file, and return its size."""
+    pinned = one.pinned
     digest, size = hashlib.sha256(), 0
     with target.open("wb") as file:
-        for piece in _pieces(params, pinned, run):
+        for piece in _pieces(one, pinned, run):
             file.write(piece)
             digest.update(piece)
             size += len(piece)
     if digest.hexdigest() != pinned.sha256:
         raise SourceChanged(
             f"expected sha256 {pinned.sha256}, found {digest.hexdigest()} ({size:,} bytes)",
-            f"{params.path or pinned.file} of source {params.source}",
+            f"{one.path or pinned.file} of source {one.source}",
             "Run again; if the new content is meant, pin its sha256",
         )
-    return {"files": 1, "bytes": size}
+    return size
 
 
-def _pieces(params: DownloadParams, pinned: Source, run: DownloadRuntime) -> Iterator[bytes]:
+def _pieces(params: Input, pinned: Source, run: DownloadRuntime) -> Iterator[bytes]:
     """Yield the file's content, from wherever it comes."""
     if params.path is not None:
         yield from read_pieces(allowed_file(params.path), "copy")

@@ -42,10 +42,10 @@ SPLITS = ("train", "val", "test")
 PAD = "<|endoftext|>"
 ARRAYS = ("ids", "mask", "positions", "ends")  # each a file: ids.bin, ...
 NAMES = ("message_id", "message_tree_id", "role", "split")  # what the index says of a row
-ROWS = (*NAMES, "parent_id", "rank", "sibling")  # what is read of all rows
+FEW = ("role", "split")  # columns that hold few values
 WINDOW = 1 << 16  # rows whose texts are in memory at a time: 40 MB
 CHUNK = 256  # sequences laid at a time: 2 MB an array at a block of 1,024, which caches hold
-GROUP = 1 << 20  # rows of a row group of the index, as pyarrow makes them of a whole table
+GROUP = 1 << 17  # rows of a row group of the index: 10 MB
 
 
 class EncodeParams(Params):
@@ -96,11 +96,11 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRun
     """
     from tasks.text.chat import TEMPLATES, tags
 
-    rows, template = _rows(dialogues), TEMPLATES[params.template]
+    template = TEMPLATES[params.template]
     vocabulary = _vocabulary(dialogues, template, params)
     pieces = tags(template, vocabulary.specials, vocabulary.encode)
-    talks = _talks(dialogues, rows, _ids_of(vocabulary, params), pieces, params)
-    written = _write(out, rows, talks, params.length, vocabulary.specials[PAD])
+    talks = _talks(dialogues, _ids_of(vocabulary, params), pieces, params)
+    written = _write(out, dialogues, talks, params.length, vocabulary.specials[PAD])
     encoding = Encoding(
         block=params.block,
         length=params.length,
@@ -115,14 +115,27 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRun
     )
     vocabulary.exported().save(str(out / "tokenizer.json"))
     write_encoding(out, encoding)
+    if (told := dialogues.path / "curation.json").exists():
+        (out / told.name).write_bytes(told.read_bytes())
     counts = _counts(written, talks, encoding)
-    del rows, talks, vocabulary  # the gate reads everything anew
+    del talks, vocabulary  # the gate reads everything anew
     return {**counts, "gated": _gate(out, dialogues)}
 
 
-def _rows(dialogues: Dialogues) -> pl.DataFrame:
-    """Read all columns that are needed, but for the texts, which are never in memory all at once."""
-    return dialogues.scan().select(ROWS).collect()
+def _trees(dialogues: Dialogues) -> tuple[Forest, NDArray[np.bool_], pl.Series]:
+    """Link the trees, and tell of each row whether it is an assistant's and what its split is."""
+    from tasks.text.layout import LINKS, forest
+
+    rows = _read(dialogues, *LINKS, "role", "split")
+    return forest(rows), (rows["role"] == "assistant").to_numpy(), rows["split"]
+
+
+def _read(dialogues: Dialogues, *names: str) -> pl.DataFrame:
+    """Read some columns of all rows; what has a few values only, as their numbers."""
+    import polars as pl
+
+    few = [name for name in names if name in FEW]
+    return dialogues.scan().select(names).with_columns(pl.col(few).cast(pl.Categorical)).collect()
 
 
 def _texts(dialogues: Dialogues, rows: int) -> Iterator[pl.Series]:
@@ -165,6 +178,7 @@ class _Talks:
         replies: (rows,) whether a row is an assistant's.
         sizes: (conversations,) tokens of each.
         utf8: (rows,) bytes of each text in them.
+        splits: (rows,) the split of each.
         counts: What the layout did: how many conversations it found, and what of them was left out.
     """
 
@@ -176,31 +190,31 @@ class _Talks:
     replies: NDArray[np.bool_]
     sizes: NDArray[np.int64]
     utf8: NDArray[np.int64]
+    splits: pl.Series
     counts: Counts
 
 
-def _talks(dialogues: Dialogues, rows: pl.DataFrame, ids_of: PerText, tags: Tags, params: EncodeParams) -> _Talks:
+def _talks(dialogues: Dialogues, ids_of: PerText, tags: Tags, params: EncodeParams) -> _Talks:
     """Lay the trees out, encode the texts that are asked for, and end every conversation on a reply that fits."""
     import numpy as np
 
     from tasks.text.lay import around
-    from tasks.text.layout import LAYOUTS, flat, forest
+    from tasks.text.layout import LAYOUTS, flat
 
-    trees = forest(rows)
+    trees, replies, splits = _trees(dialogues)
     found = None if params.layout == "tree" else list(LAYOUTS[params.layout](trees))
-    asked = np.full(rows.height, found is None)
+    asked = np.full(len(replies), found is None)
     if found is not None:
         asked[flat(found)[0]] = True
     texts, utf8 = _encoded(dialogues, asked, ids_of)
-    replies = (rows["role"] == "assistant").to_numpy()
-    nowhere = np.zeros(rows.height, np.bool_)  # what stands at the ends of a conversation is counted apart
+    nowhere = np.zeros(len(replies), np.bool_)  # what stands at the ends of a conversation is counted apart
     lengths = texts.lengths + sum(around(replies, nowhere, nowhere, tags))
     laid = (
         _whole(trees, replies, lengths, tags, params)
         if found is None
         else _paths(found, replies, lengths, tags, params)
     )
-    return _Talks(*laid[:2], tags, texts, np.array(trees.parents, np.int64), replies, laid[2], utf8, laid[3])
+    return _Talks(*laid[:2], tags, texts, np.array(trees.parents, np.int64), replies, laid[2], utf8, splits, laid[3])
 
 
 _Laid = tuple[list["Conversation"], list[int], "NDArray[np.int64]", Counts]  # conversations, contexts, sizes, counts
@@ -289,11 +303,13 @@ class _Tally:
     utf8_bytes: int = 0
 
 
-def _write(out: Path, rows: pl.DataFrame, talks: _Talks, block: int, pad: int) -> dict[str, _Tally]:
+def _write(out: Path, dialogues: Dialogues, talks: _Talks, block: int, pad: int) -> dict[str, _Tally]:
     """Pack each split, write the arrays and the index, and return what was written."""
+    import pyarrow as pa
+
     from tasks.text.lay import lay, turns
 
-    packed = _packed(rows, talks, block)
+    packed = _packed(talks, block)
     plan = [numbers for sequences in packed.values() for numbers in sequences]
     placed = turns(
         talks.conversations, talks.contexts, plan, talks.parents, talks.replies, talks.texts.lengths, talks.tags
@@ -305,7 +321,9 @@ def _write(out: Path, rows: pl.DataFrame, talks: _Talks, block: int, pad: int) -
             laid = lay(placed, talks.texts, talks.tags, first, last, block, pad)
             for name, file in files.items():
                 file.write(getattr(laid, name))
-    _write_index(out / "index.parquet", rows, placed)
+    talks.texts.ids.clear()  # of ten times OASST2, half a GB, which Arrow would keep for itself
+    pa.default_memory_pool().release_unused()
+    _write_index(out / "index.parquet", _read(dialogues, *NAMES), placed)
     written, first = {}, 0
     for split, sequences in packed.items():
         here = placed.of(first, first + len(sequences))
@@ -315,7 +333,7 @@ def _write(out: Path, rows: pl.DataFrame, talks: _Talks, block: int, pad: int) -
     return written
 
 
-def _packed(rows: pl.DataFrame, talks: _Talks, block: int) -> dict[str, list[list[int]]]:
+def _packed(talks: _Talks, block: int) -> dict[str, list[list[int]]]:
     """Return the numbers of the conversations of each sequence, by split.
 
     Raises:
@@ -325,12 +343,11 @@ def _packed(rows: pl.DataFrame, talks: _Talks, block: int) -> dict[str, list[lis
 
     from tasks.text.pack import best_fit
 
-    splits = rows["split"]
-    of_each = splits.gather([conversation[0] for conversation in talks.conversations])
+    of_each = talks.splits.gather([conversation[0] for conversation in talks.conversations])
     of_split = {split: np.flatnonzero((of_each == split).to_numpy()) for split in SPLITS}
     if not len(of_split["train"]):
         what = f"the train split holds no reply that fits {block:,} tokens"
-        where = f"{rows.height:,} messages came in, {(splits == 'train').sum():,} of them to train on"
+        where = f"{len(talks.splits):,} messages came in, {(talks.splits == 'train').sum():,} of them to train on"
         raise InputError(what, where, "Keep more messages in curate, or raise encode.block", "encode.empty")
     return {
         split: [numbers[places].tolist() for places in best_fit(talks.sizes[numbers].tolist(), block)]
@@ -340,6 +357,7 @@ def _packed(rows: pl.DataFrame, talks: _Talks, block: int) -> dict[str, list[lis
 
 def _write_index(path: Path, rows: pl.DataFrame, placed: Turns) -> None:
     """Write the token ranges of messages, and which one each goes on from."""
+    import polars as pl
     import pyarrow as pa
 
     schema = arrow_schema(INDEX_COLUMNS)
@@ -356,7 +374,7 @@ def _write_index(path: Path, rows: pl.DataFrame, placed: Turns) -> None:
             columns = {name: pa.array(values, pa.int32()) for name, values in numbers.items()}
             columns["parent"] = pa.array(placed.parent[here], pa.int64(), mask=placed.opens[here])
             for name in NAMES:
-                columns[name] = named[name].to_arrow().cast(pa.string())
+                columns[name] = named[name].cast(pl.String).to_arrow().cast(pa.string())
             writer.write_table(pa.table([columns[name] for name in INDEX_COLUMNS], schema=schema))
 
 
@@ -387,6 +405,8 @@ def _counts(written: dict[str, _Tally], talks: _Talks, encoding: Encoding) -> Co
 
 def _gate(out: Path, dialogues: Dialogues) -> int:
     """Read everything back as a reader of the artifact would, and check it."""
+    import polars as pl
+
     from tasks.text.chat import load_dialect
     from tasks.text.gate import check, ids_again
     from tasks.text.said import SAID
@@ -396,8 +416,10 @@ def _gate(out: Path, dialogues: Dialogues) -> int:
     ids, mask, positions, ends = map(Stored, (tokens.ids(), tokens.mask(), tokens.positions(), tokens.ends()))
     encoding = tokens.encoding()
     once = encoding.layout == "tree"
-    written = Written(ids, mask, positions, ends, tokens.index().collect(), encoding.splits, once)
+    few = pl.col(FEW).cast(pl.Categorical)
+    index = tokens.index().with_columns(few).collect()
+    written = Written(ids, mask, positions, ends, index, encoding.splits, once)
     tokenizer = (out / "tokenizer.json").read_text(encoding="utf-8")
     settings = {"tokenizer": sha256_file(out / "tokenizer.json")}
     again = PerText("exported-ids", 1, settings, partial(ids_again, tokenizer))
-    return check(written, load_dialect(out), dialogues.scan().select(SAID), partial(per_text, again))
+    return check(written, load_dialect(out), dialogues.scan().select(SAID).with_columns(few), partial(per_text, again))

@@ -62,10 +62,9 @@ class EvaluateParams(Params):
     @field_validator("facts")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        from tasks.oasst.facts import FAMILIES
+        from tasks.oasst.facts import facts_of
 
-        if odd := [name for name in names if name not in FAMILIES]:
-            raise ValueError(f"no family of facts is named {', '.join(odd)}; there are {', '.join(FAMILIES)}")
+        facts_of(names)
         return names
 
     @field_validator("panel")
@@ -89,7 +88,7 @@ class EvaluateRuntime(Runtime):
     """CPU threads. None: one for a model narrower than 512, else as torch finds best."""
 
 
-@step("evaluate", version=1, makes=Report)
+@step("evaluate", version=2, makes=Report)
 def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, run: EvaluateRuntime) -> Counts:
     """Write the report: `report.json`, `report.md`, plots, and every reply in `samples.jsonl`."""
     from tasks.dialogue.scorecard import render
@@ -115,6 +114,7 @@ def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, ru
         "sampling": params.model_dump(mode="json", exclude={"split", "facts", "panel"}),
         "start": start,
         "training": model.json("training.json"),
+        "curation": tokens.curation(),
         "lineage": {"model": model.manifest.digest, "tokens": tokens.manifest.digest},
     }
     write_json(out / "report.json", report)
@@ -227,8 +227,8 @@ def total_nats(model: GPT2LMHeadModel, split: Split, batch: int | None, label: s
 
 
 def write_plots(out: Path, report: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> None:
-    """Write the loss curve and, where facts with regions were asked, the bars by region."""
-    from tasks.gpt.figures import facts_svg, loss_svg
+    """Write the loss curve, the bars by region where facts with regions were asked, and the funnel of the data."""
+    from tasks.gpt.figures import facts_svg, funnel_svg, loss_svg
 
     train, validation = (
         [(entry["step"], entry[name]) for entry in log if entry.get(name) is not None] for name in ("loss", "val_nll")
@@ -238,6 +238,8 @@ def write_plots(out: Path, report: Mapping[str, Any], log: Sequence[Mapping[str,
     if regions:
         shares = {name: (found["base"], found["tuned"]) for name, found in regions.items()}
         (out / "facts.svg").write_bytes(facts_svg(shares))
+    if report["curation"]:
+        (out / "funnel.svg").write_bytes(funnel_svg(report["curation"]["counts"]))
 
 
 def counts_of(report: Mapping[str, Any]) -> Counts:

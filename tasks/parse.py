@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -25,12 +27,16 @@ from tasks.progress import bar
 from tasks.step import Params, step
 
 if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
     from tasks.oasst.dump import Bad, Dump, Found, Place
-    from tasks.oasst.seen import Version
+    from tasks.oasst.versions import Row, Verdict, Versions
 
 GROUP = 20_000  # rows of a row group: what is held in memory, and what a reader can skip
 MB = 1 << 20
 HEAD = 200  # bytes of a bad line that are shown
+LEVEL = 1  # of zstd: two thirds of the time of 3, for a seventh more bytes
+DISTINCT = ("message_id", "parent_id", "created_date", "text", *(f"detoxify_{score}" for score in DETOXIFY))
 NAMED = 3  # bad lines that an error names
 WAYS = ("in", "rejected", "repeated")  # in = out + rejected + repeated, of trees and of messages
 
@@ -54,16 +60,18 @@ class ParseParams(Params):
     """Bytes that one byte of a gzip file may unpack to, counted after 16 MiB; more is a bomb and fails the step."""
 
 
-@step("parse", version=1, makes=Messages)
+@step("parse", version=2, makes=Messages)
 def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
     """Write `messages.parquet`, trees in the order of the dump, and `rejected.parquet`.
 
     The messages of a tree lie together, depth first, so parents come first; replies in the order published. A tree
-    whose id came before is a repeat if its known fields are equal, else it takes the place of the earlier version.
+    whose id came before, in the same file or an earlier one, is a repeat if it says nothing new. Else it takes the
+    place of the earlier version: the later one of each message wins, and what only the earlier version had stays.
 
     Raises:
         InputError: If a file is cut, corrupt or empty, or more than `max_bad` of the trees or lines are unusable.
     """
+    from tasks.chats import rows
     from tasks.oasst.dump import Dump, Found
     from tasks.oasst.lines import Limits
     from tasks.oasst.tree import Layout
@@ -71,29 +79,46 @@ def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
     files = raw.data()
     layout = Layout(LABELS, DETOXIFY, int(params.max_text_mb * MB))
     limits = Limits(int(params.max_line_mb * MB), params.max_ratio)
-    with bar("parse", sum(file.stat().st_size for file in files), "bytes") as shown, _Intake(out, files) as intake:
-        dump = Dump(files, layout, limits, shown.advance)
+    with (
+        bar("parse", sum(file.stat().st_size for file in files), "bytes") as shown,
+        _no_collection(),
+        _Intake(out, files) as intake,
+    ):
+        dump = Dump(files, layout, limits, shown.advance, {rows.KEY: rows.tree_of})
         for found in dump:
             intake.take(found) if isinstance(found, Found) else intake.reject(found)
             if intake.trees == params.max_trees:
                 break
+        intake.settle()
         intake.finish(dump)
     intake.refuse_if_bad(params.max_bad, dump)
     return intake.counts(dump, layout.unknown)
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Pause the garbage collector: no row refers in a circle, and to look at each again takes 5 % of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 class _Intake:
-    """Takes each tree or rejects it, and keeps the books."""
+    """Takes each tree or rejects it, keeps the books, and settles in the end what came more than once."""
 
     def __init__(self, out: Path, files: Sequence[Path]) -> None:
         from tasks.oasst.seen import Seen
         from tasks.oasst.tables import MessageTable, RowTable
 
         self._path, self._files, self._seen = out / "messages.parquet", files, Seen()
-        self._messages = MessageTable(parquet_writer(self._path, MESSAGE_COLUMNS), GROUP)
+        self._messages = MessageTable(_writer(self._path), GROUP)
         self._rejected = RowTable(parquet_writer(out / "rejected.parquet", REJECTED_COLUMNS), GROUP)
         self._late: dict[Place, list[Bad]] = {}  # rejected, but the line is not at hand any more
-        self._replaced: list[range] = []  # rows of versions that a later one took the place of
+        self._out: tuple[int, int] | None = None  # trees and messages, once settled
         self._named: list[str] = []
         self._books: Counter[str] = Counter()
 
@@ -110,46 +135,88 @@ class _Intake:
         return len(self._seen)
 
     def take(self, tree: Found) -> None:
-        """Write a tree's messages, unless it is a repeat or shares an id with another tree."""
-        from tasks.oasst.dump import Bad
-        from tasks.oasst.fields import Fault
-
-        total = len(tree.content.messages) + tree.repeats
-        try:
-            verdict = self._seen.take(tree, self._messages.rows)
-        except Fault as fault:
-            self.reject(Bad(tree.place, fault.code, fault.message, tree.tree_id, 1, total))
-            return
-        books = self._books
+        """Write a tree's messages."""
+        books, total = self._books, len(tree.content.messages)
         books["trees_in"] += 1
-        books["messages_in"] += total
-        books["trees_repeated"] += int(verdict.repeats)
-        books["messages_repeated"] += total if verdict.repeats else tree.repeats
-        if verdict.repeats:
-            return
-        if verdict.replaces:
-            self._replace(verdict.replaces, tree)
+        books["messages_in"] += total + tree.repeats + tree.conflicts
+        books["messages_repeated"] += tree.repeats
+        if tree.conflicts:
+            self._replace_rows(tree)
+        self._seen.note(tree)
         self._messages.add(tree.content)
+
+    def _replace_rows(self, tree: Found) -> None:
+        from tasks.oasst.dump import Bad
+
+        self._books.update(conflicts=tree.conflicts, messages_rejected=tree.conflicts)
+        said = f"{tree.conflicts} messages of this tree differ in a later file, and were taken from there"
+        self._list(Bad(tree.place, "tree.replaced", said, tree.tree_id, 0, tree.conflicts))
 
     def reject(self, bad: Bad) -> None:
         """Note a line or tree that cannot be taken."""
-        self._books.update(
-            trees_in=bad.trees, messages_in=bad.messages, trees_rejected=bad.trees, messages_rejected=bad.messages
-        )
+        self._books.update(trees_in=bad.trees, messages_in=bad.messages)
+        self._reject(bad)
+
+    def _reject(self, bad: Bad) -> None:
+        self._books.update(trees_rejected=bad.trees, messages_rejected=bad.messages)
         if len(self._named) < NAMED:
             self._named.append(f"{self._files[bad.place.file].name}:{bad.place.line} {bad.code}: {bad.message}")
         self._list(bad)
 
-    def _replace(self, earlier: Version, later: Found) -> None:
+    def settle(self) -> None:
+        """Unite the versions of each tree, and reject trees that share a message with an earlier one."""
+        from tasks.oasst.mended import rearrange, told
+        from tasks.oasst.versions import Versions
+
+        self._messages.close()
+        versions, placed = Versions(), {}  # version -> its rows, once united
+        doubtful = self._seen.doubtful()
+        spans = [self._seen.rows(version) for version in doubtful]
+        found = dict(zip(doubtful, told(self._path, spans), strict=True))
+        taken: list[tuple[int, str]] = []
+        for version in sorted(doubtful, key=self._seen.place):  # flat trees were written last, wherever they stood
+            if self._judge(versions, version, found[version]):
+                taken.append((version, found[version][0].tree_id))
+        for version, tree_id in taken:
+            if rows := versions.placed(tree_id, version):
+                placed[version] = rows
+        left = self._messages.rows - sum(map(len, spans)) + sum(map(len, placed.values()))
+        self._out = self._seen.versions - len(doubtful) + len(placed), left
+        if left < self._messages.rows:
+            moves = [(span, placed.get(version, [])) for version, span in zip(doubtful, spans, strict=True)]
+            rearrange(self._path, moves, _writer, GROUP)
+
+    def _judge(self, versions: Versions, version: int, rows: list[Row]) -> bool:
+        """Judge a version, and put it in the books; False if it is rejected."""
+        from tasks.oasst.dump import Bad
+        from tasks.oasst.fields import Fault
+
+        place, books = self._seen.place(version), self._books
+        try:
+            verdict = versions.judge(version, rows)
+        except Fault as fault:
+            self._reject(Bad(place, fault.code, fault.message, rows[0].tree_id, 1, len(rows)))
+            return False
+        if verdict.repeats:
+            books.update(trees_repeated=1, messages_repeated=len(rows))
+        elif verdict.replaces is not None:
+            books.update(messages_repeated=verdict.same, conflicts=verdict.differ)
+            self._replace(self._seen.place(verdict.replaces), place, rows[0].tree_id, verdict)
+        return True
+
+    def _replace(self, earlier: Place, later: Place, tree_id: str, verdict: Verdict) -> None:
         from tasks.oasst.dump import Bad
 
-        self._replaced.append(range(earlier.first, earlier.first + earlier.rows))
-        self._books.update(trees_rejected=1, trees_replaced=1, messages_rejected=earlier.rows)
-        ahead, behind = (f"{self._files[at.file].name}:{at.line}" for at in (earlier.place, later.place))
-        said = f"another version of this tree came later, in {behind}, and was taken"
-        self._list(Bad(earlier.place, "tree.replaced", said, later.tree_id, 1, earlier.rows))
+        if not verdict.differ + verdict.lost:  # the later version only adds to it
+            self._books.update(trees_repeated=1)
+            return
+        self._books.update(trees_rejected=1, trees_replaced=1, messages_rejected=verdict.differ + verdict.lost)
+        ahead, behind = (f"{self._files[at.file].name}:{at.line}" for at in (earlier, later))
+        said = f"another version of this tree came later, in {behind}: {verdict.differ} messages differ there"
+        said += f", {verdict.lost} lost what they reply to" if verdict.lost else ""
+        self._list(Bad(earlier, "tree.replaced", said, tree_id, 1, verdict.differ + verdict.lost))
         said = f"this version was taken; the one in {ahead} differs"
-        self._list(Bad(later.place, "tree.replaces", said, later.tree_id, 0, 0))
+        self._list(Bad(later, "tree.replaces", said, tree_id, 0, 0))
 
     def _list(self, bad: Bad) -> None:
         if bad.raw is None:
@@ -158,13 +225,10 @@ class _Intake:
             self._rejected.add(_rejected_row(self._files[bad.place.file].name, bad, bad.raw))
 
     def finish(self, dump: Dump) -> None:
-        """Find the lines of late rejections, and leave out the versions that were replaced."""
+        """Find the lines of late rejections."""
         for place, raw in dump.recall(self._late):
             for bad in self._late[place]:
                 self._rejected.add(_rejected_row(self._files[place.file].name, bad, raw))
-        self._messages.close()
-        if self._replaced:
-            _leave_out(self._path, self._replaced)
 
     def refuse_if_bad(self, most: float, dump: Dump) -> None:
         """Fail if too much could not be used; versions that were replaced are no fault.
@@ -190,7 +254,7 @@ class _Intake:
         A message in a line that could not be read is not counted at all: nobody knows how many there were.
         """
         books = self._books
-        trees, messages = self.trees, self._messages.rows - sum(map(len, self._replaced))
+        trees, messages = self._out or (0, 0)
         for unit, out in (("trees", trees), ("messages", messages)):
             if books[f"{unit}_in"] != out + books[f"{unit}_rejected"] + books[f"{unit}_repeated"]:
                 raise TreelineError(f"parse lost count of {unit}: {out} out, {dict(books)}", code="parse.books")
@@ -199,7 +263,10 @@ class _Intake:
             "messages": messages,
             "rejected": self._rejected.rows,  # rows of rejected.parquet
             **{f"{unit}_{way}": books[f"{unit}_{way}"] for unit in ("trees", "messages") for way in WAYS},
-            "trees_replaced": books["trees_replaced"],  # of the rejected: earlier versions of trees that came again
+            "trees_replaced": books[
+                "trees_replaced"
+            ],  # of the rejected: earlier versions of trees that came again, changed
+            "conflicts": books["conflicts"],  # messages of which a later version says something else
             "lines": dump.lines,
             "bytes": dump.bytes,
             "unknown_fields": dict(unknown.most_common()),
@@ -213,19 +280,5 @@ def _rejected_row(file: str, bad: Bad, raw: bytes) -> tuple[Any, ...]:
     return file, place.line, place.offset, bad.code, bad.message, digest, head, bad.tree_id, bad.trees, bad.messages
 
 
-def _leave_out(path: Path, rows: Sequence[range]) -> None:
-    """Write a table again without some of its rows, a row group at a time."""
-    import numpy as np
-    import pyarrow.parquet as pq
-
-    new = path.with_suffix(".new")
-    with pq.ParquetFile(path) as old, parquet_writer(new, MESSAGE_COLUMNS) as writer:
-        kept = np.ones(old.metadata.num_rows, dtype=bool)
-        for span in rows:
-            kept[span.start : span.stop] = False
-        first = 0
-        for group in range(old.num_row_groups):
-            table = old.read_row_group(group)
-            writer.write_table(table.filter(kept[first : first + len(table)]))
-            first += len(table)
-    new.replace(path)
+def _writer(path: Path) -> pq.ParquetWriter:
+    return parquet_writer(path, MESSAGE_COLUMNS, LEVEL, DISTINCT)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("treeline.rows")
 WINDOW_ROWS, WINDOW_BYTES = 1 << 16, 64 << 20  # of text looked up at a time, and remembered as one batch
-CHUNK_ROWS, CHUNK_BYTES = 1 << 13, 1 << 22  # of text computed at a time: enough for a call to cost nothing
+CHUNK_ROWS, CHUNK_BYTES = 1 << 14, 1 << 23  # of text computed at a time: enough for a call to cost nothing
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,6 +15,7 @@ from pydantic import Field, model_validator
 from tasks.artifacts import Counts, Encoding, Model, Tokens
 from tasks.errors import InputError, ParameterError
 from tasks.gpt.folder import CONFIG, WEIGHTS, digests
+from tasks.signals import kept_signals
 from tasks.sources import MODELS
 from tasks.start import FOLDER, SCRATCH, allowed_folder, fetch_published
 from tasks.step import Params, Runtime, step
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+NAMED = 16  # messages or sequences at most in an error
 
 
 class TrainParams(Params):
@@ -92,21 +95,25 @@ class TrainRuntime(Runtime):
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train; auto takes a GPU where there is one."""
-    micro_batch: Count | None = None
-    """Sequences that go through the model at once; lower it where memory runs out. None: as many as hold 8,192 tokens."""  # noqa: E501
+    micro_batch: Count | Literal["auto"] | None = None
+    """Sequences that go through the model at once; lower it where memory runs out. None: as many as hold 8,192 tokens; auto: of these, as many as fit into the memory that is free."""  # noqa: E501
     compile: bool = False
     """Compile the model; pays on a GPU, in runs longer than a few minutes."""
     threads: Count | None = None
     """CPU threads. None: one for a model narrower than 512, else as torch finds best."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 120.0
     """Seconds between checkpoints, from which a killed run goes on; more where saving is slow. 0: after each step."""
+    keep_checkpoints: Count = 2
+    """Checkpoints kept. With one, a disk that spoils it costs the run so far. The best weights are in each."""
 
 
-@step("train", version=1, makes=Model, resumable=True)
+@step("train", version=2, makes=Model, resumable=True)
 def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> Counts:
     """Write the tuned model, its tokenizer and chat template, and how training went."""
     from tasks.gpt.device import device_of, threads
+    from tasks.gpt.interrupt import Interrupt
     from tasks.gpt.loop import fit
+    from tasks.gpt.planning import memory_named, planned
     from tasks.gpt.run import Machine, Settings
     from tasks.gpt.weights import build_start, export, parameter_count, set_dropout
 
@@ -121,8 +128,19 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     chosen = params.model_dump()
     sequences = max(1, params.batch_tokens // encoding.length)
     settings = Settings(sequences=sequences, **{f.name: chosen[f.name] for f in fields(Settings) if f.name in chosen})
-    machine = Machine(device_of(run.device), time.monotonic, run.micro_batch, run.compile, run.checkpoint_seconds)
-    with threads(run.threads, model.config.n_embd):
+    interrupt, device = Interrupt(), device_of(run.device)
+    machine = Machine(
+        device,
+        time.monotonic,
+        micro_batch=planned(model, splits, settings, device, run.micro_batch, time.monotonic),
+        yielding=run.micro_batch == "auto",
+        compile=run.compile,
+        checkpoint_seconds=run.checkpoint_seconds,
+        keep=run.keep_checkpoints,
+        interrupt=interrupt,
+        named=lambda rows: name_messages(tokens, rows),
+    )
+    with threads(run.threads, model.config.n_embd), kept_signals(interrupt.ask), memory_named(machine, encoding.length):
         progress = fit(model, *splits, settings=settings, machine=machine, workplace=out)
     export(model, out, stop=encoding.stop, pad=encoding.pad)
     write_tokenizer(out, tokens.path, encoding, spec["positions"])
@@ -170,6 +188,18 @@ def split_of(tokens: Tokens, name: str) -> Split:
 
     arrays = [read(name) for read in (tokens.ids, tokens.mask, tokens.positions, tokens.ends)]
     return Split(*arrays)
+
+
+def name_messages(tokens: Tokens, rows: Sequence[int]) -> str:
+    """Say which messages some sequences of the training split hold, the first of them by id."""
+    import polars as pl
+
+    first, _ = tokens.encoding().splits["train"]
+    index = tokens.index().filter(pl.col("sequence").is_in([first + row for row in rows]))
+    ids = index.select(pl.col("message_id").unique(maintain_order=True)).collect()["message_id"].to_list()
+    told = ", ".join(ids[:NAMED]) + (f" and {len(ids) - NAMED:,} more" if len(ids) > NAMED else "")
+    places = ", ".join(str(first + row) for row in rows[:NAMED]) + (", ..." if len(rows) > NAMED else "")
+    return f"messages {told}, in sequences {places} of {tokens.id}"
 
 
 def refuse_unfit(spec: dict[str, Any], train: Split, val: Split) -> None:

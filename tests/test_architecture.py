@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STEPS = {"download", "parse", "curate", "encode", "train", "evaluate", "pair", "refer", "prefer"}
-NOUNS = {"dialogue", "oasst", "text", "gpt"}
+NOUNS = {"dialogue", "oasst", "chats", "text", "gpt"}
 TOP = {"pyproject.toml", "README.md", "LICENSE", "flows", "tasks", "tests", "artifacts"}
 
 

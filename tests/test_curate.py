@@ -24,19 +24,21 @@ from tasks.artifacts import (
     arrow_schema,
     parquet_writer,
 )
-from tasks.curate import ROWS, CurateParams, curate
+from tasks.curate import ROWS, CurateParams, CurateRuntime, curate
 from tasks.dialogue.record import RULES
 from tasks.dialogue.split import split_of
-from tasks.errors import InputError
+from tasks.errors import InputError, ParameterError, SourceChanged
 from tasks.oasst.sample import SAMPLE_NAME, planted, sample_bytes
 from tasks.parse import ParseParams, parse
 from tasks.store.manifest import FileEntry, Manifest
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
-ALL_TRAIN = {"test_share": 0.0, "val_share": 0.0}
+ALL_TRAIN: dict[str, Any] = {"test_share": 0.0, "val_share": 0.0}
 MODERN = "oasst1_en_validation.trees.jsonl.gz"  # every field
 OLD = "en_100_tree.jsonl"  # an older export: no labels, no detoxify
-AS_PUBLISHED = CurateParams(rules=(), require_reply=False, dedupe=False, near_dedupe=False, separate_splits=False)
+AS_PUBLISHED = CurateParams(
+    rules=(), pii="off", require_reply=False, dedupe=False, near_dedupe=False, separate_splits=False
+)
 GOOD = {"lang": "en", "tree_state": "ready_for_export", "deleted": False, "synthetic": False, "review_result": True}
 
 
@@ -63,7 +65,7 @@ def messages_of(folder: Path, *rows: dict[str, Any]) -> Messages:
 
 def curated(messages: Messages, out: Path, params: CurateParams) -> tuple[Dialogues, Counts]:
     out.mkdir(exist_ok=True)
-    counts = curate.function(out, messages, params)
+    counts = curate.function(out, messages, params, CurateRuntime(workers=1))
     return Dialogues(out, sealed("dialogues")), counts
 
 
@@ -121,6 +123,8 @@ def assert_whole(messages: Messages, made: Dialogues, counts: Counts) -> None:
     own = ["message_tree_id", "message_id"]
     for part in (kept, dropped):
         order = before.with_row_index().join(part.select(own), on=own, how="semi", maintain_order="left")
+        if "masked" in part.columns:
+            order, part = (table.filter(part["masked"].is_null()) for table in (order, part))
         assert order.drop("index").equals(part.select(before.columns))
     assert kept.join(dropped, on=own, how="semi").is_empty()
     assert dropped.filter((pl.col("reason") == "") | (pl.col("evidence") == "")).is_empty()
@@ -342,7 +346,7 @@ def test_as_data_grows_no_tree_moves_the_test_split_only_grows_and_nothing_is_sh
         kept = dict(made.scan().select("message_tree_id", "split").collect().iter_rows())
         assert all(kept[tree] == split for tree, split in before.items() if tree in kept)
         assert {tree for tree, split in before.items() if split == "test"} <= set(kept)
-        assert counts["shared_across_splits"]["kept"] == 0
+        assert counts["shared_across_splits"]["kept"] == {"exact": 0, "near": 0}
         before |= kept
 
 
@@ -392,12 +396,106 @@ def test_whatever_the_trees_nothing_is_lost_and_nobody_outlives_an_ancestor(
     kept, dropped = made.scan().collect(), made.dropped().collect()
     twins = dropped.filter(pl.col("reason").is_in(["leak", "near_duplicate"]))["evidence"].str.split(" ").list.first()
     assert set(twins) <= set(kept["message_id"])
-    assert counts["shared_across_splits"]["kept"] == 0
+    assert counts["shared_across_splits"]["kept"] == {"exact": 0, "near": 0}
     assert set(dropped.filter(reason="parent")["evidence"]) <= set(dropped["message_id"])
     is_reply = pl.col("role") == "assistant"
     said = kept.filter(pl.when(is_reply).then(pl.col("text") != "").otherwise(pl.col("parent_id").is_null()))
     texts = said.select("role", pl.col("text").str.to_lowercase().str.strip_chars(), "split").unique()
     assert texts.select("role", "text").is_unique().all()  # no reply and no first prompt in two splits
+
+
+MAIL = "Write to jane.doe@mail.com or call 415-555-0123."
+
+
+def test_personal_data_are_masked_in_what_is_kept_and_what_was_masked_is_told(tmp_path: Path) -> None:
+    rows = chain("a", "b", b={"text": MAIL})
+    made, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", CurateParams(**ALL_TRAIN))
+    kept = made.scan().select("text", "masked").collect()
+    assert kept.rows() == [("a", None), ("Write to [e-mail] or call [phone].", "e-mail 1, phone 1")]
+    assert counts["masked"] == 1
+
+
+def test_personal_data_can_be_left_or_drop_their_message(tmp_path: Path) -> None:
+    rows = [*chain("a", "b", b={"text": MAIL}), {"id": "c", "parent": "a"}]
+    assert reasons(tmp_path, *rows, pii="drop") == {"b": ("personal", "e-mail 1, phone 1")}
+    made, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", CurateParams(**ALL_TRAIN, pii="off"))
+    assert made.scan().collect()["text"].to_list() == ["a", MAIL, "c"]
+    assert counts["masked"] == 0
+
+
+def test_texts_that_differ_only_in_what_is_masked_are_copies_and_dropped_ones_stay_as_published(tmp_path: Path) -> None:
+    rows = [*chain("a", "b", b={"text": MAIL}), {"id": "c", "parent": "a", "text": MAIL.replace("jane.doe", "joe")}]
+    made, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", CurateParams(**ALL_TRAIN))
+    assert made.dropped().select("reason", "text").collect().rows() == [("duplicate", rows[2]["text"])]
+    assert counts["masked"] == 1
+
+
+def test_a_text_in_another_language_than_its_tag_is_dropped_with_what_was_found(tmp_path: Path) -> None:
+    german = "Alle Menschen sind frei und gleich an Würde und Rechten geboren. " * 2
+    rows = [*chain("a", "b", b={"text": german}), {"id": "c", "parent": "a"}]
+    assert reasons(tmp_path, *rows) == {"b": ("text_language", "0.99 of the text is de, tagged en")}
+    assert reasons(tmp_path, *rows, text_language_chars=1_000) == {}
+
+
+def test_planted_evaluation_prompts_are_found_in_full(opened: Open, tmp_path: Path) -> None:
+    messages = opened(MODERN)
+    rows = messages.scan().select("message_id", "role", "text").collect()
+    prompts = rows.filter(role="prompter").sample(60, seed=3)["text"].to_list()  # long ones and short ones
+    plain, _ = curated(messages, tmp_path / "plain", CurateParams(rules=("contaminated",)))
+    made, counts = curated(messages, tmp_path / "out", CurateParams(rules=("contaminated",), panel=tuple(prompts)))
+    planted = rows.filter(pl.col("text").is_in(prompts))
+    found = made.dropped().filter(reason="contaminated").collect()
+    assert set(planted["message_id"]) <= set(found["message_id"])
+    assert counts["funnel"]["contaminated"] == len(found) < 2 * len(planted)
+    assert not plain.dropped().filter(reason="contaminated").collect().height
+
+
+def test_files_of_prompts_are_read_and_keyed_by_their_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TREELINE_SOURCE_ROOTS", str(tmp_path))
+    (tmp_path / "exam.jsonl").write_text('{"question": "What is it?"}\n{"question": "B!"}\n')
+    (tmp_path / "moved.jsonl").write_bytes((tmp_path / "exam.jsonl").read_bytes())
+    params, moved = (
+        CurateParams(**ALL_TRAIN, prompt_files=(str(tmp_path / name),)) for name in ("exam.jsonl", "moved.jsonl")
+    )
+    assert params.keyed() == moved.keyed()
+    rows = [*chain("a", "b"), {"id": "c", "parent": "a"}]
+    made, _ = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", params)
+    dropped = made.dropped().select("message_id", "reason", "evidence").collect().rows()
+    assert dropped == [("b", "contaminated", "file 1 line 2, the same text")]
+    (tmp_path / "exam.jsonl").write_text('"other"')
+    with pytest.raises(SourceChanged, match=r"exam\.jsonl.*Run again"):
+        curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", params)
+    assert params.keyed() != moved.keyed()
+    with pytest.raises(ParameterError, match="expected a file under an allowed folder"):
+        CurateParams(prompt_files=("/etc/hostname",)).keyed()
+
+
+def test_facts_that_are_asked_for_are_counted_and_dropped_only_where_that_is_asked(tmp_path: Path) -> None:
+    france = {"a": {"text": "What is the capital of France?"}, "b": {"text": "Paris."}}
+    rows = [*chain("a", "b", **france), *chain("c", "d")]
+    messages = messages_of(tmp_path / "in", *rows)
+    made, counts = curated(messages, tmp_path / "out", CurateParams(**ALL_TRAIN, facts=("capital",)))
+    assert counts["facts"] == {"asked": 197, "told_in_train": 1}
+    assert not made.dropped().collect().height
+    made, counts = curated(messages, tmp_path / "out", CurateParams(**ALL_TRAIN, facts=("capital",), drop_facts=True))
+    assert counts["facts"]["told_in_train"] == 0
+    assert made.dropped().select("message_id", "reason", "evidence").collect().rows() == [
+        ("a", "no_reply", "no reply below"), ("b", "fact", "capital of France"),
+    ]  # fmt: skip
+
+
+def test_what_a_report_says_of_the_data_adds_up(opened: Open, tmp_path: Path) -> None:
+    made, counts = curated(opened(SAMPLE_NAME), tmp_path / "out", CurateParams())
+    told = made.curation()
+    assert told["counts"] == counts
+    assert {rule: sum(found.values()) for rule, found in told["by_language"].items()} == {
+        rule: number for rule, number in counts["funnel"].items() if number
+    }
+    dropped = made.dropped().collect()
+    for rule, cases in told["cases"].items():
+        first = dropped.filter(reason=rule).head(3)
+        assert [case["message_id"] for case in cases] == first["message_id"].to_list()
+        assert [case["evidence"] for case in cases] == first["evidence"].to_list()
 
 
 def test_settings_that_leave_nothing_to_train_on_are_refused() -> None:

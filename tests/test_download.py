@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from tasks.download import DownloadParams, DownloadRuntime, download
 from tasks.errors import (
@@ -44,8 +45,8 @@ def published(hub: Hub) -> DownloadParams:
 
 
 def pin(sha256: str, **changes: str) -> DownloadParams:
-    return DownloadParams(
-        **{"source": "hub", "repo": REPO, "file": FILE, "revision": REVISION, "sha256": sha256, **changes}
+    return DownloadParams.model_validate(
+        {"source": "hub", "repo": REPO, "file": FILE, "revision": REVISION, "sha256": sha256, **changes}
     )
 
 
@@ -331,7 +332,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def local(path: Path, **more: str) -> DownloadParams:
-    return DownloadParams(source="file", path=str(path), **more)
+    return DownloadParams.model_validate({"source": "file", "path": str(path), **more})
 
 
 def test_a_file_under_an_allowed_folder_is_copied(root: Path, out: Path) -> None:
@@ -409,6 +410,41 @@ def test_a_local_file_that_changes_after_its_key_was_made_is_refused(root: Path,
     (root / "trees.jsonl").write_bytes(DATA + b"\n")
     with pytest.raises(SourceChanged, match="expected sha256"):
         fetch(out, params)
+
+
+# Several files
+
+
+def test_several_files_arrive_in_their_order_whatever_their_names(root: Path, out: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "c/b.jsonl"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(name.encode())
+    also = [{"source": "file", "path": str(root / name)} for name in ("a.jsonl", "c/b.jsonl")]
+    params = DownloadParams.model_validate({"source": "file", "path": str(root / "b.jsonl"), "also": also})
+    counts = download.function(out, params, DownloadRuntime())
+    assert {path.name: path.read_text() for path in out.iterdir()} == {
+        "01-b.jsonl": "b.jsonl", "02-a.jsonl": "a.jsonl", "03-b.jsonl": "c/b.jsonl",
+    }  # fmt: skip
+    assert counts == {"files": 3, "bytes": 23}
+
+
+def test_a_file_more_changes_the_key_and_so_does_the_order(root: Path) -> None:
+    for name in "ab":
+        (root / name).write_bytes(name.encode())
+    one, two = ({"source": "file", "path": str(root / name)} for name in "ab")
+    found = [
+        DownloadParams.model_validate(given).keyed() for given in (one, {**one, "also": [two]}, {**two, "also": [one]})
+    ]
+    assert len({str(keyed) for keyed in found}) == 3
+    assert set(found[0]) == {"repo", "revision", "file", "sha256"}  # as it was before several could be given
+    assert str(root) not in str(found)
+
+
+def test_a_file_more_is_checked_like_the_first(root: Path) -> None:
+    with pytest.raises(ValidationError, match="source file: expected path, found no path"):
+        DownloadParams.model_validate({"also": [{"source": "file"}]})
+    with pytest.raises(ParameterError, match=r"param\.path"):
+        DownloadParams.model_validate({"also": [{"source": "file", "path": "/etc/passwd"}]}).keyed()
 
 
 # The sample, and keys

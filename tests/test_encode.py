@@ -290,3 +290,14 @@ def test_the_first_replies_of_a_real_file_are_the_pairs_of_the_seed(tmp_path: Pa
     rows = list(published(shared / "data/en_100_tree.jsonl"))
     made = encoded(tmp_path, rows, EncodeParams(layout="first-reply", tokenizer="trained", block=4_096))
     assert made.counts["found"] == made.counts["conversations"] == 333
+
+
+def test_what_is_told_of_the_data_goes_with_the_tokens_and_is_no_content(tmp_path: Path) -> None:
+    assert encoded(tmp_path / "a", talk("a", "Hi", "Hello")).curation() is None
+    source, out = dialogues(tmp_path / "b", talk("a", "Hi", "Hello")), tmp_path / "tokens"
+    (source.path / "curation.json").write_text('{"counts": {}}')
+    out.mkdir()
+    encode.function(out, source, SMALL, EncodeRuntime(workers=1))
+    made = Tokens(out, manifest(kind="tokens"))
+    assert made.curation() == {"counts": {}}
+    assert "curation.json" in made.records

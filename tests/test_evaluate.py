@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from tasks.artifacts import Encoding, Model, Report, Tokens, read_encoding, write_encoding
+from tasks.dialogue.funnel import WAYS
 from tasks.errors import InputError, ParameterError
 from tasks.evaluate import EvaluateParams, EvaluateRuntime, evaluate
 from tasks.gpt.folder import digests
@@ -229,3 +230,19 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         EvaluateParams(facts=("capitals",))
     with pytest.raises(ValidationError, match="a prompt of the panel is empty"):
         EvaluateParams(panel=("Hi", " "))
+
+
+def test_the_data_are_told_of_where_the_tokens_know(model: Model, tokens: Tokens, tmp_path: Path) -> None:
+    folder = tmp_path / "tokens"
+    shutil.copytree(tokens.path, folder)
+    counts = {
+        "trees": 1, "messages": 2, "read": {"trees": 2, "messages": 4}, "masked": 0, "funnel": {"spam": 2},
+        "label_coverage": {"labels": 1.0, "detoxify": 1.0}, "facts": {},
+        "shared_across_splits": {way: {"exact": 0, "near": 0} for way in WAYS},
+    }  # fmt: skip
+    told = {"counts": counts, "by_language": {"spam": {"en": 2}}, "cases": {}}
+    (folder / "curation.json").write_text(json.dumps(told))
+    made = reported(tmp_path / "out", model, Tokens(folder, tokens.manifest), EvaluateParams(facts=(), panel=()))
+    assert "| spam" in made.markdown()
+    assert (made.path / "funnel.svg").exists()
+    assert made.figures()["curation"] == told

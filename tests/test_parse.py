@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -346,22 +347,86 @@ def test_a_tree_that_comes_again_is_counted_and_left_out(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("group", [1, 3, 20_000])
-def test_a_tree_that_comes_again_changed_takes_the_place_of_the_earlier_one(
+def test_of_two_versions_the_later_message_wins_and_what_only_the_earlier_had_stays(
     tmp_path: Path, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tasks.parse, "GROUP", group)
-    content = lines(tree("a", message("b")), tree("c"), tree("a", message("d")), tree("e"), tree("a", message("b2")))
+    content = lines(
+        tree("a", message("b"), message("x", message("y"))), tree("c"), tree("a", message("d")), tree("e"),
+        tree("a", message("b", message("n"), text="new")),
+    )  # fmt: skip
     counts, messages, rejected = parsed(tmp_path, content)
-    assert messages["message_id"].to_list() == ["c", "e", "a", "b2"]
+    assert messages.select("message_id", "parent_id", "depth", "sibling", "text").rows() == [
+        ("c", None, 0, 0, "text of c"),
+        ("e", None, 0, 0, "text of e"),
+        ("a", None, 0, 0, "text of a"),
+        ("b", "a", 1, 0, "new"),
+        ("n", "b", 2, 0, "text of n"),
+        ("d", "a", 1, 1, "text of d"),
+        ("x", "a", 1, 2, "text of x"),
+        ("y", "x", 2, 0, "text of y"),
+    ]
+    # the second version only added to the first one; the third changed `b`
     assert rejected.select("line", "code", "message_tree_id", "trees", "messages").rows() == [
-        (1, "tree.replaced", "a", 1, 2),
-        (3, "tree.replaces", "a", 0, 0),
-        (3, "tree.replaced", "a", 1, 2),
+        (3, "tree.replaced", "a", 1, 1),
         (5, "tree.replaces", "a", 0, 0),
     ]
     raw = [hashlib.sha256(line).hexdigest() for line in content.splitlines()]
-    assert rejected["line_sha256"].to_list() == [raw[0], raw[2], raw[2], raw[4]]
-    assert counts["trees_replaced"] == 2
+    assert rejected["line_sha256"].to_list() == [raw[2], raw[4]]
+    assert (counts["trees_replaced"], counts["trees_repeated"], counts["conflicts"]) == (1, 1, 1)
+
+
+def test_what_hangs_on_a_message_that_moved_moves_with_it_and_a_lost_parent_takes_its_replies_along(
+    tmp_path: Path,
+) -> None:
+    moved = tree("a", message("b"), message("c", message("d", text="new")))
+    content = lines(tree("a", message("b", message("d", message("e"))), message("c")), moved)
+    counts, messages, _ = parsed(tmp_path, content)
+    assert dict(messages.select("message_id", "depth").rows()) == {"a": 0, "b": 1, "c": 1, "d": 2, "e": 3}
+    assert dict(messages.select("message_id", "parent_id").rows())["d"] == "c"
+    other_root = {"message_tree_id": "a", "prompt": message("r")}
+    counts, messages, rejected = parsed(tmp_path, lines(tree("a", message("b")), other_root))
+    assert messages["message_id"].to_list() == ["r"]
+    assert counts["messages_rejected"] == 2
+    assert "2 lost what they reply to" in rejected["message"][0]
+
+
+VERSIONS = st.lists(  # of one tree: message -> (parent, salt); a parent comes before its replies
+    st.lists(st.tuples(st.integers(1, 6), st.integers(0, 5), st.integers(0, 1)), max_size=6), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(VERSIONS, st.booleans())
+def test_versions_unite_message_by_message_as_in_a_dictionary(tmp_path: Path, found: list[Any], apart: bool) -> None:
+    united: dict[str, tuple[str | None, int]] = {}
+    trees = []
+    for number, version in enumerate(found):
+        links: dict[str, tuple[str | None, int]] = {"m0": (None, 0)}
+        for own, parent, salt in version:
+            if f"m{parent}" in links and own != parent:
+                links.setdefault(f"m{own}", (f"m{parent}", salt))
+        nodes = {name: message(name, rank=salt) for name, (_, salt) in links.items()}
+        for name, (parent_id, _) in links.items():
+            if parent_id:
+                nodes[parent_id]["replies"].append(nodes[name])
+        trees.append({"message_tree_id": "m0", "prompt": nodes["m0"]})
+        united = {**united, **links}  # parents of the later version's messages are there again, too
+        trees.append(tree(f"between {number}"))
+    files = [tmp_path / "raw" / f"{place}.jsonl" for place in range(len(trees) if apart else 1)]
+    files[0].parent.mkdir(exist_ok=True)
+    for place, file in enumerate(files):
+        file.write_bytes(lines(*(trees[place : place + 1] if apart else trees)))
+    _, messages, _ = run(tmp_path / "out", files)
+    own = messages.filter(pl.col("message_tree_id") == "m0")
+    rows = own.select("message_id", "parent_id", "rank").rows()
+    assert {name: (parent, salt) for name, parent, salt in rows} == united
+    position = {name: row for row, (name, *_) in enumerate(rows)}
+    depth = dict(own.select("message_id", "depth").rows())
+    for name, parent, _ in rows:
+        assert parent is None or (position[parent] < position[name] and depth[name] == depth[parent] + 1)
+    for _, below in own.filter(pl.col("parent_id").is_not_null()).group_by("parent_id", maintain_order=True):
+        assert below["sibling"].to_list() == list(range(len(below)))
 
 
 def test_a_message_id_of_another_tree_rejects_the_later_tree(tmp_path: Path) -> None:
@@ -394,6 +459,53 @@ def test_unknown_fields_are_counted_never_fatal(tmp_path: Path) -> None:
     assert messages["extra"].to_list() == ['{"mood":"good"}', '{"mood":"bad"}']
 
 
+# ------------------------------------------------------------------------------------------------- odd texts
+
+ODD = {
+    "equal characters": "a" * 10**6,
+    "combining marks": "a" + "\u0301" * 10**6,
+    "control characters, each six bytes of JSON": "\x01" * 10**6,
+    "no spaces": "\u4e2d" * 300_000,
+    "lines": "\n" * 10**6,
+    "quotes": '"' * 10**6,
+}
+
+
+@pytest.mark.parametrize("text", ODD.values(), ids=ODD.keys())
+def test_a_text_of_a_million_characters_comes_through_or_is_named(tmp_path: Path, text: str) -> None:
+    params = ParseParams(max_text_mb=4)
+    content = lines(tree("a", message("b", text=text)), tree("c"))
+    _, messages, _ = parsed(tmp_path, content, params)
+    assert messages["text"].to_list() == ["text of a", text, "text of c"]
+    _, messages, rejected = parsed(tmp_path, content, ParseParams(max_text_mb=0.5, max_bad=1))
+    assert messages["message_id"].to_list() == ["c"]
+    assert rejected["code"].to_list() == ["text.too_long"]
+
+
+@pytest.mark.parametrize("text", ODD.values(), ids=ODD.keys())
+def test_a_text_four_times_as_long_costs_about_four_times_as_much(tmp_path: Path, text: str) -> None:
+    """By the calls that the interpreter makes, which no load of the machine changes: no loop here goes over a text."""
+
+    def calls(content: bytes, folder: Path) -> int:
+        folder.mkdir()
+        found = 0
+
+        def count(*_: object) -> None:
+            nonlocal found
+            found += 1
+
+        sys.setprofile(count)
+        try:
+            parsed(folder, content, ParseParams(max_text_mb=16))
+        finally:
+            sys.setprofile(None)
+        return found
+
+    parsed(tmp_path, lines(tree("a")))  # what is loaded once is loaded now
+    one, four = (calls(lines(tree("a", text=text * times)), tmp_path / f"x{times}") for times in (1, 4))
+    assert four < 4.4 * one
+
+
 # ------------------------------------------------------------------------------------------------- flat form
 
 
@@ -416,6 +528,22 @@ def test_a_flat_row_that_is_there_twice_is_taken_once(tmp_path: Path) -> None:
     counts, messages, _ = parsed(tmp_path, lines(*rows, rows[1]))
     assert messages["message_id"].to_list() == ["a", "b"]
     assert (counts["trees_in"], counts["messages_in"], counts["messages_repeated"]) == (1, 3, 1)
+
+
+@pytest.mark.parametrize("forms", ["flat flat", "flat nested", "nested flat"])
+def test_a_later_file_wins_whichever_form_the_files_have(tmp_path: Path, forms: str) -> None:
+    one = tree("a", message("b", message("x")), message("c"))
+    two = tree("a", message("b", text="new"), message("d"))
+    (tmp_path / "raw").mkdir()
+    files = [tmp_path / "raw" / name for name in ("1.jsonl", "2.jsonl")]
+    for file, whole, form in zip(files, (one, two), forms.split(), strict=True):
+        file.write_bytes(lines(*(flattened([whole]) if form == "flat" else [whole])))
+    counts, messages, rejected = run(tmp_path / "out", files)
+    texts = dict(messages.select("message_id", "text").rows())
+    assert texts["b"] == "new"
+    assert sorted(texts) == ["a", "b", "c", "d", "x"]
+    assert counts["conflicts"] == 1
+    assert rejected["messages"].sum() == counts["messages_rejected"] == 1
 
 
 # ------------------------------------------------------------------------------------------------- properties
@@ -477,7 +605,7 @@ def test_the_quick_reader_changes_no_byte_of_what_the_careful_reader_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick, *_ = run(tmp_path / "quick", [VALIDATION])
-    monkeypatch.setattr("tasks.oasst.dump.read", lambda *_: None)
+    monkeypatch.setattr("tasks.oasst.dump.read", lambda raws, _: [None] * len(raws))
     careful, *_ = run(tmp_path / "careful", [VALIDATION])
     assert quick == careful
     for file in Messages.files:

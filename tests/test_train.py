@@ -1,11 +1,16 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,7 +25,7 @@ from tasks.gpt.weights import build_start, load_model
 from tasks.store.manifest import Manifest
 from tasks.text import bpe
 from tasks.text.chat import TEMPLATES, load_dialect, tags
-from tasks.train import TrainParams, TrainRuntime, train
+from tasks.train import TrainParams, TrainRuntime, name_messages, train
 
 BLOCK = 96
 TALKS = [
@@ -278,6 +283,45 @@ def test_without_a_validation_split_the_last_weights_are_exported(tmp_path: Path
     given = tokens_in(tmp_path / "t", splits={"train": (0, 6), "val": (6, 6), "test": (6, 6)})
     counts = json.loads((trained(tmp_path / "out", given) / "training.json").read_text())
     assert (counts["best_step"], counts["val_nll_best"]) == (counts["steps"], None)
+
+
+def test_an_error_names_the_messages_of_the_sequences(tokens: Tokens, tmp_path: Path) -> None:
+    given = tokens_in(tmp_path / "t", splits={"train": (2, 6), "val": (0, 2), "test": (6, 6)})
+    rows = [(row, f"m{row}.{turn}") for row in range(6) for turn in (0, 1)]
+    pl.DataFrame(rows, schema=["sequence", "message_id"], orient="row").write_parquet(given.path / "index.parquet")
+    assert name_messages(given, [0, 3]) == f"messages m2.0, m2.1, m5.0, m5.1, in sequences 2, 5 of {given.id}"
+
+
+TERMINATED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from flows.__main__ import main
+from tasks.artifacts import Tokens
+from tests.test_train import PARAMS, RUN, manifest
+from tasks.train import train
+import flows.commands
+out = Path(sys.argv[2])
+endless = PARAMS.model_copy(update={"epochs": 5000.0})
+def does(asked):
+    train.function(out, Tokens(Path(sys.argv[1]), manifest("tokens")), endless, RUN)
+flows.commands.ls = does
+sys.exit(main(["ls"]))
+"""
+
+
+def test_sigterm_saves_a_checkpoint_and_ends_with_143_within_20_seconds(tokens: Tokens, tmp_path: Path) -> None:
+    asked = [sys.executable, "-c", TERMINATED, str(tokens.path), str(tmp_path)]
+    child = subprocess.Popen(asked, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "log.jsonl"
+    while child.poll() is None and (not log.exists() or log.read_text().count("\n") < 5):
+        time.sleep(0.05)
+    began = time.monotonic()
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=20)
+    assert (child.returncode, time.monotonic() - began < 20) == (143, True), said
+    assert "stopped by SIGTERM" in said
+    (saved,) = (tmp_path / "checkpoints").glob("step-*")
+    assert int(saved.name.removeprefix("step-")) >= 4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")

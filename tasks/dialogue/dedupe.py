@@ -12,44 +12,22 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 
+import numpy as np
 import polars as pl
+import pyarrow as pa
+from numpy.typing import NDArray
 
-from tasks.dialogue.near import pairs
+from tasks.dialogue.near import Known, Prints, TextsOf, numbered, pairs
 from tasks.dialogue.record import PROTECTION, CopyLimits, Split
 from tasks.dialogue.threads import holds
 
 Twin = tuple[int, float]  # row of the message that stays, and how similar the two are: 1 for equal texts
+Bools = NDArray[np.bool_]
+I64 = NDArray[np.int64]
 
 
-def normalised(texts: pl.Series) -> list[str]:
-    """Return each text in Unicode's NFKC form, case folded, with single spaces: (N,).
-
-    polars' NFKC, not the standard library's: that one takes time quadratic in a run of combining marks (80,000: 6 s).
-    """
-    plain: list[str] = texts.to_list()
-    wide = [row for row, text in enumerate(plain) if not text.isascii()]  # of ASCII, NFKC changes nothing: 4x faster
-    composed = pl.Series([plain[row] for row in wide], dtype=pl.String).str.normalize("NFKC")
-    folded = pl.Series([text.casefold() for text in composed], dtype=pl.String).str.normalize("NFKC")
-    for row, text in zip(wide, folded, strict=True):
-        plain[row] = text
-    return [" ".join(text.casefold().split()) for text in plain]
-
-
-def path_keys(parents: Sequence[int], roles: Iterable[str], texts: Iterable[str]) -> list[bytes]:
-    """Return a hash of everything said from the root to each message: (N,) of 16 bytes; twins have the same."""
-    keys: list[bytes] = []
-    for parent, role, text in zip(parents, roles, texts, strict=True):
-        above = keys[parent] if parent >= 0 else b""
-        said = f"{role}\0{text}".encode("utf-8", "surrogatepass")
-        keys.append(blake2b(above + said, digest_size=16).digest())
-    return keys
-
-
-def duplicates(
-    messages: pl.DataFrame, texts: Sequence[str], parents: Sequence[int], kept: Sequence[bool]
-) -> dict[int, int]:
+def duplicates(messages: pl.DataFrame, prints: Prints, parents: Sequence[int], kept: Sequence[bool]) -> dict[int, int]:
     """Return the messages that can go because the same is said elsewhere: row -> row of the twin that stays.
 
     Of twins the best stays: in the more protected split, below the twin of its parent that stays, of the best rank, of
@@ -58,21 +36,39 @@ def duplicates(
 
     Args:
         messages: N rows, parents first: role, split, rank, label_quality.
-        texts: (N,) normalised.
+        prints: Of N texts; those of rows that are not kept are not looked at.
         parents: (N,) row of each parent, -1 at a root.
         kept: (N,) the rows to look at; with a row, all its ancestors.
     """
-    twins: dict[bytes, list[int]] = defaultdict(list)
-    for row, key in enumerate(path_keys(parents, messages["role"], texts)):
-        if kept[row]:
-            twins[key].append(row)
-    worth = _worth(messages)
+    twins = _same_paths(messages["role"] == "assistant", prints, parents, np.flatnonzero(np.array(kept, dtype=bool)))
+    worth = _worth(messages, [row for rows in twins for row in rows])
     best_of: dict[int, int] = {}
-    for rows in twins.values():  # a key is first met after its parent's: the parents' best is known by then
+    for (
+        rows
+    ) in twins:  # met in the order of their first row, so after their parents: the parents' best is known by then
         best = min(rows, key=lambda row: (worth[row][0], parents[row] in best_of, worth[row]))
         best_of.update((row, best) for row in rows if row != best)
+    if not best_of:
+        return {}
     needed = holds(parents, [stays and row not in best_of for row, stays in enumerate(kept)])
     return {row: best for row, best in best_of.items() if not needed[row]}
+
+
+def _same_paths(replies: pl.Series, prints: Prints, parents: Sequence[int], rows: I64) -> list[list[int]]:
+    """Return the rows up to and with which the same is said, where there are several: in the order of the first.
+
+    What is said by one message only has no twin and is a path of its own: few rows are left to look at.
+    """
+    number = numbered(prints, rows)[0] * 2 + replies.to_numpy()[rows]
+    again = np.bincount(number, minlength=1)[number] > 1
+    path_of: dict[int, int] = {}  # row -> first row of the same path
+    first: dict[tuple[int, int], int] = {}  # first row of the parent's path, what is said -> first row of this path
+    paths: dict[int, list[int]] = defaultdict(list)
+    for row, said in zip(rows[again].tolist(), number[again].tolist(), strict=True):
+        above = path_of.get(parents[row], parents[row])
+        path_of[row] = first.setdefault((above, said), row)
+        paths[path_of[row]].append(row)
+    return [found for found in paths.values() if len(found) > 1]
 
 
 @dataclass(frozen=True)
@@ -80,43 +76,82 @@ class Likeness:
     """Which of the compared messages say the same or nearly the same.
 
     Attributes:
-        said: Row -> number of its text; equal texts of a role have one number.
-        near: Number -> the numbers of texts that are alike but not equal, with their similarity.
+        said: (N,) number of each row's text, -1 where it is not compared; equal texts of a role have one number.
+        near: Number -> the numbers of texts alike but not equal, with their similarity, the most similar first.
+        counted: What was counted of pairs of texts.
     """
 
-    said: Mapping[int, int]
-    near: Mapping[int, Mapping[int, float]]
+    said: I64
+    near: Mapping[int, Sequence[tuple[int, float]]]
+    counted: Known
 
-    def around(self, row: int) -> list[tuple[int, float]]:
-        """Return the texts like a row's with their similarity: its own, then others, the most similar first."""
-        own = self.said[row]
-        return [(own, 1.0), *sorted(self.near.get(own, {}).items(), key=lambda found: (-found[1], found[0]))]
+    def around(self, text: int) -> list[tuple[int, float]]:
+        """Return the texts like one with their similarity: itself, then others, the most similar first."""
+        return [(text, 1.0), *self.near.get(text, ())]
+
+    def rows(self, kept: Bools) -> I64:
+        """Return the compared rows among some."""
+        return np.flatnonzero(kept & (self.said >= 0))
+
+    def related(self, rows: I64) -> I64:
+        """Return those rows of which a copy or a near copy is among the rows, or could be."""
+        if not len(rows):
+            return rows
+        several = np.bincount(self.said[rows]) > 1
+        several[[text for text in self.near if text < len(several)]] = True
+        return rows[several[self.said[rows]]]
 
 
-def likeness(messages: pl.DataFrame, texts: Sequence[str], kept: Sequence[bool], limits: CopyLimits) -> Likeness:
+def likeness(
+    messages: pl.DataFrame,
+    prints: Prints,
+    texts_of: TextsOf,
+    kept: Sequence[bool],
+    limits: CopyLimits,
+    known: Known | None = None,
+) -> Likeness:
     """Compare first prompts with each other, and long replies with each other.
 
     Args:
         messages: N rows: parent_id, role.
-        texts: (N,) normalised.
+        prints: Of N texts; those of rows that are not kept are not looked at.
+        texts_of: Gives the texts of rows.
         kept: (N,) the rows to look at.
         limits: What is compared, and what counts as alike.
+        known: What was counted before, with the same n-grams.
     """
-    said: dict[int, int] = {}
-    near: dict[int, dict[int, float]] = defaultdict(dict)
-    is_root, replies = messages["parent_id"].is_null().to_list(), (messages["role"] == "assistant").to_list()
+    said = np.full(len(messages), -1, dtype=np.int64)
+    near: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    counted: dict[bytes, float] = {}
+    replies = (messages["role"] == "assistant").to_numpy()
+    compared = np.where(replies, prints.chars >= limits.copy_chars, messages["parent_id"].is_null().to_numpy())
+    compared &= np.array(kept, dtype=np.bool_)
     first = 0
     for side in (False, True):
-        numbers: dict[str, int] = {}
-        for row, text in enumerate(texts):
-            compared = len(text) >= limits.copy_chars if side else is_root[row]
-            if kept[row] and replies[row] == side and compared:
-                said[row] = numbers.setdefault(text, first + len(numbers))
-        found = pairs([*numbers], limits.near_ngram, limits.near_permutations, limits.near_threshold)
-        for one, other, similarity in zip(*(column.tolist() for column in found), strict=True):
-            near[first + one][first + other] = near[first + other][first + one] = similarity
-        first += len(numbers)
-    return Likeness(said, near)
+        rows = np.flatnonzero(compared & (replies == side))
+        number, one_of = numbered(prints, rows)
+        said[rows] = first + number
+        found = pairs(prints.take(one_of), _places(texts_of, one_of), limits.near_ngram, limits.near_threshold, known)
+        columns = (first + found.left, first + found.right, found.similarity)
+        for one, other, similarity in zip(*(column.tolist() for column in columns), strict=True):
+            near[one].append((other, similarity))
+            near[other].append((one, similarity))
+        counted.update(found.counted)
+        first += len(one_of)
+    ordered = {text: sorted(others, key=lambda one: (-one[1], one[0])) for text, others in near.items()}
+    return Likeness(said, ordered, counted)
+
+
+def _places(texts_of: TextsOf, rows: I64) -> TextsOf:
+    """Return what gives the texts at places in a list of rows; it asks for rows in order."""
+
+    def found(places: I64) -> pa.Array:
+        order = np.argsort(rows[places])
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return texts_of(rows[places][order]).take(pa.array(back))
+
+    return found
 
 
 def near_duplicates(
@@ -135,16 +170,18 @@ def near_duplicates(
         parents: (N,) row of each parent, -1 at a root.
         kept: (N,) the rows to look at; with a row, all its ancestors.
     """
-    replies = (messages["role"] == "assistant").to_list()
-    found = _worse(messages, alike, parents, [row for row in alike.said if kept[row] and replies[row]])
-    own = [kept[row] and replies[row] and row not in found for row in range(len(messages))]
-    needed = holds(parents, own)
+    replies = (messages["role"] == "assistant").to_numpy()
+    compared = alike.rows(np.array(kept, dtype=np.bool_))
+    found = _worse(messages, alike, parents, compared[replies[compared]])
+    own = np.array(kept, dtype=np.bool_) & replies
+    own[[*found]] = False
+    needed = holds(parents, own.tolist())
+    roots = compared[~replies[compared]].tolist()
     answered: dict[int, int] = {}
-    roots = [row for row in alike.said if kept[row] and not replies[row]]
     for row in roots:
         if needed[row]:
-            answered.setdefault(alike.said[row], row)
-    left = {row: _first(alike.around(row), answered) for row in roots if not needed[row]}
+            answered.setdefault(int(alike.said[row]), row)
+    left = {row: _first(alike.around(int(alike.said[row])), answered) for row in roots if not needed[row]}
     gone = {row: twin for row, twin in found.items() if not needed[row]}
     return gone | {row: twin for row, twin in left.items() if twin}
 
@@ -153,8 +190,8 @@ def repeated_prompts(
     messages: pl.DataFrame, alike: Likeness, parents: Sequence[int], kept: Sequence[bool]
 ) -> dict[int, Twin]:
     """Return the first prompts that a better one nearly repeats, whatever stands below them; as `near_duplicates`."""
-    roots = [row for row in alike.said if kept[row] and parents[row] < 0]
-    return _worse(messages, alike, parents, roots)
+    prompts = (messages["role"] == "prompter").to_numpy() & (np.array(parents) < 0)  # a root can be a reply, too
+    return _worse(messages, alike, parents, alike.rows(np.array(kept, dtype=np.bool_) & prompts))
 
 
 def leaks(messages: pl.DataFrame, alike: Likeness, kept: Sequence[bool], yielding: Split) -> dict[int, Twin]:
@@ -166,41 +203,46 @@ def leaks(messages: pl.DataFrame, alike: Likeness, kept: Sequence[bool], yieldin
         kept: (N,) the rows to look at.
         yielding: The split that gives way.
     """
-    guards, splits = PROTECTION[: PROTECTION.index(yielding)], messages["split"].to_list()
+    rows = alike.related(alike.rows(np.array(kept, dtype=np.bool_)))
+    guards, splits = PROTECTION[: PROTECTION.index(yielding)], messages["split"].gather(rows).to_list()
+    said = list(zip(rows.tolist(), alike.said[rows].tolist(), splits, strict=True))
     held: dict[int, int] = {}
-    for row, text in alike.said.items():
-        if kept[row] and splits[row] in guards:
+    for row, text, split in said:
+        if split in guards:
             held.setdefault(text, row)
-    sought = [row for row in alike.said if kept[row] and splits[row] == yielding]
-    found = {row: _first(alike.around(row), held) for row in sought}
+    found = {row: _first(alike.around(text), held) for row, text, split in said if split == yielding}
     return {row: twin for row, twin in found.items() if twin}
 
 
 def shared(alike: Likeness, splits: Sequence[str], kept: Sequence[bool]) -> int:
     """Count the compared messages of which a copy or a near copy stands in another split."""
     where: dict[int, set[str]] = defaultdict(set)
-    for row, text in alike.said.items():
-        if kept[row]:
-            where[text].add(splits[row])
-    rows = [row for row in alike.said if kept[row]]
-    return sum(any(where.get(text, set()) - {splits[row]} for text, _ in alike.around(row)) for row in rows)
+    rows = alike.related(alike.rows(np.array(kept, dtype=np.bool_)))
+    said = list(zip(rows.tolist(), alike.said[rows].tolist(), strict=True))
+    for row, text in said:
+        where[text].add(splits[row])
+    return sum(any(where.get(near, set()) - {splits[row]} for near, _ in alike.around(text)) for row, text in said)
 
 
-def _worse(messages: pl.DataFrame, alike: Likeness, parents: Sequence[int], rows: Sequence[int]) -> dict[int, Twin]:
+def _worse(messages: pl.DataFrame, alike: Likeness, parents: Sequence[int], rows: I64) -> dict[int, Twin]:
     """Go through rows, the best first: each goes if one like it stays; of equals the one with the lesser id stays."""
-    trees, ids, worth = messages["message_tree_id"].to_list(), messages["message_id"].to_list(), _worth(messages)
+    related = alike.related(rows)  # others neither go nor make others go
+    chosen = related.tolist()
+    worth = _worth(messages, chosen)
+    names = [messages[name].gather(related).to_list() for name in ("message_id", "message_tree_id")]
+    ids, trees = (dict(zip(chosen, column, strict=True)) for column in names)
     beside: dict[tuple[int, int], int] = {}  # text, parent -> the row that stays
     stays: dict[int, list[int]] = defaultdict(list)  # text -> the best of two trees: one of them is another's
     found: dict[int, Twin] = {}
-    for row in sorted(rows, key=lambda row: (worth[row][:3], ids[row], trees[row])):
-        for text, similarity in alike.around(row):
+    for row in sorted(chosen, key=lambda row: (worth[row][:3], ids[row], trees[row])):
+        own = int(alike.said[row])
+        for text, similarity in alike.around(own):
             near = [beside[text, parents[row]]] if (text, parents[row]) in beside else []
             near += [other for other in stays[text] if trees[other] != trees[row]]
             if near:
                 found[row] = near[0], similarity
                 break
         else:
-            own = alike.said[row]
             beside.setdefault((own, parents[row]), row)
             if len(stays[own]) < 2 and trees[row] not in {trees[other] for other in stays[own]}:
                 stays[own].append(row)
@@ -211,10 +253,10 @@ def _first(texts: Iterable[tuple[int, float]], held: Mapping[int, int]) -> Twin 
     return next(((held[text], similarity) for text, similarity in texts if text in held), None)
 
 
-def _worth(messages: pl.DataFrame) -> list[tuple[int, float, float, int]]:
-    """Return what decides between twins, the smaller the better: split, rank, quality, place."""
-    rows = messages.select("split", "rank", pl.col("label_quality").fill_nan(None)).iter_rows()
-    return [
-        (PROTECTION.index(split), float("inf") if rank is None else rank, -(quality or 0.0), row)
-        for row, (split, rank, quality) in enumerate(rows)
-    ]
+def _worth(messages: pl.DataFrame, rows: Sequence[int]) -> dict[int, tuple[int, float, float, int]]:
+    """Return what decides between twins among some rows, the smaller the better: split, rank, quality, place."""
+    table = messages.select("split", "rank", pl.col("label_quality").fill_nan(None))[list(rows)]
+    return {
+        row: (PROTECTION.index(split), float("inf") if rank is None else rank, -(quality or 0.0), row)
+        for row, (split, rank, quality) in zip(rows, table.iter_rows(), strict=True)
+    }

@@ -1,8 +1,8 @@
 """The filter rules: each a small function from the limits to what it drops and what it saw.
 
-A rule judges one message by its own row and by two facts of its thread (`in_thread`). What is unknown never drops a
-message: older exports have no labels, and a missing vote is no evidence. Descendants of a dropped message are not the
-rules' business.
+A rule judges one message by its own row and by some facts of its thread (`in_thread`); the last ones (TEXT_RULES) by
+what was read in its text. What is unknown never drops a message: older exports have no labels, and a missing vote is no
+evidence. Descendants of a dropped message are not the rules' business.
 
 Source of the limits: the reference loader of Open-Assistant (states, review, deleted, synthetic), and the recipe that
 this project starts from.
@@ -11,18 +11,20 @@ this project starts from.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import polars as pl
 
-from tasks.dialogue.record import Limits, RuleName, Verdicts
-from tasks.dialogue.threads import is_below
+from tasks.dialogue.record import MESSAGE_RULES, Limits, RuleName, Verdicts
+from tasks.dialogue.threads import is_below, roots
 
 COLUMNS = (
     "tree_state", "text", "role", "lang", "deleted", "synthetic", "review_result", "label_spam", "label_lang_mismatch",
     "label_pii", "label_not_appropriate", "label_hate_speech", "label_sexual_content", "label_quality",
     "detoxify_toxicity",
+    "rank",
 )  # fmt: skip
 
 # A character that a reader sees. Default-ignorable ones (zero-width space, joiners, BOM, Hangul filler) are not.
@@ -57,8 +59,8 @@ def tree_state(limits: Limits) -> Rule:
 
 
 def language(limits: Limits) -> Rule:
-    """Drop messages in other languages; the message's own language counts, it can differ from its tree's."""
-    lang, wanted = pl.col("lang"), limits.languages
+    """Drop messages in other languages; a message's own language can differ from its first prompt's."""
+    lang, wanted = pl.col("lang" if limits.language_of == "message" else "prompt_lang"), limits.languages
     primary = lang.str.to_lowercase().str.extract(r"^\s*([^\s_-]*)")
     seen = pl.format("lang {} is not {}", lang, pl.lit(" or ".join(wanted)))
     return Rule("language", pl.lit(bool(wanted)) & ~primary.is_in(list(wanted)), seen)
@@ -77,6 +79,15 @@ def synthetic(_: Limits) -> Rule:
 def rejected(_: Limits) -> Rule:
     """Drop what reviewers rejected; undecided (null) stays."""
     return Rule("rejected", ~pl.col("review_result"), pl.lit("review_result is false"))
+
+
+def unreviewed(limits: Limits) -> Rule:
+    """Drop first prompts that reviewers did not accept, undecided ones too, where that is asked for."""
+    seen = pl.format(
+        "review_result of the first prompt is {}", pl.col("review_result").cast(pl.String).fill_null("null")
+    )
+    lacks = pl.col("parent_role").is_null() & ~pl.col("review_result").fill_null(value=False)
+    return Rule("unreviewed", pl.lit(limits.require_review) & lacks, seen)
 
 
 def empty(_: Limits) -> Rule:
@@ -147,34 +158,65 @@ def paste(_: Limits) -> Rule:
     return Rule("paste", reply & found.is_not_null(), pl.format('says "{}"', found))
 
 
+def top_k(limits: Limits) -> Rule:
+    """Drop replies but for the best ranked; an unranked one stays only where it has no siblings."""
+    rank, most = pl.col("rank"), limits.top_k
+    beyond = pl.when(rank.is_null()).then(pl.col("siblings") > 1).otherwise(rank >= (most or 0))
+    seen = pl.format("rank {} is not among the best {}", rank.cast(pl.String).fill_null("null"), pl.lit(most))
+    return Rule("top_k", pl.lit(most is not None) & (pl.col("role") == "assistant") & beyond, seen)
+
+
+def text_language(limits: Limits) -> Rule:
+    """Drop texts that are clearly in another language than their tag says."""
+    found, share = pl.col("detected"), pl.col("share")
+    seen = pl.format("{} of the text is {}, tagged {}", share.round(2), found, pl.col("tagged"))
+    clear = share >= pl.lit(limits.text_language_from, dtype=pl.Float32)
+    return Rule("text_language", clear & (found != pl.col("tagged")), seen)
+
+
+def personal(limits: Limits) -> Rule:
+    """Drop texts with personal data, where they are not to be masked."""
+    return Rule("personal", pl.lit(limits.pii == "drop") & pl.col("personal").is_not_null(), pl.col("personal"))
+
+
+def contaminated(_: Limits) -> Rule:
+    """Drop what an evaluation asks."""
+    return Rule("contaminated", pl.col("overlap").is_not_null(), pl.col("overlap"))
+
+
 MAKERS: dict[RuleName, Callable[[Limits], Rule]] = {
     "tree_state": tree_state, "language": language, "deleted": deleted, "synthetic": synthetic, "rejected": rejected,
-    "empty": empty, "role_break": role_break, "spam": spam, "lang_mismatch": lang_mismatch, "pii": pii,
-    "not_appropriate": not_appropriate, "hate_speech": hate_speech, "sexual_content": sexual_content,
-    "quality": quality, "toxicity": toxicity, "paste": paste,
+    "unreviewed": unreviewed, "empty": empty, "role_break": role_break, "spam": spam, "lang_mismatch": lang_mismatch,
+    "pii": pii, "not_appropriate": not_appropriate, "hate_speech": hate_speech, "sexual_content": sexual_content,
+    "quality": quality, "toxicity": toxicity, "paste": paste, "top_k": top_k, "text_language": text_language,
+    "personal": personal, "contaminated": contaminated,
 }  # fmt: skip
 
 
-def rules_of(limits: Limits) -> list[Rule]:
-    """Return the rules that the limits ask for, in their order."""
-    return [MAKERS[name](limits) for name in limits.rules]
+def rules_of(limits: Limits, among: Collection[RuleName] = MESSAGE_RULES) -> list[Rule]:
+    """Return the rules that the limits ask for, in their order: of MESSAGE_RULES or, among TEXT_RULES, of these."""
+    return [MAKERS[name](limits) for name in limits.rules if name in among]
 
 
 def in_thread(messages: pl.DataFrame, parents: Sequence[int]) -> pl.DataFrame:
     """Add what the rules ask about a message's thread.
 
     Args:
-        messages: N rows with text and role.
+        messages: N rows with text, role and lang.
         parents: (N,) row of each parent, -1 at a root.
 
     Returns:
-        The messages with `parent_role` (null at a root) and `asked`: a prompt above names ChatGPT or OpenAI.
+        The messages with `parent_role` (null at a root), `asked`: a prompt above names ChatGPT or OpenAI,
+        `prompt_lang`: the language of the first prompt, and `siblings`: how many answer the same one, itself counted.
     """
-    roles = messages["role"].to_list()
+    roles, langs = messages["role"].to_list(), messages["lang"].to_list()
+    replies = Counter(parents)
     names = messages.select((pl.col("role") == "prompter") & pl.col("text").str.contains(_MAKER)).to_series()
     return messages.with_columns(
         pl.Series("parent_role", [roles[parent] if parent >= 0 else None for parent in parents], dtype=pl.String),
         pl.Series("asked", is_below(parents, names.to_list()), dtype=pl.Boolean),
+        pl.Series("prompt_lang", [langs[root] for root in roots(parents)], dtype=pl.String),
+        pl.Series("siblings", [replies[parent] for parent in parents], dtype=pl.Int64),
     )
 
 
@@ -182,7 +224,7 @@ def judge(messages: pl.DataFrame, rules: Sequence[Rule]) -> Verdicts:
     """Judge each message on its own; the first rule that fires names the reason.
 
     Args:
-        messages: N rows as `in_thread` returns them, with COLUMNS.
+        messages: N rows as `in_thread` returns them, with COLUMNS; for TEXT_RULES, what was read in their texts.
         rules: The rules, in their order.
     """
     nothing = pl.lit(None, dtype=pl.String)

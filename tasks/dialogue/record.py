@@ -13,10 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Split = Literal["train", "val", "test"]
 RuleName = Literal[
-    "tree_state", "language", "deleted", "synthetic", "rejected", "empty", "role_break", "spam", "lang_mismatch",
-    "pii", "not_appropriate", "hate_speech", "sexual_content", "quality", "toxicity", "paste",
+    "tree_state", "language", "deleted", "synthetic", "rejected", "unreviewed", "empty", "role_break", "spam",
+    "lang_mismatch", "pii", "not_appropriate", "hate_speech", "sexual_content", "quality", "toxicity", "paste", "top_k",
+    "text_language", "personal", "contaminated",
 ]  # fmt: skip
 RULES: tuple[RuleName, ...] = get_args(RuleName)  # in the order in which they judge: the first that fires is the reason
+MESSAGE_RULES, TEXT_RULES = RULES[:-3], RULES[-3:]  # these read what the others left, text by text
 PROTECTION: tuple[Split, ...] = ("test", "val", "train")  # a copy in two of them is kept in the one that stands first
 
 
@@ -34,6 +36,10 @@ class Limits(BaseModel):
     """States of the trees that are kept. Empty: every state."""
     languages: tuple[str, ...] = ("en",)
     """Languages that are kept, as primary subtags: `en` keeps `en-US`, too. Empty: every language."""
+    language_of: Literal["message", "prompt"] = "message"
+    """Whose language counts: each message's own, or that of the first prompt for the whole tree."""
+    require_review: bool = False
+    """Whether a first prompt has to be accepted by reviewers; undecided, its tree is dropped, too."""
     spam_above: Share = 0.5
     """Share of votes for `spam`, 0 to 1, above which a message is dropped."""
     lang_mismatch_above: Share = 0.5
@@ -50,6 +56,19 @@ class Limits(BaseModel):
     """Mean vote for `quality`, 0 to 1, below which a message is dropped."""
     toxicity_above: Share = 0.9
     """Detoxify's toxicity, 0 to 1, above which a message is dropped."""
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Best-ranked replies to a prompt that are kept; an unranked one only without siblings. None: all."""
+    text_language_from: Share = 0.95
+    """Share of a text, 0 to 1, from which on it has to be in another language than its tag says, to be dropped."""
+    text_language_chars: int = Field(default=100, ge=1)
+    """Characters from which on a text's language is looked at; shorter ones say too little."""
+    pii: Literal["off", "mask", "drop"] = "mask"
+    """What becomes of e-mail addresses, phone, IP and card numbers: nothing, a mask such as [e-mail], or the message
+    that holds them is dropped."""
+    overlap_words: int = Field(default=13, ge=3, le=64)
+    """Words in a row that a message may not share with an evaluation's prompt; one with fewer is compared whole."""
+    drop_facts: bool = False
+    """Whether replies that tell a fact which the evaluation asks for are dropped; they are counted in any case."""
 
     @field_validator("rules")
     @classmethod
@@ -72,7 +91,7 @@ class CopyLimits(BaseModel):
     near_ngram: int = Field(default=3, ge=1, le=16)
     """Words of an n-gram, by whose sets texts are compared; 5 is usual for web pages, messages are shorter."""
     near_permutations: int = Field(default=128, ge=8, le=1024)
-    """MinHash permutations that propose near copies; more find more of those just over the threshold."""
+    """MinHash permutations at most, to propose near copies; more allow longer bands, which propose fewer others."""
     near_threshold: float = Field(default=0.8, gt=0, le=1)
     """Jaccard index of two texts' sets of n-grams, over 0 and up to 1, from which on they are near copies."""
 

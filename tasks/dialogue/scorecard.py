@@ -1,18 +1,18 @@
 """The scorecard: what a report says, as a page of Markdown.
 
-A model says anything, and a prompt is anybody's text: both stand only in fenced blocks, where neither HTML nor links
-nor tables are read, and whatever does not print is spelled out: a terminal obeys it no more than a browser does.
+What a model says and what stands in the data stands only in fenced blocks, see `markdown.py`.
 """
 
 from __future__ import annotations
 
-import re
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
+from tasks.dialogue import funnel
+from tasks.dialogue.markdown import entry, fenced, named, table
+
 Figures = Mapping[str, Any]  # report.json, or a part of it
-WIDTH = 100  # columns of a fenced block
 CUT = " …"  # after a reply that never stopped
 
 MEASURES = (  # name in report.json, name on the page, how a value is written
@@ -24,16 +24,16 @@ MEASURES = (  # name in report.json, name on the page, how a value is written
 )
 
 
-def render(report: Figures) -> str:
-    """Return report.md for report.json."""
-    parts = (_opening, _measures, _curve, _facts, _wrong, _panel, _lineage)
+def render(report: Figures, heads: bool = True) -> str:
+    """Return report.md for report.json; `heads`: with the beginnings of texts of the data."""
+    parts = (_opening, _measures, _curve, _facts, _wrong, _panel, partial(_data, heads=heads), _lineage)
     return "\n\n".join(line for part in parts for line in part(report)) + "\n"
 
 
 def _opening(report: Figures) -> Iterator[str]:
     start, training = report["start"], report["training"]
     shape = f"{start['layers']} layers × {start['width']} wide, {_number(training.get('parameters'))} parameters"
-    origin = "random weights" if start["start"] == "scratch" else f"`{_name(start.get('repo') or start['start'])}`"
+    origin = "random weights" if start["start"] == "scratch" else f"`{named(start.get('repo') or start['start'])}`"
     yield "# Tuned against base"
     yield (
         f"A GPT-2 of {shape}. The base is {origin}; the tuned model is what {_number(training.get('steps'))} optimizer"
@@ -60,7 +60,7 @@ def _measures(report: Figures) -> Iterator[str]:
         for name, label, form in MEASURES
         if report[name] is not None
     ]
-    yield _table(("", "base", "tuned"), rows)
+    yield table(("", "base", "tuned"), rows)
     cap = report["sampling"]["max_new_tokens"]
     asked = report["replies"]
     if asked["facts"] or asked["panel"]:
@@ -95,12 +95,12 @@ def _facts(report: Figures) -> Iterator[str]:
         yield _shares("family", facts["by_family"])
 
 
-def _shares(of: str, table: Figures) -> str:
+def _shares(of: str, found_by: Figures) -> str:
     rows = [
-        (_name(name), f"{found['n']:,}", f"{found['base']:.1%}", f"{found['tuned']:.1%}")
-        for name, found in table.items()
+        (named(name), f"{found['n']:,}", f"{found['base']:.1%}", f"{found['tuned']:.1%}")
+        for name, found in found_by.items()
     ]
-    return _table((of, "questions", "base", "tuned"), rows)
+    return table((of, "questions", "base", "tuned"), rows)
 
 
 def _wrong(report: Figures) -> Iterator[str]:
@@ -110,7 +110,7 @@ def _wrong(report: Figures) -> Iterator[str]:
     yield "### Answered wrong"
     yield "By the tuned model; the first ones:"
     entries = [
-        _entry([("asked", case["question"]), ("wanted", case["expected"]), ("said", _said(case))]) for case in wrong
+        entry([("asked", case["question"]), ("wanted", case["expected"]), ("said", _said(case))]) for case in wrong
     ]
     yield fenced("\n\n".join(entries))
 
@@ -129,7 +129,12 @@ def _panel(report: Figures) -> Iterator[str]:
         lines = [("user", asked["prompt"])]
         for base, tuned in zip(asked["base"], asked["tuned"], strict=True):
             lines += [("base", _said(base)), ("tuned", _said(tuned))]
-        yield fenced(_entry(lines))
+        yield fenced(entry(lines))
+
+
+def _data(report: Figures, heads: bool) -> Iterator[str]:
+    if report.get("curation"):
+        yield from funnel.render(report["curation"], heads, "funnel.svg")
 
 
 def _lineage(report: Figures) -> Iterator[str]:
@@ -139,53 +144,12 @@ def _lineage(report: Figures) -> Iterator[str]:
         "start weights": start.get("sha256"), "seed": start.get("seed"), **report["lineage"],
     }  # fmt: skip
     yield "## Lineage"
-    yield "\n".join(f"- {label}: `{_name(str(value))}`" for label, value in known.items() if value is not None)
-
-
-def fenced(text: str) -> str:
-    """Return text as a Markdown code block that it cannot get out of."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
-
-
-def printable(text: str) -> str:
-    r"""Return text with everything but line ends that does not print spelled out: an escape becomes `\x1b`."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    yield "\n".join(f"- {label}: `{named(str(value))}`" for label, value in known.items() if value is not None)
 
 
 def _said(reply: Figures) -> str:
     text = reply["text"].strip() or "(nothing)"
     return text if reply["stopped"] else text + CUT
-
-
-def _entry(lines: Sequence[tuple[str, str]]) -> str:
-    """Lay labelled texts out in two columns, the second wrapped."""
-    margin = 2 + max(len(label) for label, _ in lines)
-    return "\n".join(_hung(label, printable(text), margin) for label, text in lines)
-
-
-def _hung(label: str, text: str, margin: int) -> str:
-    lines = text.split("\n")
-    rows = [row for line in lines for row in textwrap.wrap(line, WIDTH - margin, break_on_hyphens=False) or [""]]
-    return "\n".join(f"{label if at == 0 else '':<{margin}}{row}".rstrip() for at, row in enumerate(rows))
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table whose columns line up as plain text, too: words to the left, numbers to the right."""
-    widths = [max(3, *(len(row[column]) for row in (head, *rows))) for column in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + " |"
-
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
-    return "\n".join([line(head), rule, *(line(row) for row in rows)])
-
-
-def _name(text: str) -> str:
-    """Return a name as it may stand outside a fence: what Markdown or HTML could read as more than a letter is gone."""
-    return re.sub(r"[^\w .,()/:+-]", "?", text)
 
 
 def _number(value: int | None) -> str:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 log = logging.getLogger("treeline.train")
-NAME, KEEP = "checkpoint.json", 2  # two: the disk may spoil the newest one
+NAME = "checkpoint.json"
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,13 @@ class Checkpoint:
     tensors: Mapping[str, Mapping[str, Tensor]]
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint into the folder of checkpoints, whole or not at all, and drop all but the last KEEP."""
+def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
+    """Write a checkpoint into the folder of checkpoints, whole or not at all, and drop all but the last `keep`.
+
+    Those of later steps are dropped, too, and do not count: had they been whole, the run had gone on from there. An old
+    one goes only after the new one is on the disk, so there is always one. Two are kept by default: the disk may spoil
+    the newest one.
+    """
     folder.mkdir(exist_ok=True)
     place = folder / f"step-{checkpoint.step:08}"
     draft = folder / f".{place.name}"
@@ -61,7 +66,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     draft.rename(place)
     _point_to(folder, place.name)
     _sync(folder)
-    for old in _newest_first(folder)[KEEP:]:
+    kept = [path for path in _newest_first(folder) if path.name <= place.name][: max(1, keep)]
+    for old in set(_newest_first(folder)) - set(kept):
         shutil.rmtree(old)
     return place
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -60,6 +61,24 @@ def facts_svg(shares: Mapping[str, tuple[float, float]]) -> bytes:
         axes.set_xlim(0, 108)
         axes.set_xlabel("held-out questions answered right, %")
         axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    return drawn.getvalue()
+
+
+def funnel_svg(counts: Mapping[str, Any]) -> bytes:
+    """Draw where the messages went: a bar for what was read, one for each rule that dropped any, one for what is kept.
+
+    Args:
+        counts: As the curate step measures them: `read`, `funnel` and `messages`.
+    """
+    bars = {"read": counts["read"]["messages"], **{rule: gone for rule, gone in counts["funnel"].items() if gone}}
+    bars["kept"] = counts["messages"]
+    with _canvas(7.0, 0.9 + 0.25 * len(bars)) as (axes, drawn):
+        ends = {"read", "kept"}
+        drawn_bars = axes.barh([*bars], [*bars.values()], color=[BLUE if name in ends else GREY for name in bars])
+        axes.bar_label(drawn_bars, labels=[f"{number:,}" for number in bars.values()], padding=3, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlim(0, max(1, 1.12 * bars["read"]))
+        axes.set_xlabel("messages")
     return drawn.getvalue()
 
 

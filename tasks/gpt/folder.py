@@ -46,7 +46,8 @@ def refuse_incomplete(folder: Path) -> None:
     pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLES)
     if not (folder / WEIGHTS).is_file() and pickles:
         what = f"{pickles[0]} is a pickle; convert to safetensors"
-        raise InputError(what, where, "Opening a pickle can run any program", "model.unsafe")
+        do = "Opening a pickle can run any program: where that is safe, load the model and call save_pretrained"
+        raise InputError(what, where, do, "model.unsafe")
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
             raise InputError(f"{name} is missing", where, "Put the model there, in one piece", "model.missing")

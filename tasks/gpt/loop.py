@@ -3,7 +3,7 @@
     until all steps are done, or nothing gets better:
         rows of the step -> summed loss / supervised tokens -> gradients -> finite? -> clip -> AdamW
         now and then: the whole validation split; the best weights are kept
-        now and then: a checkpoint, from which a killed run goes on to the bit
+        now and then: a checkpoint, from which a killed run goes on to the bit; also when asked to stop
 
 Nothing random outlives a step: the order of the data and the seed of dropout are functions of seed and step alone.
 """
@@ -13,26 +13,29 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from transformers import GPT2LMHeadModel
 
 from tasks.errors import TrainingError
 from tasks.gpt import checkpoint
 from tasks.gpt.batches import Array, Plan, Split
+from tasks.gpt.interrupt import Interrupted
 from tasks.gpt.logbook import Logbook
 from tasks.gpt.loss import supervised_nats, token_nats
+from tasks.gpt.need import AT_ONCE
 from tasks.gpt.optim import adamw, moments, set_moments, set_rate
 from tasks.gpt.run import Machine, Progress, Settings
 from tasks.gpt.schedule import learning_rate
+from tasks.gpt.trunk import Trunk, hidden_states
 from tasks.progress import bar
 
-AT_ONCE = 8_192  # tokens of a micro-batch where none is asked for: 100 MB or so of activations a block at width 768
 SAVING_SHARE = 0.1  # of the time at most: a large model on a slow disk is saved less often than asked for
 
 
@@ -51,6 +54,7 @@ def fit(
 
     Raises:
         TrainingError: `train.nonfinite`, before any weight takes harm; `train.checkpoint`, for one of another run.
+        Interrupted: When the machine's interrupt is asked; a checkpoint was saved.
     """
     model.to(machine.device)
     devices = [machine.device] if machine.device.type == "cuda" else []
@@ -73,30 +77,42 @@ class _Run:
         self.at_once = machine.micro_batch or max(1, AT_ONCE // train.block)
         self.validated = val.supervised() if len(val) else 0
         self.progress = Progress()
+        self.pending: dict[str, Any] | None = {}  # measured in a step whose evaluation and entry are still to come
+        self.kept = -1  # step of the last checkpoint
         self.best: dict[str, Tensor] = {}
         self.log = Logbook(workplace / "log.jsonl")
         self.checkpoints = workplace / "checkpoints"
         self.started = self.saved = machine.clock()
         self.saving = 0.0
+        self.trunk: Trunk = hidden_states
         if machine.compile:
-            model.transformer.compile()
+            self.trunk = torch.compile(hidden_states)
 
     def to_the_end(self) -> Progress:
         """Go through all steps, or until patience ends."""
         self.resume()
-        progress = self.progress
-        with bar("train", self.plan.total, "steps") as shown:
-            shown.advance(progress.step)
-            if progress.step == 0:
-                self.log.write(self.entry(val_nll=self.evaluate()))
-            while progress.step < self.plan.total and not self.out_of_patience():
-                entry = self.advance()
-                shown.advance(note=f"loss {entry['loss']:.3f}")
+        try:
+            self.go_on()
+        except Interrupted:
+            self.save()
+            raise
         if self.best:
             self.restore(self.best)
         else:
-            progress.best_step = progress.step
-        return progress
+            self.progress.best_step = self.progress.step
+        return self.progress
+
+    def go_on(self) -> None:
+        """Do what is left to do."""
+        progress = self.progress
+        with bar("train", self.plan.total, "steps") as shown:
+            shown.advance(progress.step)
+            if self.pending is not None:
+                self.complete()
+            while progress.step < self.plan.total and not self.out_of_patience():
+                entry = self.advance()
+                shown.advance(note=f"loss {entry['loss']:.3f}")
+                self.machine.interrupt.check()
 
     def out_of_patience(self) -> bool:
         """Tell whether the validation loss has not fallen for too long."""
@@ -108,11 +124,18 @@ class _Run:
         rows = self.plan.rows(self.progress.step)
         measured = self.update(rows)
         took = self.machine.clock() - began
-        val_nll = self.evaluate() if self.progress.step in self.evaluations else None
         speed = len(rows) * self.train.block / max(took, 1e-9)
-        entry = self.entry(**measured, val_nll=val_nll, tokens_per_second=round(speed, 1))
-        self.log.write(entry)
+        self.pending = {**measured, "tokens_per_second": round(speed, 1)}
+        entry = self.complete()
         self.save_now_and_then()
+        return entry
+
+    def complete(self) -> dict[str, Any]:
+        """Evaluate if it is time, and write down what a step has come to."""
+        val_nll = self.evaluate() if self.progress.step in self.evaluations else None
+        entry = self.entry(**(self.pending or {}), val_nll=val_nll)
+        self.log.write(entry)
+        self.pending = None
         return entry
 
     def update(self, rows: Array) -> dict[str, float]:
@@ -127,11 +150,12 @@ class _Run:
         )
         torch.manual_seed(_seed(settings.seed, progress.step))
         wanted = self.train.supervised(rows)
-        loss = self.accumulate(rows, max(1, wanted))
+        with self.machine.interrupt.loose():
+            loss = self.accumulate(rows, max(1, wanted))
         limit = math.inf if settings.clip is None else settings.clip
         norm = clip_grad_norm_(self.model.parameters(), limit).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self.nonfinite(rows, loss, norm)
+        if not all(isfinite(found) for found in (loss, norm, self.largest())):
+            raise self.nonfinite(progress.step + 1, loss, norm)
         set_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -150,7 +174,7 @@ class _Run:
         for first in range(0, len(rows), self.at_once):
             batch = self.train.batch(rows[first : first + self.at_once], self.machine.device)
             with self.autocast():
-                loss = supervised_nats(self.model, *batch) / wanted
+                loss = supervised_nats(self.model, *batch, share=1 / wanted, trunk=self.trunk)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total.item()  # the one wait for the device in a step, with the gradient's norm
@@ -160,13 +184,10 @@ class _Run:
         """Return the loss on the whole validation split, nats per supervised token; keep the weights if it is best."""
         if not self.validated:
             return None
-        self.model.eval()
-        total = torch.zeros((), dtype=torch.float64)
-        for batch in self.val.in_order(self.at_once, self.machine.device):
-            with self.autocast():
-                total += token_nats(self.model, *batch).double().sum().cpu()
-        nll, progress = total.item() / self.validated, self.progress
-        if not math.isfinite(nll):
+        with self.machine.interrupt.loose():
+            nll = self.nats_of_all() / self.validated
+        progress = self.progress
+        if not isfinite(nll):
             raise TrainingError(
                 f"validation loss is {nll} after step {progress.step}",
                 "the validation split",
@@ -181,6 +202,15 @@ class _Run:
         else:
             progress.waited += 1
         return nll
+
+    def nats_of_all(self) -> float:
+        """Return the loss summed over the validation split."""
+        self.model.eval()
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in self.val.in_order(self.at_once, self.machine.device):
+            with self.autocast():
+                total += token_nats(self.model, *batch, trunk=self.trunk).double().sum().cpu()
+        return total.item()
 
     def autocast(self) -> torch.autocast:
         """Open a block in which products are in the precision that is asked for."""
@@ -200,18 +230,26 @@ class _Run:
         seconds = round(progress.seconds + self.machine.clock() - self.started, 3)
         return {**told, **blank, "seconds": seconds, "tokens_per_second": None, **measured}
 
-    def nonfinite(self, rows: Array, loss: float, norm: float) -> TrainingError:
-        """Say which sequences made the loss or the gradient other than finite."""
+    def nonfinite(self, step: int, loss: float = 0.0, norm: float = 0.0) -> TrainingError:
+        """Say what is no finite number, and which sequences of a step, counted from 1, made it so."""
+        rows = self.plan.rows(step - 1)
         self.optimizer.zero_grad()
-        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
-        guilty = [int(row) for row in rows if not math.isfinite(self.loss_of(row))] or sorted(int(row) for row in rows)
-        names = ", ".join(map(str, guilty[:16])) + (", ..." if len(guilty) > 16 else "")
+        found = [
+            f"{name} is {value}" for name, value in (("loss", loss), ("gradient norm", norm)) if not isfinite(value)
+        ]
+        ruined = [name for name, weight in self.model.named_parameters() if not weight.isfinite().all()]
+        found += [f"weight {name} is not finite" for name in ruined[:1]]
+        guilty = [int(row) for row in rows if not isfinite(self.loss_of(row))] or sorted(int(row) for row in rows)
         return TrainingError(
-            f"{what} at step {self.progress.step + 1}",
-            f"sequences {names} of the training split",
-            "The weights were not touched; look at these sequences, and if nothing is odd there, lower train.lr",
+            f"{', '.join(found)} at step {step}",
+            self.machine.named(guilty),
+            "The last checkpoint is as it was; look at these, and if nothing is odd there, lower train.lr",
             "train.nonfinite",
         )
+
+    def largest(self) -> float:
+        """Return the largest size of a weight's number; NaN if one is that."""
+        return get_total_norm(list(self.model.parameters()), math.inf).item()
 
     def loss_of(self, row: int) -> float:
         """Return the loss of one training sequence as the model stands."""
@@ -222,30 +260,32 @@ class _Run:
     def save_now_and_then(self) -> None:
         """Write a checkpoint if the last one is long enough ago."""
         began, pause = self.machine.clock(), self.machine.checkpoint_seconds
-        if began - self.saved < (pause and max(pause, self.saving / SAVING_SHARE)):
+        if began - self.saved >= (pause and max(pause, self.saving / SAVING_SHARE)):
+            self.save()
+            self.saved = self.machine.clock()
+            self.saving = self.saved - began
+
+    def save(self) -> None:
+        """Write a checkpoint of the step that was done last, unless there is one."""
+        if self.kept == self.progress.step:
             return
-        now = Progress(**{**asdict(self.progress), "seconds": self.progress.seconds + began - self.started})
+        if not isfinite(self.largest()):  # only reached if the last update made it so: the checkpoint before it stands
+            raise self.nonfinite(self.progress.step)
+        seconds = self.progress.seconds + self.machine.clock() - self.started
+        now = Progress(**{**asdict(self.progress), "seconds": seconds})
+        state: dict[str, Any] = {"progress": asdict(now), "settings": asdict(self.settings)}
+        state |= {"pending": self.pending, "at_once": self.at_once}
+        weights = dict(self.model.named_parameters())
+        tensors = {"model": weights, "optimizer": moments(self.optimizer, self.model), "best": self.best}
         self.log.flush()
-        checkpoint.save(
-            self.checkpoints,
-            checkpoint.Checkpoint(
-                now.step,
-                {"progress": asdict(now), "settings": asdict(self.settings)},
-                {
-                    "model": dict(self.model.named_parameters()),
-                    "optimizer": moments(self.optimizer, self.model),
-                    "best": self.best,
-                },
-            ),
-        )
-        self.saved = self.machine.clock()
-        self.saving = self.saved - began
+        checkpoint.save(self.checkpoints, checkpoint.Checkpoint(now.step, state, tensors), self.machine.keep)
+        self.kept = now.step
 
     def resume(self) -> None:
         """Go on from the last whole checkpoint; without one, from the start."""
         found = checkpoint.latest(self.checkpoints)
-        self.log.cut_after(found.step if found else -1)
         if found is None:
+            self.log.cut_after(-1)
             return
         if found.state["settings"] != asdict(self.settings):
             raise TrainingError(
@@ -255,6 +295,10 @@ class _Run:
         set_moments(self.optimizer, self.model, found.tensors["optimizer"])
         self.best = dict(found.tensors["best"])
         self.progress = Progress(**found.state["progress"])
+        self.pending, self.kept = found.state["pending"], found.step
+        if self.machine.yielding:
+            self.at_once = found.state["at_once"]
+        self.log.cut_after(found.step - (self.pending is not None))
 
     @torch.no_grad()
     def restore(self, weights: Mapping[str, Tensor]) -> None:

@@ -15,13 +15,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import GPT2LMHeadModel
 
-from tasks.gpt.attention import visible
+from tasks.gpt.attention import by_ends
+from tasks.gpt.trunk import Trunk, hidden_states
 
 CHUNK = 512  # rows: smaller ones re-read the table's gradient too often (128: 3-25 % slower), larger ones cost memory
 
 
 def supervised_nats(
-    model: GPT2LMHeadModel, ids: Tensor, mask: Tensor, positions: Tensor, ends: Tensor, *, chunk: int = CHUNK
+    model: GPT2LMHeadModel,
+    ids: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    ends: Tensor,
+    *,
+    share: float = 1.0,
+    chunk: int = CHUNK,
+    trunk: Trunk = hidden_states,
 ) -> Tensor:
     """Return the summed loss of a batch, ready for `backward`.
 
@@ -31,25 +40,35 @@ def supervised_nats(
         mask: (B, T) bool, True where the token is a target; it is predicted from the token before it.
         positions: (B, T) int64, place in the conversation.
         ends: (B, T) int64, token q sees token k when `k <= q < ends[k]`.
+        share: What the sum is multiplied by: one over the N of the whole optimizer step. Given here, it spares a pass
+            over the table's gradient.
         chunk: Rows that reach the head at once; changes memory and speed, not the result beyond rounding.
+        trunk: `hidden_states`, or what was compiled of it.
 
     Returns:
-        () float32, nats summed over the N targets; divide by the N of the whole optimizer step.
+        () float32, nats summed over the N targets, times `share`.
     """
-    hidden, targets = predictors(model, ids, mask, positions, ends)
-    nats: Tensor = _ChunkedNats.apply(hidden, model.lm_head.weight, targets, chunk)  # type: ignore[no-untyped-call]
+    hidden, targets = predictors(model, ids, mask, positions, ends, trunk)
+    nats: Tensor = _ChunkedNats.apply(hidden, model.lm_head.weight, targets, share, chunk)  # type: ignore[no-untyped-call]
     return nats
 
 
 @torch.no_grad()
 def token_nats(
-    model: GPT2LMHeadModel, ids: Tensor, mask: Tensor, positions: Tensor, ends: Tensor, *, chunk: int = CHUNK
+    model: GPT2LMHeadModel,
+    ids: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    ends: Tensor,
+    *,
+    chunk: int = CHUNK,
+    trunk: Trunk = hidden_states,
 ) -> Tensor:
     """Return the loss of each supervised token, without gradients: (N,) float32 nats, row by row of the batch.
 
     Arguments as in `supervised_nats`.
     """
-    hidden, targets = predictors(model, ids, mask, positions, ends)
+    hidden, targets = predictors(model, ids, mask, positions, ends, trunk)
     weight = model.lm_head.weight
     nats = [
         _nats(_logits(h, weight), t)
@@ -59,12 +78,13 @@ def token_nats(
 
 
 def predictors(
-    model: GPT2LMHeadModel, ids: Tensor, mask: Tensor, positions: Tensor, ends: Tensor
+    model: GPT2LMHeadModel, ids: Tensor, mask: Tensor, positions: Tensor, ends: Tensor, trunk: Trunk = hidden_states
 ) -> tuple[Tensor, Tensor]:
     """Return the hidden states that predict a supervised token, (N, D), and those tokens, (N,) int64."""
-    trunk = model.transformer(input_ids=ids, attention_mask=visible(ends), position_ids=positions, use_cache=False)
     wanted = mask[:, 1:]  # (B, T - 1); a sequence's first token has nothing before it to be predicted from
-    return trunk.last_hidden_state[:, :-1][wanted], ids[:, 1:][wanted]
+    # The last token predicts nothing here and nobody looks back at it: it need not go through the model.
+    states = trunk(model, ids[:, :-1], positions[:, :-1], by_ends(model, ends[:, :-1]))  # (B, T - 1, D)
+    return states[wanted], ids[:, 1:][wanted]
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -75,6 +95,19 @@ def _nats(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.logsumexp(dim=1) - logits.gather(1, targets[:, None]).squeeze(1)  # (C,)
 
 
+def _slopes(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss of each row, (C,), and its gradient with respect to the logits, (C, V), in their memory.
+
+    The log of the softmax's divisor is read off at the likeliest word, whose probability cannot underflow.
+    """
+    top = logits.amax(dim=1)  # (C,)
+    at_target = logits.gather(1, targets[:, None]).squeeze(1)  # (C,)
+    torch.softmax(logits, dim=1, out=logits)
+    nats = top - logits.amax(dim=1).log() - at_target
+    logits.scatter_add_(1, targets[:, None], logits.new_full((len(targets), 1), -1.0))
+    return nats, logits
+
+
 class _ChunkedNats(torch.autograd.Function):
     """Summed cross entropy whose gradients are taken on the way forward, while a chunk's logits are at hand.
 
@@ -83,7 +116,7 @@ class _ChunkedNats(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, share: float, chunk: int) -> Tensor:
         """Sum the loss over (N, D) hidden states and (N,) targets, keeping the gradients of both inputs."""
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -92,25 +125,27 @@ class _ChunkedNats(torch.autograd.Function):
         to_weight = torch.zeros_like(weight)  # (V, D) float32, also under autocast: it sums over chunks
         with torch.autocast(kind, enabled=False):
             table = weight.to(dtype)
+            room = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=dtype)  # one chunk's logits, for all
             for first in range(0, len(hidden), chunk):
                 rows = hidden[first : first + chunk].to(dtype)  # (C, D)
-                wanted = targets[first : first + chunk]  # (C,)
-                logits = _logits(rows, table)  # (C, V)
-                total += _nats(logits, wanted).sum()
-                slope = logits.softmax(dim=1)  # (C, V), of which one is taken at the target
-                slope.scatter_add_(1, wanted[:, None], slope.new_full((len(wanted), 1), -1.0))
-                slope = slope.to(dtype)
-                to_hidden[first : first + chunk] = slope @ table
+                logits = torch.mm(rows, table.T, out=room[: len(rows)]).float()  # (C, V)
+                nats, slopes = _slopes(logits, targets[first : first + chunk])  # (C,), (C, V)
+                total += nats.sum()
+                slopes = slopes.to(dtype)
+                to_hidden[first : first + chunk] = (slopes @ table).mul_(share)
                 if dtype == weight.dtype:
-                    to_weight.addmm_(slope.T, rows)
+                    to_weight.addmm_(slopes.T, rows, alpha=share)
                 else:
-                    to_weight += slope.T @ rows
-        ctx.save_for_backward(to_hidden, to_weight)
-        return total
+                    to_weight.add_(slopes.T @ rows, alpha=share)
+        ctx.found = to_hidden, to_weight
+        return total * share
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """Scale the gradients that were found on the way forward."""
-        to_hidden, to_weight = ctx.saved_tensors
-        return to_hidden * scale, to_weight * scale, None, None
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        """Hand over the gradients that were found on the way forward, scaled; they are there once."""
+        to_hidden, to_weight = ctx.found
+        del ctx.found
+        if scale.device.type != "cpu" or scale.item() != 1.0:  # a GPU is faster than the question
+            to_hidden, to_weight = to_hidden.mul_(scale), to_weight.mul_(scale)
+        return to_hidden, to_weight, None, None, None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
+
+from tasks.gpt.interrupt import Interrupt
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Settings:
     precision: str
 
 
+def _numbers(rows: Sequence[int]) -> str:
+    """Name sequences by their numbers: the 16 first ones."""
+    return f"sequences {', '.join(map(str, rows[:16]))}{', ...' if len(rows) > 16 else ''} of the training split"
+
+
 @dataclass(frozen=True)
 class Machine:
     """Where it runs, and how fast: never the outcome, but for rounding and the draws of dropout.
@@ -51,15 +58,23 @@ class Machine:
         device: Holds weights and batches.
         clock: Seconds since whenever.
         micro_batch: Sequences at once. None: as many as hold 8,192 tokens.
+        yielding: A resumed run keeps the micro-batch that it began with: another one rounds otherwise.
         compile: Compile the transformer's blocks.
         checkpoint_seconds: Between two checkpoints, more where saving is slow; 0: after each step.
+        keep: Checkpoints kept, at least 1; the best weights are in each of them.
+        interrupt: Asked to stop, the run saves a checkpoint and raises `Interrupted`.
+        named: Says where training sequences, given by row, come from: for errors.
     """
 
     device: torch.device
     clock: Callable[[], float]
     micro_batch: int | None = None
+    yielding: bool = False
     compile: bool = False
     checkpoint_seconds: float = 120.0
+    keep: int = 2
+    interrupt: Interrupt = field(default_factory=Interrupt)
+    named: Callable[[Sequence[int]], str] = _numbers
 
 
 @dataclass

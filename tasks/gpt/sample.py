@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 from tasks.errors import ParameterError
+from tasks.gpt.cache import Cache
+from tasks.gpt.trunk import hidden_states
 from tasks.progress import bar
 
 # logits (B, V), the rows' places in the batch as it began (B,), step -> token ids (B,)
@@ -171,11 +173,11 @@ class _Taste:
 
 
 def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return token ids and what is seen of them, both (B, L): every prompt ends in the last column."""
+    """Return token ids, and True where they are of a prompt, both (B, L): every prompt ends in the last column."""
     longest = max(map(len, prompts))
     pads = [longest - len(prompt) for prompt in prompts]
     ids = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)])
-    seen = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
+    seen = torch.tensor([[False] * pad + [True] * (longest - pad) for pad in pads])
     return ids, seen
 
 
@@ -189,30 +191,27 @@ def _decode(
     vocab: int | None,
 ) -> Iterator[tuple[int, int]]:
     """Yield (row, token) until every row has said `stop` or has no room; a row that ended leaves the batch."""
-    device = model.device
-    ids, seen = (made.to(device) for made in _left_padded(prompts))  # (B, L)
-    positions = (seen.cumsum(-1) - 1).clamp(min=0)  # (B, L)
-    room = torch.tensor([min(max_new, model.config.n_positions - len(p)) for p in prompts], device=device)  # (B,)
-    rows = torch.arange(len(prompts), device=device)  # (B,)
-    cache = DynamicCache(config=model.config)
+    ids, seen = (made.to(model.device) for made in _left_padded(prompts))  # (B, L)
+    rooms = [min(max_new, model.config.n_positions - len(prompt)) for prompt in prompts]
+    room = torch.tensor(rooms, device=model.device)  # (B,)
+    rows = torch.arange(len(prompts), device=model.device)  # (B,)
+    cache = Cache(model, seen, max(rooms))
     for step in range(max_new):
-        with torch.inference_mode():
-            logits = model(
-                input_ids=ids,
-                attention_mask=seen,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1, :vocab]  # (B, V)
-            tokens = choose(logits, rows, step)  # (B,)
-            yield from zip(rows.tolist(), tokens.tolist(), strict=True)
-            going = ((tokens != stop) & (step + 1 < room[rows])).nonzero()[:, 0]
-            if len(going) == 0:
-                return
-            if len(going) < len(rows):
-                rows, tokens, seen, positions = rows[going], tokens[going], seen[going], positions[going]
-                cache.batch_select_indices(going)
-            ids = tokens[:, None]  # (B, 1)
-            positions = positions[:, -1:] + 1  # (B, 1)
-            seen = torch.cat([seen, seen.new_ones(len(rows), 1)], dim=-1)  # (B, T)
+        tokens = choose(_next_logits(model, ids, cache, vocab), rows, step)  # (B,)
+        yield from zip(rows.tolist(), tokens.tolist(), strict=True)
+        going = ((tokens != stop) & (step + 1 < room[rows])).nonzero()[:, 0]
+        if len(going) == 0:
+            return
+        if len(going) < len(rows):
+            rows, tokens = rows[going], tokens[going]
+            cache.keep(going)
+        ids = tokens[:, None]  # (B, 1)
+
+
+@torch.inference_mode()
+def _next_logits(model: GPT2LMHeadModel, ids: Tensor, cache: Cache, vocab: int | None) -> Tensor:
+    """Read new tokens, (B, T), and return the logits of what comes after the last one: (B, V)."""
+    positions = cache.grow(ids.shape[1])  # (B, T)
+    last = hidden_states(model, ids, positions, cache.attend)[:, -1]  # (B, D): no other state reaches the head
+    logits: Tensor = last @ model.lm_head.weight[:vocab].T
+    return logits

@@ -6,7 +6,7 @@ was read (OASST2's 135,174 messages: about 0.6 GB), and their trees come then, i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +18,13 @@ import pyarrow.parquet as pq
 from tasks.errors import InputError
 from tasks.oasst.fields import Fault, wrong
 from tasks.oasst.lines import Limits, Line, Lines
-from tasks.oasst.tree import TREE, Layout, Row, arrange, flat_tree_id, messages_in
+from tasks.oasst.tree import EXTRA, ID, TREE, Layout, Row, arrange, flat_tree_id, messages_in
 from tasks.oasst.typed import Arranged, arranged, read
 
+Form = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # a row of another dataset -> a nested tree; may raise Fault
+
 PARQUET = b"PAR1"
+TOGETHER = 1 << 18  # bytes of lines that are looked at together: some 15 trees, whose objects stay in a cache
 BATCH = 1_000  # Parquet rows turned into Python objects at a time
 NEEDED = ("message_id", "text", "role")  # columns that a flat table must have
 
@@ -35,12 +38,13 @@ class Place(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A tree that can be taken: its messages, and how many of them were left out as exact repeats."""
+    """A tree that can be taken: its messages, and how many were left out: exact repeats, and those changed later on."""
 
     place: Place
     tree_id: str
     content: Arranged
-    repeats: int
+    repeats: int = 0
+    conflicts: int = 0
 
 
 class Bad(NamedTuple):
@@ -71,6 +75,7 @@ class _Group:
 
     place: Place
     rows: list[Row] = field(default_factory=list)
+    files: list[int] = field(default_factory=list)  # of each row
     messages: int = 0
     fault: tuple[Place, Fault] | None = None
 
@@ -90,9 +95,14 @@ class Dump:
         layout: Layout,
         limits: Limits | None = None,
         advance: Callable[[float], None] = lambda _: None,
+        forms: Mapping[str, Form] | None = None,
     ) -> None:
-        """Prepare to read `files` in this order; `advance` is told of every byte of them that was read."""
+        """Prepare to read `files` in this order; `advance` is told of every byte of them that was read.
+
+        Lines and tables of other datasets are known by a field: `forms` says of it how a row becomes a nested tree.
+        """
         self._files, self._layout, self._limits, self._advance = files, layout, limits, advance
+        self._forms = forms or {}
         self._groups: dict[str, _Group] = {}
         self.bytes, self.lines, self.unreadable = 0, 0, 0
 
@@ -113,35 +123,49 @@ class Dump:
     def _of_jsonl(self, index: int, path: Path) -> Iterator[Found | Bad]:
         lines, before = Lines(path, self._limits, self._advance), self.bytes
         flat = False  # so far in this file
-        for line in lines:
-            self.lines, self.bytes = self.lines + 1, before + lines.bytes
-            place = Place(index, line.number, line.offset)
-            if not flat and (good := read(line.raw, self._layout.max_text)):
-                yield Found(place, *good, 0)
-                continue
-            try:
-                value = loads(line.raw)
-            except Fault as fault:
-                self.unreadable += 1
-                # a published file holds one tree a line; among flat messages nobody knows whose line this was
-                yield Bad(place, fault.code, fault.message, None, 0 if flat else 1, 0, line.raw)
-                continue
-            if "prompt" in value:
-                yield self._nested(place, value, line)
-            elif bad := self._gather(place, value, line.raw):
-                yield bad
-            else:
-                flat = True
+        for some in _batches(lines):
+            quick = [None] * len(some) if flat else read([line.raw for line in some], self._layout.max_text)
+            for line, good in zip(some, quick, strict=True):
+                self.lines, self.bytes = self.lines + 1, before + lines.bytes
+                place = Place(index, line.number, line.offset)
+                if good and not flat:
+                    yield Found(place, *good, 0)
+                elif found := self._carefully(place, bytes(line.raw), flat):
+                    yield found
+                else:
+                    flat = True
         self.bytes = before + lines.bytes
 
-    def _nested(self, place: Place, tree: Mapping[str, Any], line: Line) -> Found | Bad:
+    def _carefully(self, place: Place, raw: bytes, flat: bool) -> Found | Bad | None:
+        """Read a line field by field; None for a flat message that was put to its tree."""
+        try:
+            value = loads(raw, self._forms)
+        except Fault as fault:
+            self.unreadable += 1
+            # a published file holds one tree a line; among flat messages nobody knows whose line this was
+            return Bad(place, fault.code, fault.message, None, 0 if flat else 1, 0, raw)
+        if "prompt" in value:
+            return self._nested(place, value, raw)
+        key = next((key for key in self._forms if key in value), None)
+        return self._formed(place, value, raw, key) if key else self._gather(place, value, raw)
+
+    def _formed(self, place: Place, row: Mapping[str, Any], raw: bytes | None, key: str) -> Found | Bad:
+        """Read a row of another dataset, known by a field."""
+        try:
+            tree = self._forms[key](row)
+        except Fault as fault:
+            lost = row[key]
+            return Bad(place, fault.code, fault.message, None, 1, len(lost) if type(lost) is list else 0, raw)
+        return self._nested(place, tree, raw)
+
+    def _nested(self, place: Place, tree: Mapping[str, Any], raw: bytes | None) -> Found | Bad:
         try:
             rows = self._layout.rows_of(tree)
             in_order = arrange(rows)
         except Fault as fault:
             tree_id = tree.get("message_tree_id")
             named = tree_id if type(tree_id) is str else None
-            return Bad(place, fault.code, fault.message, named, 1, messages_in(tree), line.raw)
+            return Bad(place, fault.code, fault.message, named, 1, messages_in(tree), raw)
         return Found(place, rows[0][TREE], arranged(in_order), len(rows) - len(in_order))
 
     def _gather(self, place: Place, message: Mapping[str, Any], raw: bytes | None) -> Bad | None:
@@ -155,16 +179,19 @@ class Dump:
         group.messages += 1
         try:
             group.rows.append(self._layout.row_of(message))
+            group.files.append(place.file)
         except Fault as fault:
             group.fault = group.fault or (place, fault)
         return None
 
-    def _of_parquet(self, index: int, path: Path) -> Iterator[Bad]:
-        for number, message in parquet_rows(path):
+    def _of_parquet(self, index: int, path: Path) -> Iterator[Found | Bad]:
+        for number, row in parquet_rows(path, self._forms):
             self.lines += 1
-            bad = self._gather(Place(index, number, -1), message, None)
-            if bad:
-                yield bad
+            place = Place(index, number, -1)
+            key = next((key for key in self._forms if key in row), None)
+            found = self._formed(place, row, None, key) if key else self._gather(place, row, None)
+            if found:
+                yield found
         size = path.stat().st_size
         self.bytes += size
         self._advance(size)
@@ -173,7 +200,7 @@ class Dump:
         """Read the files once more for the lines at some places; of Parquet, the row as JSON. In the dump's order."""
         for index, path in enumerate(self._files):
             wanted = {place for place in places if place.file == index}
-            lines = _raw_lines(index, path, self._limits) if wanted else iter(())
+            lines = _raw_lines(index, path, self._limits, self._forms) if wanted else iter(())
             while wanted:
                 place, raw = next(lines)
                 if place in wanted:
@@ -181,19 +208,43 @@ class Dump:
                     yield place, raw
 
 
+def _batches(lines: Iterable[Line]) -> Iterator[list[Line]]:
+    """Yield lines, about TOGETHER bytes at a time."""
+    some, held = list[Line](), 0
+    for line in lines:
+        some.append(line)
+        held += len(line.raw)
+        if held >= TOGETHER:
+            yield some
+            some, held = [], 0
+    yield some
+
+
 def _gathered(tree_id: str, group: _Group) -> Found | Bad:
     place, fault = group.fault or (group.place, None)
     try:
         if fault:
             raise fault
-        in_order = arrange(group.rows)
+        rows, conflicts = _latest(group)
+        in_order = arrange(rows)
     except Fault as found:
         return Bad(place, found.code, found.message, tree_id, 1, group.messages)
-    return Found(place, tree_id, arranged(in_order), len(group.rows) - len(in_order))
+    return Found(place, tree_id, arranged(in_order), len(group.rows) - len(in_order) - conflicts, conflicts)
 
 
-def loads(raw: bytes) -> dict[str, Any]:
-    """Read one line of JSON that must hold a tree (`prompt`) or a message (`message_id`).
+def _latest(group: _Group) -> tuple[list[Row], int]:
+    """Return a tree's rows without those that a later file says again, and of how many it says something else."""
+    latest = {row[ID]: file for row, file in zip(group.rows, group.files, strict=True)}
+    rows = [row for row, file in zip(group.rows, group.files, strict=True) if latest[row[ID]] == file]
+    if len(rows) == len(group.rows):
+        return rows, 0
+    told = {row[ID]: row[:EXTRA] for row in rows}
+    earlier = [row for row, file in zip(group.rows, group.files, strict=True) if latest[row[ID]] != file]
+    return rows, sum(row[:EXTRA] != told[row[ID]] for row in earlier)
+
+
+def loads(raw: bytes, forms: Collection[str] = ()) -> dict[str, Any]:
+    """Read one line of JSON that must hold a tree (`prompt`), a message (`message_id`) or a field of `forms`.
 
     Raises:
         Fault: `utf8.invalid`, `json.depth`, `json.number`, `json.syntax` or `schema.line`.
@@ -204,8 +255,9 @@ def loads(raw: bytes) -> dict[str, Any]:
         raise _unreadable(raw, error) from None
     if type(value) is not dict:
         raise wrong("line", "object", value)
-    if "prompt" not in value and "message_id" not in value:
-        raise Fault("schema.line", "expected a tree with `prompt` or a message with `message_id`, got neither")
+    if "prompt" not in value and "message_id" not in value and not any(key in value for key in forms):
+        others = "".join(f" or a row with `{key}`" for key in forms)
+        raise Fault("schema.line", f"expected a tree with `prompt` or a message with `message_id`{others}, got neither")
     return value
 
 
@@ -225,8 +277,8 @@ def is_parquet(path: Path) -> bool:
         return file.read(len(PARQUET)) == PARQUET
 
 
-def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the rows of a flat Parquet file, numbered from 1.
+def parquet_rows(path: Path, forms: Collection[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a flat Parquet file, or of one that has a column of `forms`, numbered from 1.
 
     Raises:
         InputError: If the file is corrupt, empty or lacks a column.
@@ -235,7 +287,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
         missing = [column for column in NEEDED if column not in file.schema_arrow.names]
-        if missing:
+        if missing and not any(key in file.schema_arrow.names for key in forms):
             raise InputError(f"{path.name} has no column {', '.join(missing)}", code="parquet.schema")
         for batch in file.iter_batches(BATCH):
             for row in batch.to_pylist():
@@ -250,10 +302,10 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(f"{path.name} has no rows", code="input.empty")
 
 
-def _raw_lines(index: int, path: Path, limits: Limits | None) -> Iterator[tuple[Place, bytes]]:
+def _raw_lines(index: int, path: Path, limits: Limits | None, forms: Collection[str]) -> Iterator[tuple[Place, bytes]]:
     if is_parquet(path):
-        for number, row in parquet_rows(path):
+        for number, row in parquet_rows(path, forms):
             yield Place(index, number, -1), orjson.dumps(row, default=str)
     else:
         for line in Lines(path, limits):
-            yield Place(index, line.number, line.offset), line.raw
+            yield Place(index, line.number, line.offset), bytes(line.raw)

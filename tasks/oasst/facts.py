@@ -218,6 +218,17 @@ def facts() -> tuple[Fact, ...]:
     )
 
 
+def facts_of(families: Sequence[str]) -> tuple[Fact, ...]:
+    """Return the facts of the families named.
+
+    Raises:
+        ValueError: For a name that is none of FAMILIES.
+    """
+    if odd := [name for name in families if name not in FAMILIES]:
+        raise ValueError(f"no family of facts is named {', '.join(odd)}; there are {', '.join(FAMILIES)}")
+    return tuple(fact for fact in facts() if fact.family in families)
+
+
 def opening(text: str) -> str:
     """Return the text with its first letter in upper case, the rest untouched."""
     return text[:1].upper() + text[1:]

@@ -1,72 +1,63 @@
-"""Which trees and messages came before: repeats, later versions, and ids that two trees claim."""
+"""What was taken so far, in few bytes: enough to know, at the end, which trees came again or share a message."""
 
 from __future__ import annotations
 
-import hashlib
-from typing import NamedTuple
+from array import array
 
-from msgspec import msgpack
+import numpy as np
 
 from tasks.oasst.dump import Found, Place
-from tasks.oasst.fields import Fault, shown
-
-
-class Version(NamedTuple):
-    """A version of a tree that was taken: digest of its known fields, where it stood, its rows of the table."""
-
-    digest: bytes
-    place: Place
-    first: int
-    rows: int
-
-
-class Verdict(NamedTuple):
-    """What a tree is: a repeat of the version before it, a later version that `replaces` that one, or (neither) new."""
-
-    repeats: bool = False
-    replaces: Version | None = None
 
 
 class Seen:
-    """The trees and messages taken so far: about 0.5 KB a tree and 0.1 KB a message, whatever their texts."""
+    """The trees taken so far, each a version of its tree: 8 bytes a message and about 0.15 KB a tree."""
 
     def __init__(self) -> None:
-        self._versions: dict[str, Version] = {}
-        self._owners: dict[int, str] = {}  # 64 bits of a message id's hash -> its tree
-        self._packed = bytearray()  # a tree, to be hashed; kept for its memory
+        self._messages, self._trees = array("q"), array("q")  # hashes of ids, 64 bits of each
+        self._firsts, self._places = array("q"), array("q")  # first row; file, line and offset
+        self._known: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self._versions)
+        """Count the trees, not their versions."""
+        return len(self._known)
 
-    def take(self, tree: Found, first: int) -> Verdict:
-        """Judge a tree, and note it, unless it is a repeat, as rows of the table from row `first` on.
+    @property
+    def versions(self) -> int:
+        """Count the trees, each version of one for itself."""
+        return len(self._firsts)
 
-        Raises:
-            Fault: `id.duplicate`, if one of its messages is also in another tree. Then it is not noted.
-        """
-        before, digest = self._versions.get(tree.tree_id), self._digest(tree)
-        if before and before.digest == digest:
-            return Verdict(repeats=True)
-        owners, tree_id = self._owners, tree.tree_id
-        shorts = dict.fromkeys([hash(message.message_id) for message in tree.content.messages], tree_id)
-        if not owners.keys().isdisjoint(shorts):
-            self._refuse_foreign(tree)
-        owners.update(shorts)
-        self._versions[tree_id] = Version(digest, tree.place, first, len(tree.content.messages))
-        return Verdict(replaces=before)
+    def note(self, tree: Found) -> None:
+        """Note a tree whose messages follow the rows noted before."""
+        short = hash(tree.tree_id)
+        self._known.add(short)
+        self._trees.append(short)
+        self._firsts.append(len(self._messages))
+        self._places.extend(tree.place)
+        self._messages.extend([hash(message.message_id) for message in tree.content.messages])
 
-    def _refuse_foreign(self, tree: Found) -> None:
-        for message in tree.content.messages:
-            owner = self._owners.get(hash(message.message_id), tree.tree_id)
-            if owner != tree.tree_id:
-                said = f"expected {shown(message.message_id)} in one tree, got it in {shown(owner)}, too"
-                raise Fault("id.duplicate", said)
+    def place(self, version: int) -> Place:
+        """Return where a version stood."""
+        file, line, offset = self._places[3 * version : 3 * version + 3]
+        return Place(file, line, offset)
 
-    def _digest(self, tree: Found) -> bytes:
-        """Return 16 bytes that stand for a tree's known fields: all columns but the last, `extra`."""
-        rest = [(at, kept.events, kept.origin) for at, kept in tree.content.rest.items() if kept.events or kept.origin]
-        _encode_into([tree.content.messages, rest], self._packed)
-        return hashlib.sha256(self._packed).digest()[:16]
+    def rows(self, version: int) -> range:
+        """Return the rows of a version."""
+        end = self._firsts[version + 1] if version + 1 < len(self._firsts) else len(self._messages)
+        return range(self._firsts[version], end)
+
+    def doubtful(self) -> list[int]:
+        """Return the versions whose tree, or one of whose messages, may also be that of another version."""
+        messages, trees, firsts = (
+            np.frombuffer(kept, np.int64) for kept in (self._messages, self._trees, self._firsts)
+        )
+        twice = np.isin(trees, _repeated(trees))
+        rows = np.flatnonzero(np.isin(messages, again)) if (again := _repeated(messages)).size else again
+        twice[np.searchsorted(firsts, rows, side="right") - 1] = True
+        found: list[int] = np.flatnonzero(twice).tolist()
+        return found
 
 
-_encode_into = msgpack.Encoder().encode_into
+def _repeated(hashes: np.ndarray) -> np.ndarray:
+    """Return what is there more than once."""
+    ordered = np.sort(hashes)
+    return np.unique(ordered[1:][ordered[1:] == ordered[:-1]])

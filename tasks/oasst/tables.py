@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 from msgspec import msgpack
 from msgspec.structs import astuple
 
+from tasks.oasst import instants
 from tasks.oasst.tree import DEPTH
 from tasks.oasst.typed import NO_SCORES, NO_VOTES, Arranged, Message, Rest, Votes
 
@@ -28,6 +30,7 @@ class Table(ABC):
     def __init__(self, writer: pq.ParquetWriter, group: int) -> None:
         """Write with `writer`, which knows the schema, row groups of `group` rows."""
         self._writer, self._group = writer, group
+        self._schema, self._kinds = writer.schema, writer.schema.types  # asked for once: each answer is made anew
         self._pieces: list[pa.Table] = []
         self._held = 0  # rows of the pieces
         self.rows = 0
@@ -46,8 +49,8 @@ class Table(ABC):
 
     def _hold(self, columns: Iterable[Sequence[Any]]) -> None:
         """Hold a piece, and write a row group if there is one."""
-        arrays = [_array(values, field.type) for values, field in zip(columns, self._writer.schema, strict=True)]
-        self._pieces.append(pa.Table.from_arrays(arrays, schema=self._writer.schema))
+        arrays = [_array(values, kind) for values, kind in zip(columns, self._kinds, strict=True)]
+        self._pieces.append(pa.Table.from_arrays(arrays, schema=self._schema))
         self._held += len(arrays[0])
         while self._held >= self._group:
             self._flush()
@@ -107,24 +110,33 @@ class RowTable(Table):
 
 
 def columns(found: Arranged) -> list[Sequence[Any] | pa.Array]:
-    """Return the columns of a table of messages, in order: (M,) each; `created_date` as text, `emojis` as pairs."""
+    """Return the columns of a table of messages, in order: (M,) each."""
     own = list(zip(*map(astuple, found.messages), strict=True))
     emojis, labels, detoxify = own[_EMOJIS : _EMOJIS + 3]
     means, counts = _votes([votes or NO_VOTES for votes in labels])
-    scores = [score for one in detoxify for score in astuple(one or NO_SCORES)]
+    scores = np.fromiter(chain.from_iterable([astuple(one or NO_SCORES) for one in detoxify]), np.float32)
     rest: list[list[str | None]] = [[None] * len(labels) for _ in Rest._fields]
     for place, kept in found.rest.items():
         for column, value in zip(rest, kept, strict=True):
             column[place] = value
     return [
-        *own[:DEPTH], found.depths, found.siblings, *own[DEPTH:_EMOJIS],
-        [None if one is None else list(one.items()) for one in emojis],
-        *_nullable(means), *_nullable(counts), *_nullable(np.array(scores, np.float32).reshape(len(labels), -1).T),
-        *rest,
+        *own[:DEPTH], np.array(found.depths, np.int32), np.array(found.siblings, np.int32),
+        *own[DEPTH:_CREATED], instants.column(own[_CREATED]), *own[_CREATED + 1 : _EMOJIS], _maps(emojis),
+        *_nullable(means), *_nullable(counts), *_nullable(scores.reshape(len(labels), -1).T), *rest,
     ]  # fmt: skip
 
 
-_EMOJIS = Message.__struct_fields__.index("emojis")
+def _maps(emojis: Sequence[dict[str, int] | None]) -> pa.Array:
+    """Return a column of maps, made of its parts: three times as fast as from lists of pairs."""
+    ends = list(accumulate([len(one) if one else 0 for one in emojis], initial=0))
+    starts = [end if one is not None else None for end, one in zip(ends, emojis, strict=False)]
+    given = [one for one in emojis if one]
+    keys = pa.array(list(chain.from_iterable(given)), pa.string())
+    counts = pa.array(list(chain.from_iterable(map(dict.values, given))), pa.int32())
+    return pa.MapArray.from_arrays(pa.array([*starts, ends[-1]], pa.int32()), keys, counts)
+
+
+_CREATED, _EMOJIS = (Message.__struct_fields__.index(name) for name in ("created_date", "emojis"))
 _LABELS = Votes.__struct_fields__
 _pack = msgpack.Encoder().encode
 # `Votes` in MessagePack while no count is over 127: each label is a name, an object's head and two named numbers.
@@ -161,4 +173,4 @@ def _nullable(table: np.ndarray) -> list[pa.Array]:
 def _array(values: Sequence[Any] | pa.Array, kind: pa.DataType) -> pa.Array:
     if isinstance(values, pa.Array):
         return values
-    return pa.array(values, pa.string()).cast(kind) if pa.types.is_timestamp(kind) else pa.array(values, kind)
+    return pa.array(values, kind)

@@ -2,7 +2,7 @@
 
 `read` takes a line only where every field is known, of its type and in its range; of anything else it knows nothing,
 and says so: the careful reader (`tree.Layout`) decides then, and explains. On what both take they agree, and both end
-in the `Message` of this module: it is what a table is made of, and what versions of a tree are compared by.
+in the `Message` of this module: it is what a table is made of.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from msgspec import DecodeError, Meta, Struct
 from msgspec.json import Decoder
 
 from tasks.oasst.fields import LARGEST
+from tasks.oasst.instants import microseconds, since_1970
 from tasks.oasst.tree import DEPTH, FIELDS, PLACE, SIBLING, Row
 
 Name = Annotated[str, Meta(min_length=1)]
@@ -24,10 +25,6 @@ DEEPEST = (
     400  # messages above each other that are read here: orjson ends at 1,024 levels of JSON, this at Python's limit
 )
 MISSING = -1.0  # stands for no mean, no count, no score: numbers that are there are never negative
-# An instant in the usual form, in UTC, of a day that every such month has: as `fields.instant` would write it.
-_DAY = "(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
-_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]\.[0-9]{6}"
-Instant = Annotated[str, Meta(pattern=rf"\A[12][0-9]{{3}}-{_DAY}T{_TIME}\+00:00\Z")]
 
 
 class Vote(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
@@ -88,7 +85,7 @@ class Message(Struct, kw_only=True, gc=False, forbid_unknown_fields=True, omit_d
     parent_id: str | None = None
     tree_state: str | None = None
     user_id: str | None = None
-    created_date: Instant | None = None
+    created_date: str | None = None  # once placed: microseconds since 1970, an integer
     text: str
     role: Literal["prompter", "assistant"]
     lang: Name | None = None
@@ -142,52 +139,80 @@ class Arranged(NamedTuple):
 _decode = Decoder(Tree).decode
 
 
-def read(raw: bytes, max_text: int) -> tuple[str, Arranged] | None:
-    """Return the id and the messages of a good nested tree; None where the careful reader must look."""
+class _Odd(Exception):
+    """A tree that the careful reader must look at."""
+
+
+def read(raws: Sequence[bytes | memoryview], max_text: int) -> list[tuple[str, Arranged] | None]:
+    """Return id and messages of each good nested tree among some lines; None where the careful reader must look.
+
+    Args:
+        raws: Lines; several at a time are cheaper, since dates are looked at together.
+        max_text: Bytes of UTF-8 that a text may have.
+    """
+    found = [_read(raw, max_text) for raw in raws]
+    return found if _dated(found) else [one if _dated([one]) else None for one in found]
+
+
+def _dated(found: Sequence[tuple[str, Arranged] | None]) -> bool:
+    """Turn the dates of messages into microseconds; False if one is not in the usual form, and nothing is done."""
+    dated = [message for one in found if one for message in one[1].messages if message.created_date is not None]
+    instants = microseconds([message.created_date for message in dated])  # type: ignore[misc]  # None was left out
+    if instants is None:
+        return False
+    for message, instant in zip(dated, instants.tolist(), strict=True):
+        message.created_date = instant  # in the place of its text, which nobody needs any more
+    return True
+
+
+def _read(raw: bytes | memoryview, max_text: int) -> tuple[str, Arranged] | None:
+    found = Arranged([], [], [], {})
     try:
         tree = _decode(raw)
-    except (DecodeError, UnicodeDecodeError, RecursionError):
+        tree_id = tree.message_tree_id or tree.prompt.message_id
+        _lay((tree.prompt,), None, 0, tree_id, tree.tree_state, found)
+    except (DecodeError, UnicodeDecodeError, RecursionError, _Odd):
         return None
-    tree_id = tree.message_tree_id or tree.prompt.message_id
-    arranged = _arranged(tree, tree_id, max_text)
-    if arranged is None or len({message.message_id for message in arranged.messages}) < len(arranged.messages):
+    messages = found.messages
+    short = max_text // 4  # a character has at most 4 bytes; a text is shorter than its line
+    if len(raw) > short and any(len(message.text) > short for message in messages):
         return None
-    return tree_id, arranged
+    if len({message.message_id for message in messages}) < len(messages):
+        return None
+    return tree_id, found
 
 
-def _arranged(tree: Tree, tree_id: str, max_text: int) -> Arranged | None:
-    found = Arranged([], [], [], {})
-    add, add_depth, add_sibling = found.messages.append, found.depths.append, found.siblings.append
-    state, short = tree.tree_state, max_text // 4  # a character has at most 4 bytes
-    stack: list[tuple[Message, str | None, int, int]] = [(tree.prompt, None, 0, 0)]
-    while stack:
-        message, parent, depth, sibling = stack.pop()
-        replies = message.replies
-        if depth > DEEPEST or len(message.text) > short or not _place(message, tree_id, parent, state):
-            return None
-        add(message)
-        add_depth(depth)
-        add_sibling(sibling)
-        if replies:
-            above, below = message.message_id, depth + 1
-            for place in range(len(replies) - 1, -1, -1):
-                stack.append((replies[place], above, below, place))
-    return found
+def _lay(
+    replies: Sequence[Message], above: str | None, depth: int, tree_id: str, state: str | None, found: Arranged
+) -> None:
+    """Lay out the replies to one message, and all below them; a call for each message that has some.
 
-
-def _place(message: Message, tree_id: str, parent: str | None, state: str | None) -> bool:
-    """Fill in what the tree says of a message; False if the message says something else."""
-    claimed, owner = message.parent_id, message.message_tree_id
-    if (claimed is not None and claimed != parent) or (owner is not None and owner != tree_id):
-        return False
-    message.message_tree_id, message.parent_id, message.replies = tree_id, parent, None
-    if message.tree_state is None:
-        message.tree_state = state
-    if message.labels == NO_VOTES:
-        message.labels = None
-    if message.detoxify == NO_SCORES:
-        message.detoxify = None
-    return True
+    Raises:
+        _Odd: If they are too deep, or one of them claims another place.
+    """
+    if depth > DEEPEST:
+        raise _Odd
+    messages, depths, siblings, _ = found
+    for sibling, message in enumerate(replies):
+        if message.parent_id != above:
+            if message.parent_id is not None:
+                raise _Odd
+            message.parent_id = above
+        if message.message_tree_id is not None and message.message_tree_id != tree_id:
+            raise _Odd
+        message.message_tree_id = tree_id
+        if message.tree_state is None:
+            message.tree_state = state
+        if message.labels == NO_VOTES:
+            message.labels = None
+        if message.detoxify == NO_SCORES:
+            message.detoxify = None
+        messages.append(message)
+        depths.append(depth)
+        siblings.append(sibling)
+        if below := message.replies:
+            _lay(below, message.message_id, depth + 1, tree_id, state, found)
+        message.replies = None
 
 
 def arranged(rows: Sequence[Row]) -> Arranged:
@@ -212,7 +237,7 @@ def _message(row: Row) -> Message:
     fields = zip(Message.__struct_fields__, (*row[:DEPTH], *row[_FIRST:_EMOJIS]), strict=False)  # emojis and on follow
     made = Message(**dict(fields))
     if made.created_date is not None:
-        made.created_date = row[_CREATED].isoformat(timespec="microseconds")  # it is in UTC
+        made.created_date = since_1970(row[_CREATED])  # type: ignore[assignment]  # as `_dated` does
     made.emojis = None if emojis is None else dict(emojis)
     made.labels = None if votes == NO_VOTES else votes
     made.detoxify = None if scores == NO_SCORES else scores

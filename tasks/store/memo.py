@@ -174,7 +174,7 @@ class Memo:
             if what is None:
                 try:
                     self._parts[path.name] = _opened(path)
-                except (OSError, pa.ArrowException) as error:
+                except (OSError, KeyError, pa.ArrowException) as error:
                     what = f"cannot be read: {error}"
             if what is not None:
                 self._set_aside(path, what)

@@ -86,8 +86,7 @@ def cut(forest: Forest, replies: Sequence[bool], sizes: Sizes) -> Cut:
     made, paths = Cut(), _paths(forest, sizes)
     stays = _staying(forest, replies, paths, sizes.block - sizes.tail)
     made.too_long = sum(reply and not kept for reply, kept in zip(replies, stays, strict=True))
-    places = forest.places.tolist().__getitem__
-    children = [sorted((row for row in below if stays[row]), key=places) for below in forest.children]
+    children = _best_first(forest, stays)
     for root in forest.roots:
         if not stays[root]:
             made.skipped += 1
@@ -116,6 +115,12 @@ def _staying(forest: Forest, replies: Sequence[bool], paths: Sequence[int], bloc
     return stays
 
 
+def _best_first(forest: Forest, stays: Sequence[bool]) -> list[Sequence[int]]:
+    """Return the rows below each row that stay, the best first; most have none, and cost no list."""
+    places = forest.places.tolist().__getitem__
+    return [sorted((row for row in below if stays[row]), key=places) if below else () for below in forest.children]
+
+
 def _pieces(
     root: int, forest: Forest, children: Sequence[Sequence[int]], paths: Sequence[int], sizes: Sizes
 ) -> list[Piece]:
@@ -125,14 +130,18 @@ def _pieces(
     further up; each other bin becomes a piece, which repeats the path to the row.
     """
     size: dict[int, int] = {}  # row -> tokens of the row and of what goes on with it
-    onward: dict[int, list[int]] = {}  # row -> its children that go on with it
+    onward: dict[int, Sequence[int]] = {}  # row -> its children that go on with it
     closed: list[tuple[int, list[int]]] = []  # a row, and children of it in a piece of their own
     for row in reversed(_depth_first(root, children)):
         below = children[row]
-        bins = _bins([size[child] for child in below], sizes.room - paths[row])
+        together = sum(map(size.__getitem__, below))
+        if together <= sizes.room - paths[row]:  # by far the most rows, so not by way of bins
+            size[row], onward[row] = sizes.rows[row] + (together if below else sizes.tail), below
+            continue
+        bins = best_fit([size[child] for child in below], sizes.room - paths[row])
         loads = [sum(size[below[place]] for place in places) for places in bins]
         least = min(range(len(bins)), key=loads.__getitem__)
-        size[row] = sizes.rows[row] + (loads[least] if below else sizes.tail)
+        size[row] = sizes.rows[row] + loads[least]
         onward[row] = [below[place] for place in bins[least]]
         closed += [(row, [below[place] for place in places]) for number, places in enumerate(bins) if number != least]
     pieces = [Piece(tuple(_depth_first(root, onward)), sizes.start + size[root])]
@@ -143,12 +152,7 @@ def _pieces(
     return pieces
 
 
-def _bins(lengths: list[int], room: int) -> list[list[int]]:
-    """Put lengths together, by their numbers; all in one bin if they fit, even if there are none."""
-    return [[*range(len(lengths))]] if sum(lengths) <= room else best_fit(lengths, room)
-
-
-def _depth_first(top: int, children: Sequence[Sequence[int]] | Mapping[int, list[int]]) -> list[int]:
+def _depth_first(top: int, children: Sequence[Sequence[int]] | Mapping[int, Sequence[int]]) -> list[int]:
     """Return a row and all below it, depth first."""
     order, todo = [], [top]
     while todo:

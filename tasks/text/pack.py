@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+MANY = 100  # documents that an array sorts faster
+
 
 def best_fit(lengths: Sequence[int], block: int) -> list[list[int]]:
     """Put documents into as few sequences as best-fit decreasing finds.
@@ -28,26 +30,32 @@ def best_fit(lengths: Sequence[int], block: int) -> list[list[int]]:
         raise ValueError(f"lengths must be 1 to {block}, found {min(lengths)} to {max(lengths)}")
     sequence_of = [0] * len(lengths)
     opened = 0
-    with_room: list[list[int]] = [[] for _ in range(block + 1)]  # room left -> sequences
+    with_room: dict[int, list[int]] = {}  # room left -> sequences
     rooms = 0  # bit r is set where a sequence has room r
-    sizes = np.array(lengths, np.int64)
-    order = np.argsort(-sizes, kind="stable")  # ties keep their order
-    for document, length in zip(order.tolist(), sizes[order].tolist(), strict=True):
+    for document in _longest_first(lengths):
+        length = lengths[document]
         if fitting := rooms >> length:
             room = length + (fitting & -fitting).bit_length() - 1
-            sequence = with_room[room].pop()
-            if not with_room[room]:
+            waiting = with_room[room]
+            sequence = waiting.pop()
+            if not waiting:
                 rooms ^= 1 << room
         else:
             room, sequence = block, opened
             opened += 1
         sequence_of[document] = sequence
         if left := room - length:
-            with_room[left].append(sequence)
+            with_room.setdefault(left, []).append(sequence)
             rooms |= 1 << left
-    together = np.argsort(np.array(sequence_of, np.int64), kind="stable")
-    counts = np.bincount(sequence_of, minlength=opened) if opened else np.zeros(0, np.int64)
-    stops = np.cumsum(counts)
-    first = together[stops - counts]
-    documents, edges = together.tolist(), np.append(0, stops).tolist()
-    return [documents[edges[sequence] : edges[sequence + 1]] for sequence in np.argsort(first).tolist()]
+    documents: dict[int, list[int]] = {}
+    for document, sequence in enumerate(sequence_of):
+        documents.setdefault(sequence, []).append(document)
+    return list(documents.values())
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    """Return the numbers of documents by falling length; ties keep their order."""
+    if len(lengths) < MANY:
+        return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    order: list[int] = np.argsort(-np.array(lengths, np.int64), kind="stable").tolist()
+    return order

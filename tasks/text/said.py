@@ -14,6 +14,7 @@ from tasks.text.written import Ints, Written, fail
 
 SAMPLE = 500_000  # UTF-8 bytes: about 150,000 tokens, a third of a second
 WINDOW = 1 << 16  # messages whose texts are in memory at a time
+SLICE = 1 << 19  # rows of the index looked up at a time: a join copies their names
 AT_ONCE = 1 << 10  # texts weighed at a time: half a MB, which caches hold
 SAID = ("message_tree_id", "message_id", "parent_id", "role", "split", "text")  # what is asked of the input
 WEIGHTS = bytes(np.random.default_rng(0).permutation(256).astype(np.uint8))  # of bytes, so that a swap shows in a sum
@@ -72,7 +73,9 @@ def sources(written: Written, messages: pl.LazyFrame) -> Ints:
     names = ["message_tree_id", "message_id"]
     theirs = messages.drop("text").collect().with_row_index("row")
     index = written.index
-    row = index.select(names).join(theirs.select(*names, "row"), on=names, how="left", maintain_order="left")["row"]
+    keys, places = index.select(names), theirs.select(*names, "row")
+    slices = (keys[first : first + SLICE] for first in range(0, max(len(keys), 1), SLICE))
+    row = pl.concat([some.join(places, on=names, how="left", maintain_order="left")["row"] for some in slices])
     for place in np.flatnonzero(row.is_null().to_numpy())[:1]:
         fail("source", index["message_id"][int(place)], "is not in the input")
     found = index.select(pl.col("message_id").gather(pl.col("parent")).alias("parent_id"), "role", "split")

@@ -1,7 +1,7 @@
-import time
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,11 +11,11 @@ from tasks.dialogue.dedupe import (
     leaks,
     likeness,
     near_duplicates,
-    normalised,
-    path_keys,
     repeated_prompts,
     shared,
 )
+from tasks.dialogue.fingerprint import compute
+from tasks.dialogue.near import Known, Prints
 from tasks.dialogue.record import CopyLimits
 from tasks.dialogue.threads import parent_rows
 
@@ -38,13 +38,27 @@ def table(*rows: Row) -> pl.DataFrame:
 
 def gone(messages: pl.DataFrame) -> dict[str, str]:
     """Return message -> twin that stays."""
-    ids, texts = messages["message_id"], normalised(messages["text"])
-    found = duplicates(messages, texts, parent_rows(messages), [True] * len(messages))
+    ids = messages["message_id"]
+    found = duplicates(messages, prints(messages), parent_rows(messages), [True] * len(messages))
     return {ids[row]: ids[twin] for row, twin in found.items()}
 
 
-def compared(messages: pl.DataFrame, chars: int = 5) -> Likeness:
-    return likeness(messages, normalised(messages["text"]), [True] * len(messages), CopyLimits(copy_chars=chars))
+def prints(messages: pl.DataFrame) -> Prints:
+    return Prints.of(compute(messages["text"].to_arrow(), 3, 128, 0.8))
+
+
+def compared(messages: pl.DataFrame, chars: int = 5, known: Known | None = None) -> Likeness:
+    limits, every = CopyLimits(copy_chars=chars), [True] * len(messages)
+    texts = messages["text"].to_arrow().cast(pa.string())
+    return likeness(messages, prints(messages), lambda rows: texts.take(pa.array(rows)), every, limits, known)
+
+
+def paths(messages: pl.DataFrame) -> list[tuple[Any, ...]]:
+    """Return all that is said from the root to each message, spelled out."""
+    found: list[tuple[Any, ...]] = []
+    for parent, role, text in zip(parent_rows(messages), messages["role"], messages["text"], strict=True):
+        found.append((*(found[parent] if parent >= 0 else ()), role, " ".join(text.casefold().split())))
+    return found
 
 
 def leaked(messages: pl.DataFrame, yielding: Any, chars: int = 5) -> dict[str, str]:
@@ -57,32 +71,6 @@ def nearly_gone(messages: pl.DataFrame, chars: int = 5) -> dict[str, tuple[str, 
     ids, alike = messages["message_id"], compared(messages, chars)
     found = near_duplicates(messages, alike, parent_rows(messages), [True] * len(messages))
     return {ids[row]: (ids[twin], round(similarity, 3)) for row, (twin, similarity) in found.items()}
-
-
-def test_case_width_and_white_space_do_not_tell_texts_apart() -> None:
-    texts = ["Straße  \n１", "STRASSE 1", "strasse 1 ", "strasse1", "ﬁ\u00a0x", "fi x"]
-    found = normalised(pl.Series(texts))
-    assert found[0] == found[1] == found[2] == "strasse 1"
-    assert found[3] != found[0]
-    assert found[4] == found[5] == "fi x"
-
-
-@given(st.text())
-def test_what_is_normalised_stays_as_it_is(text: str) -> None:
-    once = normalised(pl.Series([text]))
-    assert normalised(pl.Series(once)) == once
-
-
-def test_a_long_run_of_combining_marks_takes_no_time() -> None:
-    started = time.perf_counter()
-    normalised(pl.Series(["a" + "\u0301\u0316" * 100_000]))
-    assert time.perf_counter() - started < 5
-
-
-def test_only_the_whole_path_with_its_roles_makes_twins() -> None:
-    keys = path_keys([-1, 0, -1, 2, -1], ["p", "a", "p", "a", "a"], ["x", "y", "z", "y", "x"])
-    assert len(set(keys)) == 5
-    assert path_keys([-1, 0], ["p", "a"], ["x", "y"]) == path_keys([-1, 0], ["p", "a"], ["x", "y"])
 
 
 def test_a_tree_told_twice_is_kept_once() -> None:
@@ -140,8 +128,8 @@ def forests(draw: st.DrawFn) -> pl.DataFrame:
 @given(forests())
 def test_no_path_is_lost_no_message_is_orphaned_and_a_second_pass_finds_nothing(messages: pl.DataFrame) -> None:
     parents = parent_rows(messages)
-    keys = path_keys(parents, messages["role"], messages["text"])
-    found = duplicates(messages, normalised(messages["text"]), parents, [True] * len(messages))
+    keys = paths(messages)
+    found = duplicates(messages, prints(messages), parents, [True] * len(messages))
     stays = [row for row in range(len(messages)) if row not in found]
     assert {keys[row] for row in stays} == set(keys)
     assert all(parents[row] < 0 or parents[row] not in found for row in stays)
@@ -241,3 +229,20 @@ def test_the_order_of_the_trees_does_not_decide_which_near_copy_stays(order: lis
     ]
     mixed = table(*(row for at in order for row in trees[at]))
     assert nearly_gone(mixed) == nearly_gone(table(*(row for tree in trees for row in tree)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.permutations(range(12)), st.integers(0, 12))
+def test_grown_from_any_part_in_any_order_the_data_is_judged_as_if_it_had_been_there_at_once(
+    order: list[int], old: int
+) -> None:
+    texts = [LONG, NEAR, f"zero {LONG}", FAR, f"{FAR} now", f"{FAR} and then"]
+    trees: list[tuple[Row, Row]] = [
+        ((f"p{at:02}", None, f"{at}", {}), (f"r{at:02}", f"p{at:02}", texts[at % 6], {})) for at in order
+    ]
+    cold = compared(table(*(row for tree in trees for row in tree)))
+    before = compared(table(*(row for tree in trees[:old] for row in tree))).counted if old else {}
+    warm = compared(table(*(row for tree in trees for row in tree)), known=before)
+    assert warm.said.tolist() == cold.said.tolist()
+    assert warm.near == cold.near
+    assert warm.counted == cold.counted

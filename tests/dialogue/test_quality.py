@@ -4,7 +4,7 @@ import polars as pl
 import pytest
 
 from tasks.dialogue.quality import COLUMNS, MAKERS, in_thread, judge, rules_of
-from tasks.dialogue.record import RULES, Limits, RuleName
+from tasks.dialogue.record import RULES, TEXT_RULES, Limits, RuleName
 
 GOOD: dict[str, Any] = {
     "tree_state": "ready_for_export", "text": "Hi", "role": "prompter", "lang": "en", "deleted": False,
@@ -12,7 +12,7 @@ GOOD: dict[str, Any] = {
 }  # fmt: skip
 SCHEMA = {
     name: pl.Float32 if name.startswith(("label", "detoxify")) else pl.String for name in COLUMNS
-} | {"deleted": pl.Boolean, "synthetic": pl.Boolean, "review_result": pl.Boolean}  # fmt: skip
+} | {"rank": pl.Int32, "deleted": pl.Boolean, "synthetic": pl.Boolean, "review_result": pl.Boolean}  # fmt: skip
 
 
 def verdicts(*rows: dict[str, Any], parents: list[int] | None = None, **limits: Any) -> list[tuple[Any, Any]]:
@@ -73,7 +73,8 @@ def test_what_is_unknown_drops_nothing() -> None:
 
 
 def test_every_rule_has_a_case_here_and_a_maker_of_its_name_in_order() -> None:
-    assert {reason for _, _, reason, _ in CASES if reason} | {"paste"} == set(RULES)
+    elsewhere = {"paste", "unreviewed", "top_k", *TEXT_RULES}  # these have laws of their own below
+    assert {reason for _, _, reason, _ in CASES if reason} | elsewhere == set(RULES)
     assert tuple(MAKERS) == RULES
     assert [make.__name__ for make in MAKERS.values()] == list(RULES)
 
@@ -151,3 +152,60 @@ def test_a_question_in_another_branch_excuses_nothing() -> None:
             {"text": "Who are you?"}, {"role": "assistant", "text": "ChatGPT"}]  # fmt: skip
     reasons = [reason for reason, _ in verdicts(*rows, parents=[-1, 0, 1, 1, 3])]
     assert reasons == [None, None, None, None, "paste"]
+
+
+def test_an_undecided_first_prompt_goes_only_where_a_review_is_asked_for() -> None:
+    rows: list[dict[str, Any]] = [
+        {"review_result": None},
+        {"role": "assistant", "review_result": None},
+        {"review_result": True},
+    ]
+    undecided = ("unreviewed", "review_result of the first prompt is null")
+    assert verdicts(*rows, parents=[-1, 0, -1], require_review=True) == [undecided, (None, None), (None, None)]
+    assert verdicts({"review_result": False}, rules=("unreviewed",), require_review=True)[0][0] == "unreviewed"
+    assert verdicts(*rows, parents=[-1, 0, -1]) == [(None, None)] * 3
+
+
+def test_the_language_of_the_first_prompt_can_speak_for_its_tree() -> None:
+    rows = [{"lang": "de"}, {"lang": "en", "role": "assistant"}, {"lang": "en"}, {"lang": "de", "role": "assistant"}]
+    own, trees = (
+        [reason for reason, _ in verdicts(*rows, parents=[-1, 0, -1, 2], language_of=name)]
+        for name in ("message", "prompt")
+    )
+    assert own == ["language", None, None, "language"]
+    assert trees == ["language", "language", None, None]
+
+
+def test_the_best_replies_stay_and_an_unranked_one_only_where_it_is_alone() -> None:
+    reply = {"role": "assistant", "rank": None}
+    rows: list[dict[str, Any]] = [{}, *({**reply, "rank": rank} for rank in (0, 1, 2, None)), {}, {**reply}]
+    parents = [-1, 0, 0, 0, 0, -1, 5]
+    assert verdicts(*rows, parents=parents) == [(None, None)] * 7
+    assert verdicts(*rows, parents=parents, top_k=2) == [
+        (None, None), (None, None), (None, None), ("top_k", "rank 2 is not among the best 2"),
+        ("top_k", "rank null is not among the best 2"), (None, None), (None, None),
+    ]  # fmt: skip
+
+
+def read(row: dict[str, Any], **limits: Any) -> tuple[Any, Any]:
+    """Return the verdict of the rules that judge what was read in a text."""
+    seen = {"text": "x", "detected": None, "share": None, "tagged": "en", "personal": None, "overlap": None} | row
+    found = judge(pl.DataFrame([seen], schema_overrides={"share": pl.Float32}), rules_of(Limits(**limits), TEXT_RULES))
+    return found.reasons[0], found.evidence[0]
+
+
+def test_a_text_that_is_clearly_in_another_language_than_its_tag_is_dropped() -> None:
+    german = {"detected": "de", "share": 0.97}
+    assert read(german) == ("text_language", "0.97 of the text is de, tagged en")
+    assert read(german | {"share": 0.94}) == read(german | {"tagged": "de"}) == (None, None)
+    assert read(german | {"tagged": None}) == read({"detected": None}) == (None, None)
+    assert read(german, text_language_from=0.98) == (None, None)
+
+
+def test_personal_data_drop_a_message_only_where_they_are_not_masked() -> None:
+    assert read({"personal": "e-mail 1"}, pii="drop") == ("personal", "e-mail 1")
+    assert read({"personal": "e-mail 1"}, pii="mask") == (None, None)
+
+
+def test_what_an_evaluation_asks_is_dropped() -> None:
+    assert read({"overlap": "panel 1, the same text"}) == ("contaminated", "panel 1, the same text")

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from tasks.dialogue.scorecard import fenced, printable, render
+from tasks.dialogue.markdown import fenced, printable
+from tasks.dialogue.scorecard import render
 
 
 def reply(text: str, stopped: bool = True) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.dialogue.threads import holds, is_below, nearest_above, parent_rows
+from tasks.dialogue.threads import holds, is_below, nearest_above, parent_rows, windows
 from tasks.errors import InputError
 
 DEEP = 100_000
@@ -47,6 +47,18 @@ def test_relations_equal_those_of_a_walk_up_from_every_message(forest: tuple[lis
         any(marked[other] and row in (other, *lines[other]) for other in range(len(parents)))
         for row in range(len(parents))
     ]
+
+
+@given(forests(), st.integers(1, 5))
+def test_windows_hold_every_row_once_with_all_its_ancestors_and_are_no_longer_than_they_must(
+    forest: tuple[list[int], list[bool]], size: int
+) -> None:
+    parents, _ = forest
+    found = list(windows(parents, size))
+    assert [row for start, stop in found for row in range(start, stop)] == list(range(len(parents)))
+    assert all(parents[row] < 0 or parents[row] >= start for start, stop in found for row in range(start, stop))
+    for start, stop in found:  # no earlier cut would do
+        assert all(any(0 <= above < cut for above in parents[cut:]) for cut in range(start + size, stop))
 
 
 def test_a_chain_costs_no_more_than_its_length() -> None:

@@ -1,11 +1,14 @@
 """Laws of the cards: what comes from data is inert, and a server that is away costs nothing."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flows import cards
-from tasks.artifacts import Messages
+from tasks.artifacts import Dialogues, Messages
+from tasks.dialogue.funnel import WAYS
 from tasks.step import Outcome
 from tasks.store.manifest import Manifest
 
@@ -41,3 +44,19 @@ def test_the_page_of_a_run_draws_the_chain() -> None:
     page = cards.summary("quick|start", [outcome({}), outcome({})])
     assert 'parse["messages/ffffffffffff"] --> parse["messages/ffffffffffff"]' in page
     assert "quick&#124;start" in page
+
+
+def test_the_card_of_dialogues_shows_the_funnel_with_ids_and_evidence_but_no_texts(tmp_path: Path) -> None:
+    counts: dict[str, Any] = {
+        "trees": 1, "messages": 2, "read": {"trees": 2, "messages": 4}, "masked": 0, "funnel": {"spam": 2},
+        "label_coverage": {"labels": 1.0, "detoxify": 1.0}, "facts": {},
+        "shared_across_splits": {way: {"exact": 0, "near": 0} for way in WAYS},
+    }  # fmt: skip
+    case = {"message_id": "m1", "evidence": "label_spam 0.9 > 0.5", "head": "BUY <b>NOW</b>"}
+    told = {"counts": counts, "by_language": {"spam": {"en": 2}}, "cases": {"spam": [case]}}
+    (tmp_path / "curation.json").write_text(json.dumps(told))
+    made = Dialogues(tmp_path, Manifest("f" * 64, "dialogues", {"step": "curate"}, {}, "0" * 64, counts))
+    card = cards.card(Outcome("curate", made, False, 1.0, "forced"))
+    assert "m1  label_spam 0.9 > 0.5" in card
+    assert "NOW" not in card
+    assert "![funnel](data:image/svg+xml;base64," in card

@@ -141,6 +141,22 @@ def test_a_dropped_message_says_why_and_where_it_is_kept_if_it_is(shell: Shell) 
     assert "error[param.message]" in shell("why-dropped", "nobody", code=2).stderr
 
 
+def test_what_was_set_aside_can_be_shown(shell: Shell) -> None:
+    told = shell("show", "dialogues", "--dropped", "-n", "3").stdout
+    rows = shell.json("show", "dialogues", "--dropped", "-n", "3")
+    assert isinstance(rows, list)
+    assert [row["message_id"] in told and row["reason"] in told for row in rows] == [True] * 3
+    assert shell.json("show", "messages", "--rejected") == []
+    assert "error[param.artifact]" in shell("show", "messages", "--dropped", code=2).stderr
+
+
+def test_the_report_tells_where_the_data_went(shell: Shell) -> None:
+    told = shell("show", "report").stdout
+    assert "## Data" in told
+    assert "dropped by" in told
+    assert "what was written" in told
+
+
 def test_verify_finds_a_flipped_bit_and_the_next_run_mends_it(shell: Shell) -> None:
     clean = {"checked": 6, "remembered": 2, "corrupt": []}
     assert shell.json("verify") == clean

@@ -19,6 +19,11 @@ def test_a_setting_is_changed_by_its_name() -> None:
     assert (made.encode.block, made.encode.layout, made.curate.languages) == (256, "top1", ("de", "en"))
 
 
+def test_several_inputs_are_a_list_of_tables() -> None:
+    made = recipe.load("quickstart", ['download.source="oasst1"', 'download.also=[{source="oasst2"}]'])
+    assert [one.source for one in made.download.inputs] == ["oasst1", "oasst2"]
+
+
 def test_text_needs_no_quotes() -> None:
     assert recipe.load("quickstart", ["encode.layout=first-reply"]).encode.layout == "first-reply"
 
@@ -40,6 +45,8 @@ def test_a_runtime_setting_may_be_named_by_its_step() -> None:
         ("encode", "expected section.name=value"),
         ("=5", "expected section.name=value"),
         ("name.x=5", "holds a value"),
+        ('download.also=[{source="oasst1", fil="x"}]', "did you mean file"),
+        ('download.also=[{source="nowhere"}]', "download.also.0: source: expected one of"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_advice(setting: str, says: str) -> None:
@@ -59,3 +66,12 @@ def test_a_file_of_ones_own_is_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("[encode\n")
     with pytest.raises(ParameterError, match=r"broken\.toml"):
         recipe.load(str(tmp_path / "broken.toml"))
+
+
+def test_curation_is_told_what_the_evaluation_asks_unless_it_was_told_otherwise() -> None:
+    made = recipe.load("quickstart", ['evaluate.panel=["Who?"]'])
+    told = made.section("curate").model_dump()
+    assert (told["panel"], told["facts"]) == (("Who?",), ("capital", "us_state", "indian_state"))
+    own = recipe.load("quickstart", ["curate.panel=[]", 'curate.facts=["plural"]']).section("curate").model_dump()
+    assert (own["panel"], own["facts"]) == ((), ("plural",))
+    assert made.section("encode") is made.encode

@@ -42,6 +42,21 @@ def test_the_last_two_are_kept_and_the_newest_is_pointed_to(tmp_path: Path) -> N
     assert newest(tmp_path) == 10
 
 
+def test_however_few_are_kept_there_is_always_a_whole_one(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, made(step), keep=0)
+        assert [path.name for path in tmp_path.glob("step-*")] == [f"step-{step:08}"]
+        assert newest(tmp_path) == step
+
+
+def test_a_broken_one_of_a_later_step_takes_no_good_ones_place(tmp_path: Path) -> None:
+    save(tmp_path, made(1))
+    spoil_by_cutting(save(tmp_path, made(9)))
+    for step in (2, 3):
+        save(tmp_path, made(step))
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000002", "step-00000003"]
+
+
 def spoil_by_flipping_a_bit(place: Path) -> None:
     content = bytearray((place / "model.safetensors").read_bytes())
     content[-3] ^= 1

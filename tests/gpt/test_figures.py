@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import pytest
 
-from tasks.gpt.figures import facts_svg, loss_svg, thinned
+from tasks.gpt.figures import facts_svg, funnel_svg, loss_svg, thinned
 
 TRAIN = [(float(step), 8 / (1 + step / 50)) for step in range(1, 5_001)]
 VALIDATION = [(float(step), 8 / (1 + step / 45)) for step in range(0, 5_001, 250)]
@@ -58,3 +58,13 @@ def test_a_thinned_curve_keeps_its_mean_and_its_order() -> None:
     assert kept == sorted(kept)
     assert thinned(TRAIN[:7], 100) == TRAIN[:7]
     assert thinned([], 100) == []
+
+
+def test_the_funnel_has_a_bar_for_each_rule_that_dropped_something() -> None:
+    counts = {"read": {"messages": 1_234}, "funnel": {"spam": 0, "pa<b>ste": 1_000}, "messages": 234}
+    drawn = funnel_svg(counts).decode()
+    assert all(text in drawn for text in ("1,234", "1,000", ">234<", "read", "kept", "pa&lt;b&gt;ste"))
+    assert "spam" not in drawn
+    assert funnel_svg({"read": {"messages": 0}, "funnel": {}, "messages": 0}) == funnel_svg(
+        {"read": {"messages": 0}, "funnel": {"spam": 0}, "messages": 0}
+    )

@@ -263,12 +263,33 @@ def at_the_last_position(given: Split, row: int) -> Split:
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_step_and_sequence(tmp_path: Path) -> None:
     row = int(Plan(ROWS, SETTINGS.sequences, SETTINGS.epochs, SETTINGS.seed).rows(0)[2])
     said = stopped(tmp_path, poisoned(), at_the_last_position(split(), row), split(0))
-    assert f"loss is nan at step 1. sequences {row} of the training split." in said
+    assert said.startswith("error[train.nonfinite]: loss is nan, gradient norm is nan, weight transformer.wpe.weight")
+    assert f"is not finite at step 1. sequences {row} of the training split." in said
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
     assert "gradient norm is inf at step 1" in stopped(tmp_path, start(0.0), split(), split(0))
+
+
+def test_a_weight_that_an_update_ruins_is_in_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _, _ = run(tmp_path / "whole")
+    step = torch.optim.AdamW.step
+    done = []
+
+    def ruin(optimizer: torch.optim.AdamW) -> None:
+        step(optimizer)
+        done.append(1)
+        if len(done) == 5:
+            optimizer.param_groups[0]["params"][0].data[0, 0] = math.nan
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", ruin)
+    every = replace(MACHINE, checkpoint_seconds=0.0)
+    with pytest.raises(TrainingError, match=r"weight transformer\.wte\.weight is not finite at step 5"):
+        run(tmp_path / "cut", machine=every)
+    monkeypatch.undo()
+    assert (tmp_path / "cut" / "checkpoints" / "LATEST").read_text() == "step-00000004\n"
+    assert equal(run(tmp_path / "cut")[0], whole)
 
 
 def test_a_validation_loss_that_is_not_finite_stops_too(tmp_path: Path) -> None:

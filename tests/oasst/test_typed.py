@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.artifacts import DETOXIFY, LABELS, MESSAGE_COLUMNS
+from tasks.oasst import typed
 from tasks.oasst.dump import loads
 from tasks.oasst.fields import Fault
 from tasks.oasst.tables import columns
 from tasks.oasst.tree import TREE, Layout, arrange
-from tasks.oasst.typed import Arranged, Message, Scores, Votes, arranged, read
+from tasks.oasst.typed import Arranged, Message, Scores, Votes, arranged
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 REAL = [SHARED / "data" / name for name in ("oasst1_en_validation.trees.jsonl.gz", "en_100_tree.jsonl")]
@@ -35,6 +36,11 @@ def carefully(raw: bytes) -> tuple[str, Arranged] | None:
     except Fault:
         return None
     return rows[0][TREE], arranged(rows)
+
+
+def read(raw: bytes, max_text: int) -> tuple[str, Arranged] | None:
+    (found,) = typed.read([raw], max_text)
+    return found
 
 
 def line(prompt: Any, **fields: Any) -> bytes:
@@ -191,9 +197,13 @@ def test_columns_hold_what_the_careful_readers_rows_hold(raws: list[bytes]) -> N
     made = [column.to_pylist() if isinstance(column, pa.Array) else column for column in columns(arranged(rows))]
     names = list(MESSAGE_COLUMNS)
     for name, column, expected in zip(names, made, zip(*rows, strict=True), strict=True):
-        if name == "created_date":
-            expected = tuple(date and date.isoformat(timespec="microseconds") for date in expected)
         if name.startswith(("label_", "detoxify_")) and not name.endswith("_count"):
             assert column == [None if share is None else float(np.float32(share)) for share in expected]
         else:
             assert list(column) == list(expected), name
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(grown(STRANGE) | st.binary(max_size=3), max_size=6))
+def test_lines_that_are_read_together_are_read_as_each_alone(raws: list[bytes]) -> None:
+    assert typed.read(raws, MAX_TEXT) == [read(raw, MAX_TEXT) for raw in raws]

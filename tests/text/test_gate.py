@@ -19,7 +19,7 @@ from tasks.text import written as writing
 from tasks.text.chat import Dialect, load_dialect
 from tasks.text.gate import check
 from tasks.text.rules import trained_as_often
-from tasks.text.written import Written
+from tasks.text.written import Stored, Written
 
 
 @dataclass(frozen=True)
@@ -265,10 +265,18 @@ def test_a_sequence_may_lie_in_a_chunk_of_its_own(
     written: Written, dialect: Dialect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writing, "CHUNK", 1)
+    monkeypatch.setattr(said, "SLICE", 1)
     assert check(written, dialect, SAID) == len(MESSAGES)
     other_reply(written, dialect)
     with pytest.raises(GateError, match="b0"):
         check(written, dialect, SAID)
+
+
+def test_what_is_stored_is_read_in_slices_as_it_was_written(tokens: Tokens) -> None:
+    for array in (tokens.ids(), tokens.mask()):
+        for rows in (slice(0, 1), slice(1, 2), slice(0, 9)):
+            assert np.array_equal(Stored(array)[rows], array[rows])
+    assert Stored(tokens.ids()).shape == (2, 256)
 
 
 def test_of_much_text_a_sample_is_read_and_of_little_all(

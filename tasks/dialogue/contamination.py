@@ -1,0 +1,151 @@
+"""Contamination: messages that say what an evaluation asks, and facts that it asks for.
+
+A long prompt is found by any run of its words in a message, usually 13; a short one only as the whole message, because
+what it says in a few words is said everywhere. Words are compared without case, accents' encoding and punctuation;
+in scripts without spaces each character is a word.
+
+Source: Brown et al. 2020, "Language Models are Few-Shot Learners", appendix C, for 13 words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+U64 = NDArray[np.uint64]
+
+_SPACELESS = (
+    r"([\u{e00}-\u{109f}\u{1780}-\u{17ff}\u{3040}-\u{30ff}\u{3400}-\u{4dbf}\u{4e00}-\u{9fff}\u{f900}-\u{faff}"
+    r"\u{20000}-\u{3ffff}])"
+)
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # the base of a polynomial modulo 2**64. Source: Knuth, golden ratio
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt of an evaluation: `where` it stands, such as `panel 3`, and what it says."""
+
+    where: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Told:
+    """A fact that an evaluation asks for: `name` it, such as `capital of France`, its subject, and any answer."""
+
+    name: str
+    subject: str
+    answers: tuple[str, ...]
+
+
+def words(texts: pl.Series) -> pl.Series:
+    """Return the words of each text in lower case, one space apart, without punctuation: (N,)."""
+    plain = texts.to_frame("text").select(
+        pl.when(pl.col("text").str.contains(r"[^\x00-\x7f]"))
+        .then(pl.col("text").str.normalize("NFKC").str.to_lowercase().str.normalize("NFKC"))
+        .otherwise(pl.col("text").str.to_lowercase())
+        .str.replace_all(r"['’ʼ`]", "")
+        .str.replace_all(_SPACELESS, " $1 ")
+        .str.replace_all(r"[^\p{L}\p{M}\p{N}]+", " ")
+        .str.strip_chars(" ")
+    )
+    return plain.to_series()
+
+
+class Index:
+    """Prompts, ready to be looked for.
+
+    Args:
+        prompts: Of evaluations; one without a word is never found.
+        ngram: Words in a row that a message may not share with a prompt that has as many.
+    """
+
+    def __init__(self, prompts: Sequence[Asked], ngram: int) -> None:
+        self.prompts, self.ngram = prompts, ngram
+        said = words(pl.Series([prompt.text for prompt in prompts], dtype=pl.String))
+        self.short: dict[str, int] = {}
+        for at, text in enumerate(said):
+            if text and text.count(" ") + 1 < ngram:
+                self.short.setdefault(text, at)
+        keys, owners = _ngrams(said, ngram)
+        self.keys, first = np.unique(keys, return_index=True)  # of prompts that share a run, the first is named
+        self.owners = owners[first]
+
+    def __bool__(self) -> bool:
+        return bool(self.short) or len(self.keys) > 0
+
+    def found(self, said: pl.Series) -> list[str | None]:
+        """Return which prompt each text holds, and how: (N,); None where it holds none.
+
+        Args:
+            said: (N,) the `words` of each text.
+        """
+        seen: list[str | None] = [None] * len(said)
+        if len(self.keys):
+            keys, rows = _ngrams(said, self.ngram)
+            places = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+            hits = np.flatnonzero(self.keys[places] == keys)
+            for row, owner in zip(rows[hits].tolist(), self.owners[places[hits]].tolist(), strict=True):
+                seen[row] = seen[row] or f"{self.prompts[owner].where}, {self.ngram} words in a row"
+        same = said.is_in([*self.short])
+        for row in same.arg_true():
+            seen[row] = f"{self.prompts[self.short[said[row]]].where}, the same text"
+        return seen
+
+
+def _ngrams(said: pl.Series, ngram: int) -> tuple[U64, NDArray[np.int64]]:
+    """Return a hash of every run of words of texts and the text it stands in: (S,) and (S,)."""
+    long = said.str.count_matches(" ", literal=True) + 1 >= ngram
+    lists = said.filter(long).str.split(" ")
+    values = lists.explode().hash().to_numpy()
+    if not len(values):
+        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    rows = np.repeat(long.arg_true().to_numpy(), lists.list.len().to_numpy()).astype(np.int64)
+    count = len(values) - ngram + 1
+    keys = np.zeros(count, np.uint64)
+    for at in range(ngram):
+        keys = keys * _ODD + values[at : at + count]
+    whole = rows[:count] == rows[ngram - 1 :]
+    return keys[whole], rows[:count][whole]
+
+
+class Facts:
+    """Facts, ready to be looked for: a reply tells one where it, or it and what it answers, name subject and answer."""
+
+    def __init__(self, facts: Sequence[Told]) -> None:
+        self.facts = facts
+        pairs = [(at, fact.subject, answer) for at, fact in enumerate(facts) for answer in fact.answers]
+        table = pl.DataFrame(pairs, {"fact": pl.Int64, "subject": pl.String, "answer": pl.String}, orient="row")
+        self.pairs = table.with_columns((" " + words(table[name]) + " ").alias(name) for name in ("subject", "answer"))
+        self.names = sorted({*self.pairs["subject"], *self.pairs["answer"]} - {"  "})
+
+    def named(self, said: pl.Series, rows: Sequence[int]) -> pl.DataFrame:
+        """Return which subjects and answers texts name, as whole words: `row` and `name`.
+
+        Args:
+            said: (N,) the `words` of each text.
+            rows: (N,) its row.
+        """
+        texts = pl.DataFrame({"row": pl.Series(rows, dtype=pl.Int64), "name": " " + said + " "})
+        if not self.names:
+            return texts.clear()
+        found = pl.col("name").str.extract_many(self.names, overlapping=True)
+        return texts.with_columns(found).explode("name").drop_nulls().unique(maintain_order=True)
+
+    def told(self, named: pl.DataFrame, replies: pl.DataFrame) -> pl.DataFrame:
+        """Return which facts replies tell: `row` and `fact`, in this order, each pair once.
+
+        Args:
+            named: Of all messages, as `named` returns it.
+            replies: `row` of each reply, and `above`, the row that it answers.
+        """
+        own = replies.join(named, on="row").select("row", "name")
+        above = replies.join(named, left_on="above", right_on="row").select("row", "name")
+        asked = pl.concat([own, above])
+        found = asked.join(self.pairs, left_on="name", right_on="subject")
+        right = found.join(own, left_on=["row", "answer"], right_on=["row", "name"], how="semi")
+        return right.select("row", "fact").unique().sort("row", "fact")

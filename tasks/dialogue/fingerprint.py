@@ -1,0 +1,214 @@
+"""What comparing asks of a text: a digest of it, its size, and the keys under which near copies of it are found.
+
+A word is what stands between white space; in scripts that write without spaces (Chinese, Japanese, Thai, ...) it is
+one character. Of a text's n-grams of words, MinHash keeps the least under each permutation; rows of minima make the key
+of a band, and near copies agree in one band at least. All of it is numpy over UTF-8 bytes: a word is hashed eight bytes
+at a time, so no word becomes a string.
+
+Letters: N texts; W words and S n-grams of a block of them; K permutations.
+
+Source: Broder 1997, "On the resemblance and containment of documents"; Leskovec, "Mining of Massive Datasets", 3.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from hashlib import blake2b, sha256
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from tasks.dialogue.fold import blocks
+
+U8 = NDArray[np.uint8]
+U32 = NDArray[np.uint32]
+U64 = NDArray[np.uint64]
+I64 = NDArray[np.int64]
+
+VERSION = 1  # raised when any text gets another fingerprint
+_LANE = 8  # bytes of a word that are hashed at once
+_LONG = (
+    64  # bytes from which on a word is hashed on its own: a word of a megabyte would take as many turns as it has lanes
+)
+_MISSED = 1e-3  # share of the pairs at the threshold that the bands may miss
+_ODD = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2**64; Source: Knuth, golden ratio
+_HALF = np.uint64(32)
+# Scripts without spaces, first and one past the last: Thai to Myanmar, Khmer, kana, Han and its extensions.
+_SPACELESS = (0xE00, 0x10A0, 0x1780, 0x1800, 0x3040, 0x3100, 0x3400, 0x4DC0, 0x4E00, 0xA000, 0xF900, 0xFB00, 0x20000,
+              0x40000)  # fmt: skip
+
+
+def compute(texts: pa.Array, ngram: int, permutations: int, threshold: float) -> pa.RecordBatch:
+    """Return the fingerprint of each text.
+
+    Args:
+        texts: (N,) strings of any Arrow type.
+        ngram: Words of an n-gram, at least 1; a shorter text is one n-gram.
+        permutations: K, at least 1.
+        threshold: Jaccard index from which on the keys find hardly fewer than all pairs, over 0 and up to 1.
+
+    Returns:
+        N rows: digest (16 bytes) of the normalised text, chars and ngrams (int32) that it has, repeated ones counted,
+        and keys (fixed binary): of each band, four bytes.
+    """
+    count, rows = bands(permutations, threshold)
+    digests, chars = [], [np.empty(0, dtype=np.int64)]
+    sizes = [np.empty(0, dtype=np.int64)]
+    keys = np.empty((len(texts), count), dtype=np.uint32)
+    for block in blocks(texts):
+        digests.append(_digests(block.data))
+        chars.append(block.chars)
+        hashes, offsets = ngrams(block.data, ngram)
+        sizes.append(np.diff(offsets))
+        keys[block.start : block.start + len(block.chars)] = _keys(hashes, offsets[:-1], count, rows)
+    return pa.record_batch({
+        "digest": _fixed(b"".join(digests), 16),
+        "chars": pa.array(np.concatenate(chars).astype(np.int32)),
+        "ngrams": pa.array(np.concatenate(sizes).astype(np.int32)),
+        "keys": _fixed(keys.tobytes(), 4 * count),
+    })  # fmt: skip
+
+
+def bands(permutations: int, threshold: float) -> tuple[int, int]:
+    """Return the bands and their rows: the longest rows that can miss hardly a pair, in as few bands as that takes.
+
+    A pair of Jaccard index s agrees in a band of r rows with probability s ** r, and in none of b bands with
+    (1 - s ** r) ** b.
+    """
+    rows = [r for r in range(1, permutations + 1) if (1 - threshold**r) ** (permutations // r) <= _MISSED]
+    longest = max(rows, default=1)
+    most = permutations // longest
+    return next((b for b in range(1, most) if (1 - threshold**longest) ** b <= _MISSED), most), longest
+
+
+def ngrams(data: bytes, ngram: int) -> tuple[U64, I64]:
+    """Hash the n-grams of normalised texts.
+
+    Args:
+        data: UTF-8, a line end after each text; at least one text.
+        ngram: Words of an n-gram.
+
+    Returns:
+        (S,) hashes, and (texts + 1,) where each text's begin; each has at least one.
+    """
+    starts, ends, last = _words(np.frombuffer(data, dtype=np.uint8))
+    words = _hashed(data, starts, ends - starts)  # (W,)
+    first = np.concatenate(([0], last[:-1] + 1))  # (texts,)
+    hashes = words.copy()
+    for ahead in range(1, ngram):
+        hashes *= np.uint64(_ODD)
+        hashes[:-ahead] += words[ahead:]
+    opens = np.ones(len(words), dtype=np.bool_)  # (W,) where an n-gram of one text starts
+    for back in range(ngram - 1):
+        opens[(last - back)[last - back > first]] = False
+    short = np.flatnonzero(last - first < ngram - 1)
+    hashes[first[short]] = _short(words, first[short], last[short], ngram)
+    return hashes[opens], np.concatenate(([0], np.cumsum(np.maximum(1, last - first + 2 - ngram))))
+
+
+def mixed(x: U64) -> U64:
+    """Return a bijection of 64 bits in which every bit depends on every other. Source: MurmurHash3's finalizer."""
+    x = x ^ (x >> np.uint64(33))
+    x *= np.uint64(0xFF51AFD7ED558CCD)
+    x ^= x >> np.uint64(33)
+    x *= np.uint64(0xC4CEB9FE1A85EC53)
+    x ^= x >> np.uint64(33)
+    return x
+
+
+def _digests(data: bytes) -> bytes:
+    """Return 16 bytes of each text's SHA-256, one after the other."""
+    return b"".join([sha256(text).digest()[:16] for text in data.split(b"\n")[:-1]])
+
+
+def _fixed(data: bytes, width: int) -> pa.Array:
+    return pa.Array.from_buffers(pa.binary(width), len(data) // width, [None, pa.py_buffer(data)])
+
+
+def _words(data: U8) -> tuple[I64, I64, I64]:
+    """Return where words start and end, and each text's last word: (W,), (W,), (texts,)."""
+    ends = np.flatnonzero((data == 32) | (data == 10))  # one past each word's last byte
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    cuts = _cuts(data)
+    if len(cuts):
+        starts = np.insert(starts, np.searchsorted(starts, cuts), cuts)
+        ends = np.insert(ends, np.searchsorted(ends, cuts), cuts)
+    return starts, ends, np.flatnonzero(data[ends] == 10)
+
+
+def _cuts(data: U8) -> I64:
+    """Return where one word ends and the next starts without a space: around characters of scripts without spaces."""
+    leads = (data >= 0xE0) & (data != 0xE2)  # of such scripts, and of few others: E2 leads quotes and dashes
+    at = np.flatnonzero(leads)
+    if not len(at):
+        return at
+    four = data[at] >= 0xF0
+    tail = [data.take(at + place, mode="clip").astype(np.int64) & 0x3F for place in (1, 2, 3)]
+    points = ((data[at].astype(np.int64) & 0x0F) << 12) | (tail[0] << 6) | tail[1]
+    points[four] = (((data[at].astype(np.int64) & 0x07) << 18) | (points & 0xFFF) << 6 | tail[2])[four]
+    alone = np.searchsorted(_SPACELESS, points, side="right") % 2 == 1
+    edges = np.sort(np.concatenate((at[alone], at[alone] + 3 + four[alone])))
+    edges = edges[(edges > 0) & np.concatenate(([True], edges[1:] != edges[:-1]))[: len(edges)]]
+    around = (data[edges - 1], data[edges])
+    return edges[np.logical_and.reduce([(side != 32) & (side != 10) for side in around])]
+
+
+def _hashed(data: bytes, starts: I64, sizes: I64) -> U64:
+    """Hash words, eight bytes at a time: (W,)."""
+    padded = data + bytes(_LANE)
+    lanes = np.ndarray((len(data) + 1,), dtype="<u8", buffer=padded, strides=(1,))  # at each byte, the next eight
+    made = (lanes[starts] & _MASKS.take(sizes, mode="clip")) + sizes.astype(np.uint64) * np.uint64(_ODD)
+    longer = np.flatnonzero((sizes > _LANE) & (sizes < _LONG))
+    for done in range(_LANE, _LONG, _LANE):
+        lane = lanes[starts[longer] + done] & _MASKS.take(sizes[longer] - done, mode="clip")
+        made[longer] = mixed(made[longer]) + lane
+        longer = longer[sizes[longer] > done + _LANE]
+        if not len(longer):
+            break
+    for word in np.flatnonzero(sizes >= _LONG).tolist():
+        said = data[starts[word] : starts[word] + sizes[word]]
+        made[word] = int.from_bytes(blake2b(said, digest_size=8).digest(), "little")
+    return mixed(made)
+
+
+def _short(words: U64, first: I64, last: I64, ngram: int) -> U64:
+    """Return the hash of texts of fewer words than an n-gram has, as if nothing followed: (texts,)."""
+    made = np.zeros(len(first), dtype=np.uint64)
+    for ahead in range(ngram):
+        word = words[np.minimum(first + ahead, last)]
+        made = made * np.uint64(_ODD) + np.where(first + ahead <= last, word, np.uint64(0))
+    return made
+
+
+def _keys(hashes: U64, starts: I64, count: int, rows: int) -> U32:
+    """Return what each band of each text's minima hashes to: (texts, bands)."""
+    minima = _minima((hashes >> _HALF).astype(np.uint32), starts, _factors(count * rows))
+    folded = np.zeros((count, len(starts)), dtype=np.uint64)
+    for row in range(rows):
+        folded = folded * np.uint64(_ODD) + minima[row::rows]
+    keys: U32 = (mixed(folded) >> _HALF).T.astype(np.uint32)
+    return keys
+
+
+def _minima(hashes: U32, starts: I64, factors: U32) -> U32:
+    """Return the least of each text's hashes under each permutation: (K, texts).
+
+    The hashes are well mixed, so multiplying by an odd number permutes them well enough.
+    """
+    minima = np.empty((len(factors), len(starts)), dtype=np.uint32)
+    permuted = np.empty_like(hashes)
+    for number, factor in enumerate(factors):
+        np.multiply(hashes, factor, out=permuted)
+        np.minimum.reduceat(permuted, starts, out=minima[number])
+    return minima
+
+
+@cache
+def _factors(count: int) -> U32:
+    """Return odd numbers that look random and are the same with every numpy: (count,). Source: SplitMix64."""
+    drawn = mixed((np.arange(1, count + 1, dtype=np.uint64) + np.uint64(2 << 32)) * np.uint64(_ODD))
+    return (drawn | np.uint64(1)).astype(np.uint32)
+
+
+_MASKS = np.array([(1 << 8 * size) - 1 for size in range(_LANE + 1)], dtype=np.uint64)  # of a word's bytes in a lane

@@ -1,0 +1,107 @@
+"""The funnel: where the messages went, rule by rule and language by language, with the first cases of each."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tasks.dialogue.markdown import fenced, named, printable, table
+
+CASES = 3  # shown of each rule
+HEAD = 80  # characters of a case's text
+COLUMNS = 6  # languages that have a column of their own
+
+WAYS = {  # name in counts["shared_across_splits"] -> what a reader is told
+    "kept": "what was written",
+    "by_tree": "by tree, splits not separated",
+    "by_row": "by message at random",
+    "by_file_order": "in the order of the file",
+}
+
+
+def summed(reasons: Sequence[str | None], langs: Sequence[str | None]) -> dict[str, dict[str, int]]:
+    """Count what each rule dropped, by language, the most frequent first; `unknown` where no language is given."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for reason, lang in zip(reasons, langs, strict=True):
+        if reason is not None:
+            found[reason][lang or "unknown"] += 1
+    return {reason: dict(sorted(by.items(), key=lambda one: (-one[1], one[0]))) for reason, by in found.items()}
+
+
+def cases(reasons: Sequence[str | None]) -> dict[str, list[int]]:
+    """Return the first rows that each rule dropped."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for row, reason in enumerate(reasons):
+        if reason is not None and len(found[reason]) < CASES:
+            found[reason].append(row)
+    return dict(found)
+
+
+def render(curation: Mapping[str, Any], heads: bool, picture: str) -> Iterator[str]:
+    """Render curation.json as parts of a page.
+
+    Args:
+        curation: `counts` of the curate step, `by_language` as `summed` returns it, and `cases`.
+        heads: Whether the beginnings of texts are shown. They are strangers' words; ids and evidence are not.
+        picture: Where the plot of the funnel lies.
+    """
+    counts = curation["counts"]
+    read, coverage = counts["read"], counts["label_coverage"]
+    yield "## Data"
+    yield (
+        f"Of {read['messages']:,} messages in {read['trees']:,} trees, {counts['messages']:,} in {counts['trees']:,}"
+        f" are kept. {coverage['labels']:.1%} have labels, {coverage['detoxify']:.1%} Detoxify's scores; rules on these"
+        f" see no others. Personal data is masked in {counts['masked']:,} of the kept texts."
+    )
+    yield f"![funnel]({picture})"
+    yield _funnel(counts["funnel"], curation["by_language"])
+    yield from _shared(counts["shared_across_splits"])
+    yield from _facts(counts["facts"])
+    yield from _cases(curation["cases"], heads)
+
+
+def _funnel(funnel: Mapping[str, int], by_language: Mapping[str, Mapping[str, int]]) -> str:
+    """Return the table of rules and languages; rules that dropped nothing are left out."""
+    total: Counter[str] = Counter()
+    for found in by_language.values():
+        total.update(found)
+    langs = [lang for lang, _ in sorted(total.items(), key=lambda one: (-one[1], one[0]))[:COLUMNS]]
+    rows = []
+    for rule, dropped in funnel.items():
+        if dropped:
+            found = by_language.get(rule, {})
+            shown = [found.get(lang, 0) for lang in langs]
+            rows.append((named(rule), *(f"{number:,}" for number in (dropped, *shown, dropped - sum(shown)))))
+    return table(("dropped by", "all", *map(named, langs), "others"), rows)
+
+
+def _shared(shared: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+    """Tell how many first prompts and long replies stand in two splits, under each way to split."""
+    yield (
+        "First prompts and long replies of which a copy, or else a near copy, stands in another split, as written here,"
+        " and as three ways to split what the filters left would share them:"
+    )
+    rows = [(told, *(f"{shared[way][kind]:,}" for kind in ("exact", "near"))) for way, told in WAYS.items()]
+    yield table(("split", "exact", "near"), rows)
+
+
+def _facts(told: Mapping[str, int]) -> Iterator[str]:
+    if told:
+        yield (
+            f"Of {told['asked']:,} facts that the evaluation asks for, {told['told_in_train']:,} are told in the train"
+            " split: it measures what is remembered of them."
+        )
+
+
+def _cases(found: Mapping[str, Sequence[Mapping[str, str]]], heads: bool) -> Iterator[str]:
+    """Show the first cases of each rule, in a fence: ids and evidence hold what stands in the data, too."""
+    lines = []
+    for rule, shown in found.items():
+        lines.append(named(rule))
+        for case in shown:
+            said = [case["message_id"], case["evidence"], *([case["head"]] if heads else [])]
+            lines.append("  " + "  ".join(" ".join(printable(part).split()) for part in said))
+    if lines:
+        yield f"The first {CASES} cases of each rule{', with the beginning of each text' if heads else ''}:"
+        yield fenced("\n".join(lines))

@@ -1,0 +1,108 @@
+"""Reading: judge messages by their texts, a window at a time, and mask what is personal in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import polars as pl
+
+from tasks.dialogue.contamination import Facts, Index, words
+from tasks.dialogue.language import primary
+from tasks.dialogue.quality import judge, rules_of
+from tasks.dialogue.record import TEXT_RULES, Limits, Verdicts
+
+PerText = Callable[[pl.Series], pl.DataFrame]  # N texts -> N rows, each of its own text alone
+LANGUAGE = {"detected": pl.String, "share": pl.Float32}
+PERSONAL = {"personal": pl.String, "masked": pl.String}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was found in the texts of what is kept.
+
+    Attributes:
+        masks: Row -> the text without what is personal, and what that was.
+        told: `row` of a reply and the number of a `fact` that it tells, in this order.
+        facts: How many facts were looked for.
+    """
+
+    masks: dict[int, tuple[str, str]]
+    told: pl.DataFrame
+    facts: int
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads texts.
+
+    Attributes:
+        limits: Which rules judge, and what they compare with.
+        language: Gives the columns of LANGUAGE; called only if a rule asks for it.
+        personal: Gives the columns of PERSONAL; called only if it is to be masked or dropped.
+        prompts: What an evaluation asks.
+        facts: What an evaluation wants to hear.
+    """
+
+    limits: Limits
+    language: PerText
+    personal: PerText
+    prompts: Index
+    facts: Facts
+
+    def read(self, windows: Iterable[tuple[int, pl.DataFrame]], replies: pl.DataFrame, verdicts: Verdicts) -> Seen:
+        """Judge by their texts the messages that are kept so far.
+
+        Args:
+            windows: The row of a window's first message, and `text` and `lang` of the window.
+            replies: `row` of each reply, and `above`, the row that it answers.
+            verdicts: Of all rows; the rules drop from it.
+        """
+        rules, named = rules_of(self.limits, TEXT_RULES), [self.facts.named(pl.Series([], dtype=pl.String), [])]
+        masks: dict[int, tuple[str, str]] = {}
+        for first, part in windows:
+            rows = [first + at for at in range(len(part)) if verdicts.reasons[first + at] is None]
+            kept = part[[row - first for row in rows]]
+            said = words(kept["text"]) if self.prompts or self.facts.names else kept["text"].clear(len(kept))
+            kept = self.columns(kept, said)
+            found = judge(kept, rules)
+            for row, reason, evidence in zip(rows, found.reasons, found.evidence, strict=True):
+                if reason is not None:
+                    verdicts.drop(reason, {row: evidence or ""})
+            if self.limits.pii == "mask":
+                masks |= _masks(rows, kept)
+            named.append(self.facts.named(said, rows))
+        told = self.facts.told(pl.concat(named), replies)
+        if self.limits.drop_facts:
+            for row, fact in told.iter_rows():  # of several facts the first is named
+                verdicts.drop("fact", {row: self.facts.facts[fact].name})
+        return Seen(masks, told, len(self.facts.facts))
+
+    def columns(self, kept: pl.DataFrame, said: pl.Series) -> pl.DataFrame:
+        """Add to text and lang what the rules ask: LANGUAGE, PERSONAL, `tagged` and `overlap`; null where none asks.
+
+        Args:
+            kept: N messages.
+            said: (N,) their `words`.
+        """
+        texts, asked = kept["text"], self.limits.rules
+        nothing: list[str | None] = [None] * len(kept)
+        overlap = self.prompts.found(said) if self.prompts and "contaminated" in asked else nothing
+        language = self.language(texts) if "text_language" in asked else pl.DataFrame(schema=LANGUAGE)
+        personal = self.personal(texts) if self.limits.pii != "off" else pl.DataFrame(schema=PERSONAL)
+        parts = [part if len(part) else part.clear(len(kept)) for part in (language, personal)]
+        return pl.concat([kept, *parts], how="horizontal").with_columns(
+            pl.Series("overlap", overlap, dtype=pl.String), tagged(kept["lang"])
+        )
+
+
+def tagged(langs: pl.Series) -> pl.Series:
+    """Return the language that each tag names, as `language.detect` does: (N,) `tagged`."""
+    names = langs.drop_nulls().unique().to_list()
+    known = {name: primary(name) or None for name in names}
+    return langs.replace_strict(list(known), list(known.values()), default=None, return_dtype=pl.String).alias("tagged")
+
+
+def _masks(rows: Sequence[int], kept: pl.DataFrame) -> dict[int, tuple[str, str]]:
+    hit = kept["masked"].is_not_null().arg_true()
+    return {rows[at]: (kept["masked"][at], kept["personal"][at]) for at in hit}

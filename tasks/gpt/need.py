@@ -1,0 +1,117 @@
+"""What a training run needs, said before it starts: memory from its shape, time from how fast the device multiplies.
+
+Memory is counted, not tried: what stays for the whole run, and what each token leaves for the way back. It was held
+against the peak that the system reports on a CPU, at several shapes (tests/gpt/test_need.py); on a GPU the same is
+counted, but nobody has compared it yet.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+AT_ONCE = 8_192  # tokens of a micro-batch at most, where it is chosen for the user: more gain nothing
+CHUNK = 512  # rows that reach the head at once, as in `loss`
+SPARE = 0.9  # share of the free memory that is planned with
+EFFICIENCY = 0.8  # of the device's products, that a step reaches: 0.75 to 0.9 on a CPU
+ANY = 30 << 20  # bytes: kernels' workspaces, batches, and what the allocator cannot use again
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and how it is trained.
+
+    Attributes:
+        layers: Blocks.
+        heads: Of a block.
+        width: D.
+        vocab: V, rows of the token table.
+        parameters: Trained numbers.
+        block: T, tokens of a sequence.
+        dropout: Whether any: attention then keeps its T x T weights.
+        half: Whether products are in 16 bits.
+        keeps_best: Whether a copy of the best weights is held.
+    """
+
+    layers: int
+    heads: int
+    width: int
+    vocab: int
+    parameters: int
+    block: int
+    dropout: bool
+    half: bool
+    keeps_best: bool
+
+
+def memory(shape: Shape, micro_batch: int) -> int:
+    """Return the bytes that training takes at its peak, besides the weights themselves."""
+    held = 4 * shape.parameters * (1 + 2)  # gradients and two moments; on a GPU, the best weights are held elsewhere
+    best = 4 * shape.parameters * shape.keeps_best
+    return held + best + micro_batch * _sequence(shape) + _head(shape, micro_batch) + ANY
+
+
+def _sequence(shape: Shape) -> int:
+    """Return the bytes that a sequence leaves for the way back."""
+    number = 2 if shape.half else 4
+    # Of width D a token and layer: states before both norms, both norms' outputs, queries, keys and values, what
+    # attention gives; of 4 D: before and after the activation. In half precision the states stay as they are.
+    kept = shape.width * (number * (3 + 1 + 4 + 4 + 2) + 4 * 2)
+    if shape.dropout:
+        # What was dropped, at two places; and attention's weights, for which there is no short way: the counts of
+        # T x T tables here and on the way back are fitted to measurements, not derived.
+        kept += 2 * shape.width + shape.heads * shape.block * (9 * number // 2 + 1)
+    back = 10 * 4 * shape.width + shape.dropout * 4 * number * shape.heads * shape.block  # through one block
+    ends = 6 * 4 * shape.width  # embeddings, the last norm, the states that reach the head, and their gradients
+    mask = 4 * shape.block
+    return shape.block * (shape.layers * kept + back + ends + mask)
+
+
+def _head(shape: Shape, micro_batch: int) -> int:
+    """Return the bytes of a chunk of logits, and of a second gradient of the table where gradients are added up."""
+    rows = min(CHUNK, micro_batch * shape.block)
+    return rows * shape.vocab * (4 + 2 * shape.half) + 4 * shape.vocab * shape.width
+
+
+def largest_micro_batch(shape: Shape, free: int, sequences: int) -> int:
+    """Return how many sequences fit into the free memory at once: at least one, at most those of a step.
+
+    Args:
+        shape: The model.
+        free: Bytes.
+        sequences: Of an optimizer step.
+    """
+    most = max(1, min(sequences, AT_ONCE // shape.block))
+    return next((size for size in range(most, 1, -1) if memory(shape, size) <= SPARE * free), 1)
+
+
+def flops(shape: Shape, supervised: float) -> float:
+    """Return the operations of training on a token, forth and back.
+
+    Args:
+        shape: The model.
+        supervised: Share of the tokens that reach the head, 0..1.
+    """
+    blocks = 12 * shape.layers * shape.width**2
+    attention = 2 * shape.layers * shape.width * shape.block
+    return 6 * (blocks + attention + supervised * shape.vocab * shape.width)
+
+
+def seconds(shape: Shape, tokens: float, evaluated: float, supervised: float, rate: float) -> float:
+    """Return how long a run takes.
+
+    Args:
+        shape: The model.
+        tokens: Gone through in training, padding included.
+        evaluated: Gone through in evaluations: only forth.
+        supervised: Share of them that reach the head.
+        rate: Operations a second that a plain product of matrices reaches.
+    """
+    return flops(shape, supervised) * (tokens + evaluated / 3) / (EFFICIENCY * rate)
+
+
+def said(shape: Shape, micro_batch: int, free: int | None, took: float) -> str:
+    """Return the plan in words."""
+    room = "" if free is None else f" of {free / 1e9:.1f} GB free"
+    minutes = f"{took / 60:.0f} minutes" if took >= 90 else f"{math.ceil(took)} s"
+    return f"about {memory(shape, micro_batch) / 1e9:.2f} GB{room}, {minutes}; micro_batch {micro_batch}"

@@ -1,0 +1,79 @@
+"""The plan of a run before it starts: how many sequences at once, what memory and time that takes, what to lower."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from transformers import GPT2LMHeadModel
+
+from tasks.errors import TrainingError
+from tasks.gpt import need
+from tasks.gpt.batches import Plan, Split
+from tasks.gpt.device import free_memory, product_rate
+from tasks.gpt.run import Machine, Settings
+from tasks.gpt.weights import parameter_count
+
+log = logging.getLogger("treeline.train")
+
+
+def planned(
+    model: GPT2LMHeadModel,
+    splits: Sequence[Split],
+    settings: Settings,
+    device: torch.device,
+    asked: int | Literal["auto"] | None,
+    clock: Callable[[], float],
+) -> int:
+    """Return the sequences to take at once; say what the run needs, and warn where that is not there.
+
+    Args:
+        model: With its dropout set.
+        splits: To train and to validate on.
+        settings: Of the run.
+        device: Where it will run.
+        clock: Seconds since whenever.
+        asked: So many; None: as many as hold 8,192 tokens; auto: of these, as many as fit.
+    """
+    (train, val), config = splits, model.config
+    half = settings.precision == "bfloat16"
+    shape = need.Shape(
+        config.n_layer,
+        config.n_head,
+        config.n_embd,
+        config.vocab_size,
+        parameter_count(model),
+        train.block,
+        dropout=config.attn_pdrop > 0,
+        half=half,
+        keeps_best=bool(len(val)),
+    )
+    free = free_memory(device)
+    auto = need.largest_micro_batch(shape, free or 1 << 62, settings.sequences)
+    most = max(1, min(settings.sequences, need.AT_ONCE // train.block))
+    size = auto if asked == "auto" else min(asked or most, settings.sequences)
+    plan = Plan(len(train), settings.sequences, settings.epochs, settings.seed)
+    evaluated = len(plan.evaluations(settings.evals_per_epoch)) * len(val) * train.block
+    supervised = train.supervised() / max(1, len(train) * train.block)
+    tokens = settings.epochs * len(train) * train.block
+    took = need.seconds(shape, tokens, evaluated, supervised, product_rate(device, half, clock))
+    log.info("train.plan: %s", need.said(shape, size, free, took))
+    if free is not None and need.memory(shape, size) > free:
+        log.warning("train.plan: that is more than is free; set train.micro_batch to auto, or lower encode.block")
+    return size
+
+
+@contextmanager
+def memory_named(machine: Machine, block: int) -> Iterator[None]:
+    """Turn running out of memory into an error that names what to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        told = f"{machine.micro_batch} sequences of {block:,} tokens at once"
+        do = "Set train.micro_batch to auto, or to less; if it is 1, lower encode.block or take a smaller model"
+        raise TrainingError(f"out of memory with {told}", str(machine.device), do, "train.memory") from error

@@ -1,0 +1,64 @@
+"""The trunk: from token ids to hidden states, over the weights of a transformers GPT-2, without what it does not need.
+
+The same modules in the same order as `model.transformer`, so the states are the same to rounding; what is left out is
+what transformers does for other models' sake. Who sees whom is the caller's business: training attends by a mask,
+sampling to a cache of keys and values.
+
+Legend: B sequences, T tokens in a sequence, D width, H heads, K = D / H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+from transformers import GPT2LMHeadModel
+
+# layer, queries, keys, values, each (B, H, T, K) -> (B, H, T, K)
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Trunk = Callable[[GPT2LMHeadModel, Tensor, Tensor, Attend], Tensor]  # `hidden_states`, or what was compiled of it
+
+
+def hidden_states(model: GPT2LMHeadModel, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    """Return the states that the head reads.
+
+    Args:
+        model: The model; its mode decides on dropout.
+        ids: (B, T) int64, token ids.
+        positions: (B, T) int64, place in the conversation.
+        attend: Mixes the values of a layer's tokens.
+
+    Returns:
+        (B, T, D).
+    """
+    gpt: Any = model.transformer
+    # A dense gradient of the table would be made of zeros but for these tokens, and added to the head's.
+    eager = not torch.compiler.is_compiling()
+    sparse = eager and ids.device.type == "cpu" and model.config.tie_word_embeddings
+    states = embedding(ids, gpt.wte.weight, sparse=sparse) + gpt.wpe(positions)  # (B, T, D)
+    states = gpt.drop(states)
+    for layer, block in enumerate(gpt.h):
+        states = states + _mixed(block, layer, states, attend)
+        states = states + block.mlp(block.ln_2(states))
+        if eager and states.requires_grad:
+            states.register_hook(_breathe)
+    final: Tensor = gpt.ln_f(states)
+    return final
+
+
+def _mixed(block: Any, layer: int, states: Tensor, attend: Attend) -> Tensor:
+    """Return what attention adds: (B, T, D)."""
+    attention = block.attn
+    rows, length, width = states.shape
+    parts = attention.c_attn(block.ln_1(states)).view(rows, length, 3, attention.num_heads, -1)  # (B, T, 3, H, K)
+    queries, keys, values = (part.transpose(1, 2) for part in parts.unbind(2))  # (B, H, T, K)
+    mixed = attend(layer, queries, keys, values).transpose(1, 2).reshape(rows, length, width)
+    added: Tensor = attention.resid_dropout(attention.c_proj(mixed))
+    return added
+
+
+def _breathe(gradient: Tensor) -> None:
+    """Do nothing, in Python: on the way back through a large model, this is where a signal is noticed."""

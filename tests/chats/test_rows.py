@@ -1,0 +1,167 @@
+"""Rows of `messages`: what a row says is what its tree says, and rows that begin alike are one tree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flows.exporting import messages as export
+from tasks.artifacts import Counts, Dialogues, Messages, RawTrees
+from tasks.chats.rows import tree_of
+from tasks.oasst.fields import Fault
+from tasks.parse import ParseParams, parse
+from tasks.store.manifest import FileEntry, Manifest
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+REAL = SHARED / "oasst1_en_validation.trees.jsonl.gz"
+TURN = {"user": "prompter", "assistant": "assistant"}
+
+
+def chat(*texts: str, **fields: Any) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)], **fields}
+
+
+def parsed(folder: Path, *files: Path, **settings: Any) -> tuple[Counts, pl.DataFrame, pl.DataFrame]:
+    folder.mkdir(exist_ok=True)
+    raw = RawTrees(files[0].parent, Manifest("0" * 64, "raw", {}, {f.name: FileEntry(0, "") for f in files}, "0" * 64))
+    counts = parse.function(folder, raw, ParseParams(**settings))
+    made = Messages(folder, raw.manifest)
+    return counts, made.scan().collect(), made.rejected().collect()
+
+
+def lines(folder: Path, *rows: Any) -> Path:
+    file = folder / "chats.jsonl"
+    file.write_bytes(b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows))
+    return file
+
+
+def paths(table: pl.DataFrame) -> list[list[tuple[str, str]]]:
+    """Every path from a root to a leaf, as (role, text), by walking up from the leaves: an independent reference."""
+    rows = {row["message_id"]: row for row in table.iter_rows(named=True)}
+    found = []
+    for leaf in rows.keys() - {row["parent_id"] for row in rows.values()}:
+        path, at = [], leaf
+        while at:
+            path.append((rows[at]["role"], rows[at]["text"]))
+            at = rows[at]["parent_id"]
+        found.append(path[::-1])
+    return sorted(found)
+
+
+def test_a_row_becomes_a_tree_with_one_branch(tmp_path: Path) -> None:
+    counts, messages, rejected = parsed(tmp_path / "out", lines(tmp_path, chat("Hello", "Hi", "Bye", lang="en")))
+    assert messages.select("text", "role", "depth", "sibling", "lang").rows() == [
+        ("Hello", "prompter", 0, 0, "en"), ("Hi", "assistant", 1, 0, "en"), ("Bye", "prompter", 2, 0, "en"),
+    ]  # fmt: skip
+    assert messages["message_tree_id"].unique().to_list() == messages["message_id"].to_list()[:1]
+    assert (counts["trees"], counts["messages"], len(rejected), counts["unknown_fields"]) == (1, 3, 0, {})
+
+
+CHATS = st.lists(st.lists(st.sampled_from(["", "a", "b", "\u2028"]), min_size=1, max_size=4), min_size=1, max_size=6)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(CHATS)
+def test_rows_that_begin_alike_are_branches_of_one_tree(tmp_path: Path, found: list[list[str]]) -> None:
+    counts, messages, _ = parsed(tmp_path / "out", lines(tmp_path, *(chat(*texts) for texts in found)))
+    prefixes = {tuple(texts[: end + 1]) for texts in found for end in range(len(texts))}
+    assert len(messages) == len(prefixes)
+    assert counts["trees"] == len({texts[0] for texts in found})
+    longest = [texts for texts in prefixes if not any(p[:-1] == texts for p in prefixes)]
+    assert [[text for _, text in path] for path in paths(messages)] == sorted(map(list, longest))
+    assert counts["conflicts"] == 0
+    assert counts["messages_in"] == counts["messages"] + counts["messages_repeated"]
+
+
+def test_a_system_message_is_put_before_the_users(tmp_path: Path) -> None:
+    row = chat("Hello", "Hi")
+    row["messages"].insert(0, {"role": "system", "content": "Be kind."})
+    _, messages, _ = parsed(tmp_path / "out", lines(tmp_path, row, chat("Hello", "Hi")))
+    assert messages["text"].to_list() == ["Be kind.\n\nHello", "Hi", "Hello", "Hi"]
+
+
+def test_published_fields_of_a_message_are_taken_and_all_else_is_kept(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "x", "rank": 0, "name": "Al"}], "source": "mine", "split": "test"}
+    counts, messages, _ = parsed(tmp_path / "out", lines(tmp_path, row))
+    assert messages["rank"].to_list() == [0]
+    assert json.loads(messages["extra"][0]) == {"name": "Al", "tree.source": "mine"}
+    assert counts["unknown_fields"] == {"name": 1, "tree.source": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "code", "words"),
+    [
+        ({"messages": []}, "schema.messages", "not empty"),
+        ({"messages": None}, "schema.messages", "array"),
+        ({"messages": ["x"]}, "schema.messages", "objects, got string 'x'"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "schema.role", "got string 'tool'"),
+        ({"messages": [{"role": [], "content": "x"}]}, "schema.role", "got array"),
+        ({"messages": [{"role": "user", "content": None}]}, "schema.content", "string, got null"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "schema.content", "got array"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "schema.role", "after that of the system"),
+        (chat("a", message_ids=["1", "2"]), "schema.message_ids", "one for each of 1"),
+        (chat("a", message_ids=[""]), "schema.message_ids", "not empty"),
+        (chat("a", "b", message_ids=["1", "1"]), "id.duplicate", "each message once"),
+        (chat("a", lang=5), "schema.lang", "got integer 5"),
+        (chat("a", tree_id=5), "schema.message_tree_id", "got integer 5"),
+    ],
+)
+def test_a_bad_row_is_rejected_with_its_line_and_a_reason(
+    tmp_path: Path, row: dict[str, Any], code: str, words: str
+) -> None:
+    counts, messages, rejected = parsed(tmp_path / "out", lines(tmp_path, chat("good"), row, chat("too")), max_bad=1)
+    assert messages["text"].to_list() == ["good", "too"]
+    (bad,) = rejected.rows(named=True)
+    assert (bad["line"], bad["code"]) == (2, code)
+    assert words in bad["message"]
+    assert bad["messages"] == counts["messages_rejected"] == len(row["messages"] or [])
+
+
+def test_a_system_message_in_the_middle_is_refused() -> None:
+    with pytest.raises(Fault, match="first place only"):
+        tree_of({"messages": [{"role": role, "content": ""} for role in ("user", "system")]})
+
+
+def test_a_chat_of_100_000_messages_is_one_branch(tmp_path: Path) -> None:
+    _, messages, _ = parsed(tmp_path / "out", lines(tmp_path, chat(*map(str, range(100_000)))))
+    assert messages["depth"].to_list() == list(range(100_000))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.skipif(not REAL.exists(), reason="the real trees (shared/data) are not here")
+def test_what_was_exported_comes_back_as_the_same_trees(tmp_path: Path, form: str) -> None:
+    _, published, _ = parsed(tmp_path / "one", REAL)
+    dialogues = Dialogues(tmp_path / "dialogues", Manifest("0" * 64, "dialogues", {}, {}, "0" * 64))
+    dialogues.path.mkdir()
+    published.with_columns(split=pl.lit("train")).write_parquet(dialogues.path / "dialogues.parquet")
+    (tmp_path / "rows").mkdir()
+    export(dialogues, tmp_path / "rows")
+    counts, back, rejected = parsed(tmp_path / "two", tmp_path / "rows" / f"train.{form}")
+    assert rejected.is_empty()
+    columns = ["message_tree_id", "message_id", "parent_id", "depth", "text", "role"]
+    assert back.select(columns).sort("message_id").equals(published.select(columns).sort("message_id"))
+    assert paths(back) == paths(published)
+    assert (counts["conflicts"], counts["unknown_fields"]) == (0, {})
+
+
+def test_chats_and_trees_may_come_together(tmp_path: Path) -> None:
+    tree = {"message_tree_id": "t", "prompt": {"message_id": "t", "text": "x", "role": "prompter", "replies": []}}
+    later = chat("x", "y", message_ids=["t", "u"], tree_id="t")
+    counts, messages, _ = parsed(tmp_path / "out", lines(tmp_path, tree, chat("q"), later))
+    assert messages["text"].to_list() == ["q", "x", "y"]
+    assert (counts["trees"], counts["trees_repeated"], counts["conflicts"]) == (2, 1, 0)
+
+
+def test_a_table_of_neither_form_is_refused_by_its_columns(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"conversations": ["a"]}), tmp_path / "other.parquet")
+    with pytest.raises(Exception, match="no column message_id"):
+        parsed(tmp_path / "out", tmp_path / "other.parquet")

@@ -1,0 +1,104 @@
+"""Laws of the scan for personal data: what was planted is found in full, and what only looks like it stays."""
+
+import json
+import random
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.dialogue.pii import KINDS, SCHEMA, luhn, masked, scan, spans
+
+PLANTED = {
+    "e-mail": ["jane.doe@example.com", "a@b.io", "first+tag@mail.example.co.uk", "x_y-z%1@sub-domain.museum"],
+    "phone": ["+44 20 7946 0958", "+1-415-555-0123", "(415) 555-0123", "415-555-0123", "415.555.0123", "1-800-273-8255",
+              "+49 (0)30 901820", "0049 30 901820", "+4930901820123", "(123) 456-7890", "123-456-7890"],
+    "IP address": ["203.0.113.7", "192.168.1.10", "10.0.0.1", "8.8.44.210"],
+    "IPv6 address": ["2001:db8::8a2e:370:7334", "2001:0db8:85a3:0000:0000:8a2e:0370:7334", "fe80::1ff:fe23:4567:890a"],
+    "card number": ["4111 1111 1111 1111", "4111-1111-1111-1111", "5500005555555559", "3782 822463 10005",
+                    "6011000990139424", "3530111333300000", "30569309025904", "2223003122003222"],
+}  # fmt: skip
+CASES = [(kind, text) for kind, texts in PLANTED.items() for text in texts]
+INNOCENT = [
+    "version 10.15.7.2", "v2.0.10.1", "section 3.2.10.4", "255.255.255.0", "127.0.0.1", "1.2.3.4", "10.0.0.0/8",
+    "0.0.0.0", "12:34:56", "std::vector::size", "a::b", "::", "00:1B:44:11:3A:B7", "2023-01-02 12:34:56", "1990-2023",
+    "3.14159265358979",
+    "1234567812345678", "4111111111111112", "1,234,567,890,123,456", "0.4111111111111111", "4111 1111 1111 1111 1111",
+    "a@b", "@someone", "user@localhost", "getty@tty1.service", "x = y@z", "100 200 3000", "555-1234", "+1", "+100 -200",
+    "1000000000", "978-3-16-148410-0", "ISBN 0-306-40615-2", "call 911", "$1,000,000 - 2,000,000",
+    "1 2 3 4 5 6 7 8 9 10",
+    "id=4155550123", "2+2=4", "550e8400-e29b-41d4-a716-446655440000", "1/2/2023", "+1000000000000",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "text"), CASES)
+@pytest.mark.parametrize(
+    "around", ["{}", "Write to {}.", "({})", "tel:{}", "<{}>, please", "я: {}!", '"{}"\n', "{} or {}"]
+)
+def test_what_was_planted_is_found_and_masked(kind: str, text: str, around: str) -> None:
+    count = around.count("{}")
+    if not (kind == "IPv6 address" and around == "tel:{}"):  # a colon before it could be its own
+        assert masked(around.format(*[text] * count)) == (around.format(*[f"[{kind}]"] * count), f"{kind} {count}")
+
+
+@pytest.mark.parametrize("text", INNOCENT)
+def test_what_only_looks_like_it_stays(text: str) -> None:
+    for around in ("{}", "It is {} here.", "({})"):
+        assert masked(around.format(text)) == (around.format(text), "")
+
+
+def test_planted_cases_are_found_in_real_texts_and_nothing_else_is_changed(shared: Path) -> None:
+    real = [
+        text for line in (shared / "data/en_100_tree.jsonl").open() for text in texts_of(json.loads(line)["prompt"])
+    ]
+    clean = [text for text in real if not [*spans(text)]]
+    assert len(clean) > 0.995 * len(real)
+    draw = random.Random(7)
+    for at, text in enumerate(clean):
+        kind, planted = CASES[at % len(CASES)]
+        place = draw.choice([0, *(at + 1 for at, c in enumerate(text) if c == "\n"), len(text)])
+        whole = [f"{text[:place]}\n{piece}\n{text[place:]}" for piece in (planted, f"[{kind}]")]
+        assert masked(whole[0]) == (whole[1], f"{kind} 1")
+
+
+def texts_of(node: dict) -> list[str]:  # type: ignore[type-arg]
+    return [node["text"], *(text for reply in node.get("replies") or [] for text in texts_of(reply))]
+
+
+def test_a_result_is_of_its_own_text_alone_and_null_where_nothing_is_found() -> None:
+    batch = scan(pa.array(["Hello", "a@b.io and c@d.io, 415-555-0123", ""]))
+    assert batch.schema == SCHEMA
+    assert batch.to_pydict() == {
+        "personal": [None, "e-mail 2, phone 1", None], "masked": [None, "[e-mail] and [e-mail], [phone]", None],
+    }  # fmt: skip
+
+
+@given(st.lists(st.sampled_from([*(text for _, text in CASES), " ", ", ", "\n", "1", "+", "@", ".", ":", "-", "x"])))
+def test_a_masked_text_holds_nothing_more_to_mask_and_spans_do_not_overlap(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    found = [*spans(text)]
+    assert all(0 <= start < stop <= len(text) for start, stop, _ in found)
+    assert all(one[1] <= other[0] for one, other in pairwise(found))
+    assert {kind for *_, kind in found} <= set(KINDS)
+
+
+@pytest.mark.parametrize("number", ["79927398713", "4111111111111111", "378282246310005"])
+def test_one_wrong_digit_breaks_luhns_sum(number: str) -> None:
+    assert luhn(number)
+    for at, digit in enumerate(number):
+        assert not any(luhn(number[:at] + other + number[at + 1 :]) for other in "0123456789" if other != digit)
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["a", "1", "1 ", "a@", "a.", "1:", "a@b.c ", "1.1.1.1 ", "a@b.co ", "+1 22 ", "\u0301",
+     "4111 1111 1111 1111 ", "(1) ", "a-"],
+)  # fmt: skip
+def test_a_text_of_a_megabyte_takes_seconds_at_most(unit: str) -> None:
+    started = time.process_time()
+    scan(pa.array([unit * (10**6 // len(unit))]))
+    assert time.process_time() - started < 6  # 0.5 s on an idle core; a square would take hours

@@ -1,0 +1,84 @@
+"""The plan of memory, against what the system counts; a process each, since a peak never falls."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tasks.gpt.need import Shape, flops, largest_micro_batch, memory, seconds
+
+ROOT = Path(__file__).parents[2]
+GPT2 = Shape(12, 12, 768, 50_304, 124_475_904, 1024, dropout=False, half=False, keeps_best=True)
+CODE = """
+import json, resource, sys, tempfile, time
+from pathlib import Path
+import numpy as np
+import torch
+from tasks.gpt.batches import Split
+from tasks.gpt.device import hold_memory
+from tasks.gpt.loop import fit
+from tasks.gpt.need import Shape, memory
+from tasks.gpt.run import Machine
+from tasks.gpt.weights import build_start, parameter_count, scratch_spec, set_dropout
+from tests.gpt.test_loop import MACHINE, SETTINGS
+from dataclasses import replace
+torch.set_num_threads(1)
+layers, heads, width, vocab, block, size = map(int, sys.argv[1:7])
+dropout = float(sys.argv[7])
+hold_memory()
+model = build_start(scratch_spec(layers=layers, heads=heads, width=width, positions=block, vocab_size=vocab, seed=0))
+set_dropout(model, dropout)
+ids = np.random.default_rng(0).integers(0, vocab, (4 * size, block))
+one = np.ones_like(ids)
+split = Split(ids, one, np.cumsum(one, 1) - 1, np.full_like(ids, block) - (np.arange(block) < block // 2) * block // 2)
+resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+with tempfile.TemporaryDirectory() as folder:
+    machine = replace(MACHINE, micro_batch=size, checkpoint_seconds=0.0)
+    settings = replace(SETTINGS, epochs=1, sequences=2 * size)
+    fit(model, split, split, settings=settings, machine=machine, workplace=Path(folder))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+shape = Shape(layers, heads, width, vocab, parameter_count(model), block, dropout > 0, False, True)
+print(json.dumps([resident + memory(shape, size), peak]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 4, 128, 1024, 128, 8, 0.0), (6, 6, 384, 50_304, 128, 2, 0.0), (4, 4, 256, 1024, 512, 4, 0.1)],
+    ids=["narrow", "small", "dropout"],
+)
+def test_the_plan_is_wrong_by_a_fifth_at_most(shape: tuple[float, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, *map(str, shape)], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    planned, peak = json.loads(done.stdout)
+    assert planned == pytest.approx(peak, rel=0.2)
+
+
+def test_the_largest_micro_batch_is_the_largest_that_fits() -> None:
+    free = 6 << 30
+    size = largest_micro_batch(GPT2, free, 64)
+    assert 1 < size < 8
+    assert memory(GPT2, size) <= 0.9 * free < memory(GPT2, size + 1)
+
+
+def test_it_is_never_none_nor_more_than_a_step_or_8192_tokens() -> None:
+    assert largest_micro_batch(GPT2, 1, 64) == 1
+    assert largest_micro_batch(GPT2, 1 << 50, 3) == 3
+    assert largest_micro_batch(GPT2, 1 << 50, 64) == 8
+
+
+def test_work_grows_with_what_is_done() -> None:
+    assert flops(GPT2, 1.0) == pytest.approx(6 * 124e6, rel=0.15)  # 6 N, attention and positions aside
+    once = seconds(GPT2, 1e6, 0, 0.9, 1e11)
+    assert seconds(GPT2, 2e6, 0, 0.9, 1e11) == pytest.approx(2 * once)
+    assert seconds(GPT2, 1e6, 3e6, 0.9, 1e11) == pytest.approx(2 * once)
+    assert memory(replace(GPT2, half=True), 4) < memory(GPT2, 4) < memory(replace(GPT2, dropout=True), 4)

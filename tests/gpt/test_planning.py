@@ -1,0 +1,57 @@
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tasks.errors import TrainingError
+from tasks.gpt import planning
+from tasks.gpt.planning import memory_named, planned
+from tests.gpt.test_loop import CPU, MACHINE, SETTINGS, killed, run, split, start
+
+
+def plan(asked: object = None) -> int:
+    return planned(start(), [split(), split(6)], SETTINGS, CPU, asked, iter(range(99)).__next__)  # type: ignore[arg-type]
+
+
+def test_what_is_asked_is_taken_but_never_more_than_a_step(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="treeline.train"):
+        assert [plan(3), plan(99), plan(None), plan("auto")] == [3, 8, 8, 8]
+    assert "micro_batch 3" in caplog.text
+
+
+def test_little_memory_makes_auto_take_less_and_others_are_warned(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(planning, "free_memory", lambda device: 1)
+    with caplog.at_level(logging.WARNING, logger="treeline.train"):
+        assert plan("auto") == 1
+        assert plan(8) == 8
+    assert "more than is free; set train.micro_batch to auto, or lower encode.block" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: you tried")],
+)
+def test_out_of_memory_names_what_to_lower(error: BaseException) -> None:
+    with pytest.raises(TrainingError, match=r"3 sequences of 12 tokens at once.*micro_batch to auto"):
+        fail(error)
+
+
+def test_another_failure_stays_what_it_is() -> None:
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        fail(RuntimeError("shapes differ"))
+
+
+def fail(error: BaseException) -> None:
+    with memory_named(MACHINE, 12):
+        raise error
+
+
+def test_a_resumed_run_that_chose_for_itself_keeps_its_micro_batch(tmp_path: Path) -> None:
+    whole, _, _ = run(tmp_path / "whole")
+    killed(tmp_path / "cut", 4, replace(MACHINE, checkpoint_seconds=0.0))
+    resumed, _, _ = run(tmp_path / "cut", machine=replace(MACHINE, micro_batch=8, yielding=True))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
