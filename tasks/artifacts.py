@@ -279,29 +279,10 @@ class Sequences(Artifact):
     curation.json                 what a report says of the data, as the dialogues have it: tokens travel alone
     """
 
-<<<<<<< HEAD
-=======
-    kind = "tokens"
-    records = frozenset({"curation.json"})
-    files = ("ids.bin", "mask.bin", "positions.bin", "ends.bin", "index.parquet", "tokenizer.json", "encoding.json")
-
->>>>>>> trees
     def encoding(self) -> Encoding:
         """Read how the tokens were made."""
         return read_encoding(self.path)
 
-<<<<<<< HEAD
-=======
-    def curation(self) -> dict[str, Any] | None:
-        """Read what a report says of the data; None where the dialogues did not tell."""
-        found: dict[str, Any] | None = self.json("curation.json") if (self.path / "curation.json").exists() else None
-        return found
-
-    def index(self) -> pl.LazyFrame:
-        """Scan the token ranges of messages: INDEX_COLUMNS."""
-        return self.table("index.parquet")
-
->>>>>>> trees
     def ids(self, split: str | None = None) -> np.ndarray:
         """Map the token ids of a split, or of all: (S, T) uint16."""
         return self._map("ids.bin", "uint16", split)
@@ -335,10 +316,17 @@ class Tokens(Sequences):
     """Conversations as token ids, and where each message lies.
 
     index.parquet                 token ranges back to messages: INDEX_COLUMNS
+    curation.json                 what a report says of the data, where the dialogues told: a record, not content
     """
 
     kind = "tokens"
+    records = frozenset({"curation.json"})
     files = (*ARRAYS, "index.parquet", "tokenizer.json", "encoding.json")
+
+    def curation(self) -> dict[str, Any] | None:
+        """Read what a report says of the data; None where the dialogues did not tell."""
+        found: dict[str, Any] | None = self.json("curation.json") if (self.path / "curation.json").exists() else None
+        return found
 
     def index(self) -> pl.LazyFrame:
         """Scan the token ranges of messages: INDEX_COLUMNS."""
