@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from tasks.artifacts import Counts, Encoding, Model, Tokens
 from tasks.errors import InputError, ParameterError
@@ -18,19 +16,18 @@ from tasks.gpt.folder import CONFIG, WEIGHTS, digests
 from tasks.signals import kept_signals
 from tasks.sources import MODELS
 from tasks.start import FOLDER, SCRATCH, allowed_folder, fetch_published
-from tasks.step import Params, Runtime, step
+from tasks.step import Params, step
+from tasks.tuning import Count, TuningParams, TuningRuntime, split_of, write_json, write_tokenizer
 
 if TYPE_CHECKING:
     from tasks.gpt.batches import Split
     from tasks.gpt.run import Progress
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
 NAMED = 16  # messages or sequences at most in an error
 
 
-class TrainParams(Params):
-    """Settings of the train step. The defaults suit fine-tuning gpt2-medium."""
+class StartParams(Params):
+    """Where the weights come from."""
 
     start: Literal["scratch", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "folder"] = "scratch"
     """Where the weights come from: random ones, a published GPT-2, or a local Hugging Face folder."""
@@ -42,34 +39,10 @@ class TrainParams(Params):
     """Attention heads of a block; a divisor of the width. Only for start = scratch."""
     width: Count = 128
     """Numbers in a hidden state. Only for start = scratch."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
-    """Seed of the initial weights, of the order of the data and of dropout."""
-    epochs: Annotated[float, Field(gt=0, le=10_000)] = 3.0
-    """How often the data is gone through; a fraction ends in the middle."""
-    batch_tokens: Count = 32_768
-    """Tokens of an optimizer step, padding included; at least one sequence is taken."""
-    lr: Annotated[float, Field(gt=0)] = 3e-5
-    """Highest learning rate. From scratch, 1e-3 to 3e-3 is usual."""
-    min_lr_share: Share = 0.1
-    """Learning rate of the last step, as a share of the highest; a cosine leads there."""
-    warmup_share: Share = 0.03
-    """Share of the steps in which the learning rate rises to its highest."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decay of weight matrices and embeddings, per update and unit of learning rate."""
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """AdamW: decay of the running mean of the gradient."""
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """AdamW: decay of the running mean of the squared gradient."""
-    clip: Annotated[float, Field(gt=0)] | None = 1.0
-    """Longest gradient; a longer one is shortened to it. None: as it is."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of numbers dropped after embeddings, attention and both halves of a block."""
-    evals_per_epoch: Annotated[int, Field(ge=1, le=1_000)] = 8
-    """Evaluations of the whole validation split in an epoch, besides those at the start and the end."""
-    patience: Count | None = None
-    """Evaluations without a better validation loss after which training ends. None: it goes on."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of products; weights and sums stay float32. bfloat16 is for GPUs and for CPUs that have instructions for it."""
+
+
+class TrainParams(TuningParams, StartParams):
+    """Settings of the train step. The defaults suit fine-tuning gpt2-medium."""
 
     @model_validator(mode="after")
     def _fits(self) -> TrainParams:
@@ -90,21 +63,8 @@ class TrainParams(Params):
         return kept
 
 
-class TrainRuntime(Runtime):
+class TrainRuntime(TuningRuntime):
     """How fast, and where. The outcome is the same but for rounding and the draws of dropout."""
-
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to train; auto takes a GPU where there is one."""
-    micro_batch: Count | Literal["auto"] | None = None
-    """Sequences that go through the model at once; lower it where memory runs out. None: as many as hold 8,192 tokens; auto: of these, as many as fit into the memory that is free."""  # noqa: E501
-    compile: bool = False
-    """Compile the model; pays on a GPU, in runs longer than a few minutes."""
-    threads: Count | None = None
-    """CPU threads. None: one for a model narrower than 512, else as torch finds best."""
-    checkpoint_seconds: Annotated[float, Field(ge=0)] = 120.0
-    """Seconds between checkpoints, from which a killed run goes on; more where saving is slow. 0: after each step."""
-    keep_checkpoints: Count = 2
-    """Checkpoints kept. With one, a disk that spoils it costs the run so far. The best weights are in each."""
 
 
 @step("train", version=2, makes=Model, resumable=True)
@@ -114,7 +74,7 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     from tasks.gpt.interrupt import Interrupt
     from tasks.gpt.loop import fit
     from tasks.gpt.planning import memory_named, planned
-    from tasks.gpt.run import Machine, Settings
+    from tasks.gpt.run import Machine
     from tasks.gpt.weights import build_start, export, parameter_count, set_dropout
 
     encoding = tokens.encoding()
@@ -125,9 +85,7 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     refuse_foreign(params.start, tokens.path / "tokenizer.json")
     model = build_start(spec, folder)
     set_dropout(model, params.dropout)
-    chosen = params.model_dump()
-    sequences = max(1, params.batch_tokens // encoding.length)
-    settings = Settings(sequences=sequences, **{f.name: chosen[f.name] for f in fields(Settings) if f.name in chosen})
+    settings = params.settings(encoding.length)
     interrupt, device = Interrupt(), device_of(run.device)
     machine = Machine(
         device,
@@ -182,14 +140,6 @@ def start_of(params: TrainParams, folder: Path | None, encoding: Encoding) -> di
     )
 
 
-def split_of(tokens: Tokens, name: str) -> Split:
-    """Map the sequences of a split."""
-    from tasks.gpt.batches import Split
-
-    arrays = [read(name) for read in (tokens.ids, tokens.mask, tokens.positions, tokens.ends)]
-    return Split(*arrays)
-
-
 def name_messages(tokens: Tokens, rows: Sequence[int]) -> str:
     """Say which messages some sequences of the training split hold, the first of them by id."""
     import polars as pl
@@ -233,28 +183,6 @@ def refuse_foreign(start: str, tokenizer: Path) -> None:
         )
 
 
-def write_tokenizer(out: Path, source: Path, encoding: Encoding, positions: int) -> None:
-    """Write what `AutoTokenizer` needs, so that its ids are those of training."""
-    from tasks.text.chat import EOT, TEMPLATES
-
-    for name in ("tokenizer.json", "encoding.json"):
-        shutil.copyfile(source / name, out / name)
-    text_of = {token: text for text, token in encoding.specials.items()}
-    write_json(
-        out / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": EOT,
-            "eos_token": text_of[encoding.stop],
-            "pad_token": text_of[encoding.pad],
-            "extra_special_tokens": sorted(encoding.specials, key=encoding.specials.__getitem__),
-            "model_max_length": positions,
-            "clean_up_tokenization_spaces": False,
-        },
-    )
-    (out / "chat_template.jinja").write_text(TEMPLATES[encoding.template].jinja(), encoding="utf-8")
-
-
 def counts_of(progress: Progress, parameters: int) -> Counts:
     """Return what training.json and the manifest say of a run: nothing that differs between two equal runs."""
     return {
@@ -266,8 +194,3 @@ def counts_of(progress: Progress, parameters: int) -> Counts:
         "tokens": progress.tokens,
         "supervised": progress.supervised,
     }
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a small JSON file."""
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")

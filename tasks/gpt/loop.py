@@ -28,8 +28,8 @@ from tasks.gpt import checkpoint
 from tasks.gpt.batches import Array, Plan, Split
 from tasks.gpt.interrupt import Interrupted
 from tasks.gpt.logbook import Logbook
-from tasks.gpt.loss import supervised_nats, token_nats
 from tasks.gpt.need import AT_ONCE
+from tasks.gpt.objective import EachToken, Objective
 from tasks.gpt.optim import adamw, moments, set_moments, set_rate
 from tasks.gpt.run import Machine, Progress, Settings
 from tasks.gpt.schedule import learning_rate
@@ -40,7 +40,14 @@ SAVING_SHARE = 0.1  # of the time at most: a large model on a slow disk is saved
 
 
 def fit(
-    model: GPT2LMHeadModel, train: Split, val: Split, *, settings: Settings, machine: Machine, workplace: Path
+    model: GPT2LMHeadModel,
+    train: Split,
+    val: Split,
+    *,
+    settings: Settings,
+    machine: Machine,
+    workplace: Path,
+    objective: Objective | None = None,
 ) -> Progress:
     """Tune a model; afterwards it holds the weights that were best on the validation split.
 
@@ -51,6 +58,7 @@ def fit(
         settings: What decides the outcome.
         machine: Where and how fast.
         workplace: Gets `log.jsonl` and `checkpoints/`; a run that was killed there goes on.
+        objective: What is made small over the same splits. None: the loss of each supervised token.
 
     Raises:
         TrainingError: `train.nonfinite`, before any weight takes harm; `train.checkpoint`, for one of another run.
@@ -59,23 +67,24 @@ def fit(
     model.to(machine.device)
     devices = [machine.device] if machine.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):  # each step seeds the global generators: give them back as they were
-        return _Run(model, train, val, settings=settings, machine=machine, workplace=workplace).to_the_end()
+        aim = objective or EachToken(train, val)
+        return _Run(model, aim, settings=settings, machine=machine, workplace=workplace).to_the_end()
 
 
 class _Run:
     """One run: the objects that its steps share."""
 
     def __init__(
-        self, model: GPT2LMHeadModel, train: Split, val: Split, *, settings: Settings, machine: Machine, workplace: Path
+        self, model: GPT2LMHeadModel, objective: Objective, *, settings: Settings, machine: Machine, workplace: Path
     ) -> None:
-        self.model, self.train, self.val, self.settings, self.machine = model, train, val, settings, machine
+        self.model, self.objective, self.settings, self.machine = model, objective, settings, machine
+        self.train = train = objective.train
         self.plan = Plan(len(train), settings.sequences, settings.epochs, settings.seed)
         self.evaluations = self.plan.evaluations(settings.evals_per_epoch)
         self.optimizer = adamw(
             model, lr=settings.lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
         )
         self.at_once = machine.micro_batch or max(1, AT_ONCE // train.block)
-        self.validated = val.supervised() if len(val) else 0
         self.progress = Progress()
         self.pending: dict[str, Any] | None = {}  # measured in a step whose evaluation and entry are still to come
         self.kept = -1  # step of the last checkpoint
@@ -132,8 +141,8 @@ class _Run:
 
     def complete(self) -> dict[str, Any]:
         """Evaluate if it is time, and write down what a step has come to."""
-        val_nll = self.evaluate() if self.progress.step in self.evaluations else None
-        entry = self.entry(**(self.pending or {}), val_nll=val_nll)
+        found = self.evaluate() if self.progress.step in self.evaluations else {}
+        entry = self.entry(**(self.pending or {}), **found)
         self.log.write(entry)
         self.pending = None
         return entry
@@ -149,7 +158,7 @@ class _Run:
             min_share=settings.min_lr_share,
         )
         torch.manual_seed(_seed(settings.seed, progress.step))
-        wanted = self.train.supervised(rows)
+        wanted = self.objective.units(rows)
         with self.machine.interrupt.loose():
             loss = self.accumulate(rows, max(1, wanted))
         limit = math.inf if settings.clip is None else settings.clip
@@ -165,28 +174,28 @@ class _Run:
         return {"loss": loss, "lr": rate, "grad_norm": norm}
 
     def accumulate(self, rows: Array, wanted: int) -> float:
-        """Add up the gradients of a step in micro-batches; return its loss in nats per supervised token.
+        """Add up the gradients of a step in micro-batches; return its loss, nats per unit.
 
-        The sum is divided by the supervised tokens of the whole step: a token counts the same in any micro-batch.
+        The sum is divided by the units of the whole step: a token, or a pair, counts the same in any micro-batch.
         """
         self.model.train()
         total = torch.zeros((), device=self.machine.device)
         for first in range(0, len(rows), self.at_once):
-            batch = self.train.batch(rows[first : first + self.at_once], self.machine.device)
+            some = rows[first : first + self.at_once]
             with self.autocast():
-                loss = supervised_nats(self.model, *batch, share=1 / wanted, trunk=self.trunk)
+                loss = self.objective.loss(self.model, some, 1 / wanted, self.machine.device, self.trunk)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total.item()  # the one wait for the device in a step, with the gradient's norm
 
-    @torch.no_grad()
-    def evaluate(self) -> float | None:
-        """Return the loss on the whole validation split, nats per supervised token; keep the weights if it is best."""
-        if not self.validated:
-            return None
-        with self.machine.interrupt.loose():
-            nll = self.nats_of_all() / self.validated
-        progress = self.progress
+    def evaluate(self) -> dict[str, float]:
+        """Measure the whole validation split, and keep the weights if they are the best; nothing without a split."""
+        self.model.eval()
+        with self.machine.interrupt.loose(), self.autocast():
+            measured = self.objective.measure(self.model, self.at_once, self.machine.device, self.trunk)
+        if measured is None:
+            return {}
+        nll, progress = measured["val_nll"], self.progress
         if not isfinite(nll):
             raise TrainingError(
                 f"validation loss is {nll} after step {progress.step}",
@@ -201,16 +210,7 @@ class _Run:
             self.best = {name: weight.detach().to("cpu", copy=True) for name, weight in self.model.named_parameters()}
         else:
             progress.waited += 1
-        return nll
-
-    def nats_of_all(self) -> float:
-        """Return the loss summed over the validation split."""
-        self.model.eval()
-        total = torch.zeros((), dtype=torch.float64)
-        for batch in self.val.in_order(self.at_once, self.machine.device):
-            with self.autocast():
-                total += token_nats(self.model, *batch, trunk=self.trunk).double().sum().cpu()
-        return total.item()
+        return measured
 
     def autocast(self) -> torch.autocast:
         """Open a block in which products are in the precision that is asked for."""
@@ -254,8 +254,8 @@ class _Run:
     def loss_of(self, row: int) -> float:
         """Return the loss of one training sequence as the model stands."""
         self.model.eval()
-        batch = self.train.batch(np.array([row]), self.machine.device)
-        return token_nats(self.model, *batch).sum().item()
+        with torch.no_grad():
+            return self.objective.loss(self.model, np.array([row]), 1.0, self.machine.device, hidden_states).item()
 
     def save_now_and_then(self) -> None:
         """Write a checkpoint if the last one is long enough ago."""

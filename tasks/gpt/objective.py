@@ -1,0 +1,74 @@
+"""Objectives: what a run makes small, as a mean over units: supervised tokens here, pairs of replies elsewhere.
+
+Legend: S sequences of a split, B of a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import GPT2LMHeadModel
+
+from tasks.gpt.batches import Array, Split
+from tasks.gpt.loss import supervised_nats, token_nats
+from tasks.gpt.trunk import Trunk
+
+
+class Objective(Protocol):
+    """A sum over the units of some sequences, and its mean over the validation split.
+
+    Attributes:
+        train: The sequences that are trained on.
+        val: Those that choose the best weights; may be empty.
+    """
+
+    @property
+    def train(self) -> Split:
+        """The sequences that are trained on."""
+
+    @property
+    def val(self) -> Split:
+        """Those that choose the best weights; may be empty."""
+
+    def units(self, rows: Array) -> int:
+        """Count the units of some training sequences."""
+
+    def loss(self, model: GPT2LMHeadModel, rows: Array, share: float, device: torch.device, trunk: Trunk) -> Tensor:
+        """Return the loss of some training sequences, summed over units, times `share`; ready for `backward`."""
+
+    def measure(
+        self, model: GPT2LMHeadModel, at_once: int, device: torch.device, trunk: Trunk
+    ) -> dict[str, float] | None:
+        """Measure the validation split; `val_nll` is what the best weights have least of. None: there are no units."""
+
+
+@dataclass(frozen=True)
+class EachToken:
+    """The negative log-likelihood of each supervised token, nats."""
+
+    train: Split
+    val: Split
+
+    def units(self, rows: Array) -> int:
+        """Count the supervised tokens of some training sequences."""
+        return self.train.supervised(rows)
+
+    def loss(self, model: GPT2LMHeadModel, rows: Array, share: float, device: torch.device, trunk: Trunk) -> Tensor:
+        """Return the summed loss of some training sequences, times `share`."""
+        return supervised_nats(model, *self.train.batch(rows, device), share=share, trunk=trunk)
+
+    @torch.no_grad()
+    def measure(
+        self, model: GPT2LMHeadModel, at_once: int, device: torch.device, trunk: Trunk
+    ) -> dict[str, float] | None:
+        """Return the mean loss of the validation split's supervised tokens."""
+        supervised = self.val.supervised() if len(self.val) else 0
+        if not supervised:
+            return None
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in self.val.in_order(at_once, device):
+            total += token_nats(model, *batch, trunk=trunk).double().sum().cpu()
+        return {"val_nll": total.item() / supervised}

@@ -1,0 +1,114 @@
+"""Tuning: what every step that changes a model's weights asks for, and what it leaves beside them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from tasks.artifacts import Encoding, Sequences
+from tasks.step import Params, Runtime
+
+if TYPE_CHECKING:
+    from tasks.gpt.batches import Split
+    from tasks.gpt.run import Settings
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+class TuningParams(Params):
+    """What decides how weights are changed."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
+    """Seed of the initial weights, of the order of the data and of dropout."""
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = 3.0
+    """How often the data is gone through; a fraction ends in the middle."""
+    batch_tokens: Count = 32_768
+    """Tokens of an optimizer step, padding included; at least one sequence is taken."""
+    lr: Annotated[float, Field(gt=0)] = 3e-5
+    """Highest learning rate. From scratch, 1e-3 to 3e-3 is usual."""
+    min_lr_share: Share = 0.1
+    """Learning rate of the last step, as a share of the highest; a cosine leads there."""
+    warmup_share: Share = 0.03
+    """Share of the steps in which the learning rate rises to its highest."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decay of weight matrices and embeddings, per update and unit of learning rate."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW: decay of the running mean of the gradient."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """AdamW: decay of the running mean of the squared gradient."""
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Longest gradient; a longer one is shortened to it. None: as it is."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of numbers dropped after embeddings, attention and both halves of a block."""
+    evals_per_epoch: Annotated[int, Field(ge=1, le=1_000)] = 8
+    """Evaluations of the whole validation split in an epoch, besides those at the start and the end."""
+    patience: Count | None = None
+    """Evaluations without a better validation loss after which training ends. None: it goes on."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of products; weights and sums stay float32. bfloat16 is for GPUs and for CPUs that have instructions for it."""
+
+    def settings(self, length: int) -> Settings:
+        """Return them as the training loop takes them, for sequences of so many tokens."""
+        from tasks.gpt.run import Settings
+
+        chosen = self.model_dump()
+        sequences = max(1, self.batch_tokens // length)
+        return Settings(sequences=sequences, **{f.name: chosen[f.name] for f in fields(Settings) if f.name in chosen})
+
+
+class TuningRuntime(Runtime):
+    """How fast, and where. The outcome is the same but for rounding and the draws of dropout."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train; auto takes a GPU where there is one."""
+    micro_batch: Count | Literal["auto"] | None = None
+    """Sequences that go through the model at once; lower it where memory runs out. None: as many as hold 8,192 tokens; auto: of these, as many as fit into the memory that is free."""  # noqa: E501
+    compile: bool = False
+    """Compile the model; pays on a GPU, in runs longer than a few minutes."""
+    threads: Count | None = None
+    """CPU threads. None: one for a model narrower than 512, else as torch finds best."""
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 120.0
+    """Seconds between checkpoints, from which a killed run goes on; more where saving is slow. 0: after each step."""
+    keep_checkpoints: Count = 2
+    """Checkpoints kept. With one, a disk that spoils it costs the run so far. The best weights are in each."""
+
+
+def split_of(tokens: Sequences, name: str) -> Split:
+    """Map the sequences of a split."""
+    from tasks.gpt.batches import Split
+
+    arrays = [read(name) for read in (tokens.ids, tokens.mask, tokens.positions, tokens.ends)]
+    return Split(*arrays)
+
+
+def write_tokenizer(out: Path, source: Path, encoding: Encoding, positions: int) -> None:
+    """Write what `AutoTokenizer` needs, so that its ids are those of training."""
+    from tasks.text.chat import EOT, TEMPLATES
+
+    for name in ("tokenizer.json", "encoding.json"):
+        shutil.copyfile(source / name, out / name)
+    text_of = {token: text for text, token in encoding.specials.items()}
+    write_json(
+        out / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": EOT,
+            "eos_token": text_of[encoding.stop],
+            "pad_token": text_of[encoding.pad],
+            "extra_special_tokens": sorted(encoding.specials, key=encoding.specials.__getitem__),
+            "model_max_length": positions,
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+    (out / "chat_template.jinja").write_text(TEMPLATES[encoding.template].jinja(), encoding="utf-8")
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a small JSON file."""
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
