@@ -1,19 +1,27 @@
-"""The chain: the six steps in order, and what a run of them would do, decided without Prefect and without torch."""
+"""The chain: the steps in order, and what a run of them would do, decided without Prefect and without torch.
+
+Six steps, and three more beside them for a recipe with preferences:
+
+    download  parse  curate  encode (pair)  |  train (refer  prefer)  evaluate
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from flows.recipe import Recipe
-from tasks.artifacts import KINDS, Artifact, Tokens
+from tasks.artifacts import KINDS, Artifact, Contests, Tokens
 from tasks.curate import curate
 from tasks.download import download
 from tasks.encode import encode
 from tasks.errors import ParameterError, StoreError
 from tasks.evaluate import evaluate
+from tasks.pair import pair
 from tasks.parse import parse
+from tasks.prefer import prefer
+from tasks.refer import refer
 from tasks.step import Step, home
 from tasks.store.canonical import sha256_of
 from tasks.store.check import Fault
@@ -25,10 +33,12 @@ from tasks.train import train
 DATA: tuple[Step[Any, Any], ...] = (download, parse, curate, encode)  # needs no GPU
 MODEL: tuple[Step[Any, Any], ...] = (train, evaluate)
 CHAIN = (*DATA, *MODEL)
-StepName = Literal["download", "parse", "curate", "encode", "train", "evaluate"]
+STEPS = (*DATA, pair, train, refer, prefer, evaluate)  # those of a recipe with preferences, too
+StepName = Literal["download", "parse", "curate", "encode", "pair", "train", "refer", "prefer", "evaluate"]
 STEP_NAMES: tuple[StepName, ...] = get_args(StepName)
 
 Made = dict[type[Artifact], Artifact]
+A = TypeVar("A", bound=Artifact)
 
 
 @dataclass(frozen=True)
@@ -42,13 +52,28 @@ class Planned:
     artifact: Artifact | None = None
 
 
+def data(recipe: Recipe) -> tuple[Step[Any, Any], ...]:
+    """Return the steps of a recipe that need no GPU."""
+    return (*DATA, pair) if recipe.preferences else DATA
+
+
+def model(recipe: Recipe) -> tuple[Step[Any, Any], ...]:
+    """Return the steps of a recipe that want one."""
+    return (train, refer, prefer, evaluate) if recipe.preferences else MODEL
+
+
+def whole(recipe: Recipe) -> tuple[Step[Any, Any], ...]:
+    """Return all steps of a recipe."""
+    return (*data(recipe), *model(recipe))
+
+
 def until(last: str | None, chain: Sequence[Step[Any, Any]] = CHAIN) -> tuple[Step[Any, Any], ...]:
     """Return the steps of a chain up to the one named; all of them for None.
 
     Raises:
         ParameterError: If there is no such step.
     """
-    known = [step.name for step in CHAIN]
+    known = [step.name for step in STEPS]
     if last is not None and last not in known:
         raise ParameterError(f"there is no step {last!r}", do=f"take one of {', '.join(known)}", code="param.step")
     end = known.index(last) + 1 if last else len(known)
@@ -117,16 +142,28 @@ def done(planned: Sequence[Planned]) -> bool:
     return all(entry.status == "cached" for entry in planned)
 
 
-def open_tokens(name: str) -> Tokens:
-    """Open tokens by id.
+def open_as(kind: type[A], name: str) -> A:
+    """Open an artifact of a kind by id.
 
     Raises:
         ParameterError: If the id names something else, or nothing.
     """
     found = open_artifact(name)
-    if not isinstance(found, Tokens):
-        raise ParameterError(f"expected the id of tokens, found {found.id}", "tokens", code="param.artifact")
+    if not isinstance(found, kind):
+        raise ParameterError(f"expected the id of {kind.kind}, found {found.id}", kind.kind, code="param.artifact")
     return found
+
+
+def encoded(recipe: Recipe, tokens: str = "", contests: str = "") -> Made:
+    """Return what the model half of a recipe begins with: the artifacts of those ids, or else those it leads to.
+
+    Raises:
+        ParameterError: If they are not in the store.
+    """
+    made: Made = {Tokens: tokens_of(recipe, tokens)}
+    if recipe.preferences:
+        made[Contests] = open_as(Contests, contests) if contests else _led_to(recipe, data(recipe), Contests)
+    return made
 
 
 def tokens_of(recipe: Recipe, name: str = "") -> Tokens:
@@ -135,15 +172,17 @@ def tokens_of(recipe: Recipe, name: str = "") -> Tokens:
     Raises:
         ParameterError: If they are not in the store.
     """
-    if name:
-        return open_tokens(name)
-    last = plan(recipe, DATA)[-1]
-    if not isinstance(last.artifact, Tokens):
+    return open_as(Tokens, name) if name else _led_to(recipe, DATA, Tokens)
+
+
+def _led_to(recipe: Recipe, steps: Sequence[Step[Any, Any]], kind: type[A]) -> A:
+    last = plan(recipe, steps)[-1]
+    if not isinstance(last.artifact, kind):
         raise ParameterError(
-            f"the tokens of recipe {recipe.name} are not in the store: {last.why}",
+            f"the {kind.kind} of recipe {recipe.name} are not in the store: {last.why}",
             str(home()),
             "run flow treeline-data first, or copy the artifact's folder here and name its id",
-            code="param.tokens",
+            code=f"param.{kind.kind}",
         )
     return last.artifact
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from flows import chain, recipe
 from flows.chain import STEP_NAMES
-from tasks.artifacts import Artifact, Dialogues, Model, Tokens
+from tasks.artifacts import Artifact, Dialogues, Model
 from tasks.dialogue.markdown import printable
 from tasks.errors import ParameterError, PermissionRefused, StoreError
 from tasks.step import Step, home, session
@@ -40,11 +40,12 @@ class _Wanted:
 
 def _wanted(asked: argparse.Namespace) -> _Wanted:
     settings = recipe.load(asked.recipe, asked.settings)
-    given: chain.Made = {Tokens: chain.open_tokens(asked.tokens)} if asked.tokens else {}
-    steps = chain.until(asked.until, chain.MODEL if given else chain.CHAIN)
-    odd = [name for name in asked.force if chain.until(name) and name not in {step.name for step in steps}]
+    given = chain.encoded(settings, asked.tokens, asked.contests) if asked.tokens else {}
+    steps = chain.until(asked.until, chain.model(settings) if given else chain.whole(settings))
+    names = {step.name for step in steps}
+    odd = [name for name in (*asked.force, asked.until) if name and chain.until(name) and name not in names]
     if odd or not steps:
-        what = f"--force {odd[0]}" if odd else f"--until {asked.until}"
+        what = f"--force {odd[0]}" if odd and odd[0] in asked.force else f"--until {asked.until}"
         raise ParameterError(
             f"{what} names a step that is not among those to run",
             "the command line",
@@ -107,7 +108,7 @@ def _work(wanted: _Wanted, asked: argparse.Namespace) -> list[tuple[str, bool, f
     forced = [step for step in STEP_NAMES if step in wanted.force]
     with _in_process(), session(wanted.recipe.name, wanted.force, publish_card) as run:
         if asked.tokens:
-            model(wanted.recipe, asked.tokens, until, forced)
+            model(wanted.recipe, asked.tokens, until, forced, asked.contests)
         else:
             pipeline(wanted.recipe, until, forced)
     return [(one.step, one.cached, one.seconds, one.why, one.artifact) for one in run.outcomes]
@@ -291,7 +292,7 @@ def lock(asked: argparse.Namespace) -> int:
     """Write the lock of step versions."""
     from flows import versions
 
-    now = versions.current(chain.CHAIN)
+    now = versions.current(chain.STEPS)
     for line in versions.stale(now, versions.locked()):
         print(line)
     versions.write(now)

@@ -35,31 +35,39 @@ def _run(recipe: Recipe, force: Sequence[str]) -> Iterator[Session]:
 
 
 @flow(name="treeline-data", flow_run_name="data {recipe.name}", persist_result=False)
-def data(recipe: Recipe, until: StepName = "encode", force: Sequence[StepName] = ()) -> Artifact:
-    """Make everything that needs no GPU: from the published trees to token ids on disk.
+def data(recipe: Recipe, until: StepName = "pair", force: Sequence[StepName] = ()) -> Artifact:
+    """Make everything that needs no GPU: from the published trees to token ids on disk, which it returns.
 
     Args:
-        recipe: All settings; only the sections of the first four steps matter here.
+        recipe: All settings; only the sections of the first steps matter here.
         until: The last step to run.
         force: Steps to build even where their artifact is there.
     """
     with _run(recipe, force):
-        return list(chain.run(recipe, chain.until(until, chain.DATA)).values())[-1]
+        made = chain.run(recipe, chain.until(until, chain.data(recipe)))
+        return made.get(Tokens) or list(made.values())[-1]
 
 
 @flow(name="treeline-model", flow_run_name="model {recipe.name}", persist_result=False)
-def model(recipe: Recipe, tokens: str = "", until: StepName = "evaluate", force: Sequence[StepName] = ()) -> Artifact:
+def model(
+    recipe: Recipe,
+    tokens: str = "",
+    until: StepName = "evaluate",
+    force: Sequence[StepName] = (),
+    contests: str = "",
+) -> Artifact:
     """Tune a model on tokens that are there, and measure it.
 
     Args:
-        recipe: All settings; only the sections of the last two steps matter here.
+        recipe: All settings; only the sections of the last steps matter here.
         tokens: Id of the tokens to train on, such as tokens/3f2a5c9d01ab; empty: those that the recipe leads to.
         until: The last step to run.
         force: Steps to build even where their artifact is there.
+        contests: With preferences, id of the ranked replies to learn from; empty: those that the recipe leads to.
     """
-    with _run(recipe, force):
-        made: dict[type[Artifact], Artifact] = {Tokens: chain.tokens_of(recipe, tokens)}
-        return list(chain.run(recipe, chain.until(until, chain.MODEL), made).values())[-1]
+    with _run(recipe, force) as run:
+        chain.run(recipe, chain.until(until, chain.model(recipe)), chain.encoded(recipe, tokens, contests))
+        return run.outcomes[-1].artifact
 
 
 @flow(name="treeline", flow_run_name="{recipe.name}", persist_result=False)
@@ -72,8 +80,8 @@ def pipeline(recipe: Recipe, until: StepName = "evaluate", force: Sequence[StepN
         force: Steps to build even where their artifact is there.
     """
     with _run(recipe, force) as run:
-        in_data = until in [step.name for step in chain.DATA]
-        last = data(recipe, until if in_data else "encode", force)
+        in_data = until in [step.name for step in chain.data(recipe)]
+        last = data(recipe, until if in_data else "pair", force)
         if not in_data:
             last = model(recipe, last.id, until, force)
         cards.publish_summary(recipe.name, run.outcomes)
@@ -90,8 +98,9 @@ def arm(recipe: Recipe, label: str, judge: str) -> Artifact:
         judge: Id of the tokens that its loss is measured on.
     """
     with _run(recipe, ()):
-        own = chain.open_tokens(data(recipe).id)
-        return sweep.run(sweep.Arm(label, recipe.train.seed, recipe), own, chain.open_tokens(judge)).report
+        data(recipe)
+        own = chain.encoded(recipe)
+        return sweep.run(sweep.Arm(label, recipe.train.seed, recipe), own, chain.open_as(Tokens, judge)).report
 
 
 @flow(name="treeline-sweep", flow_run_name="sweep {recipe.name}", persist_result=False)

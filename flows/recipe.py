@@ -17,7 +17,10 @@ from tasks.download import DownloadParams, DownloadRuntime
 from tasks.encode import EncodeParams, EncodeRuntime
 from tasks.errors import ParameterError
 from tasks.evaluate import EvaluateParams, EvaluateRuntime
+from tasks.pair import PairParams
 from tasks.parse import ParseParams
+from tasks.prefer import PreferParams, PreferRuntime
+from tasks.refer import ReferParams, ReferRuntime
 from tasks.step import Params
 from tasks.train import TrainParams, TrainRuntime
 
@@ -41,6 +44,10 @@ class RuntimeSettings(BaseModel):
     """The train step."""
     evaluate: EvaluateRuntime = EvaluateRuntime()
     """The evaluate step."""
+    refer: ReferRuntime = ReferRuntime()
+    """The refer step, of a run with preferences."""
+    prefer: PreferRuntime = PreferRuntime()
+    """The prefer step, of a run with preferences."""
 
 
 class Recipe(BaseModel):
@@ -62,6 +69,14 @@ class Recipe(BaseModel):
     """Step 5: what is tuned, and how."""
     evaluate: EvaluateParams = EvaluateParams()
     """Step 6: what is measured."""
+    pair: PairParams = PairParams()
+    """With preferences, after encode: which ranked replies are compared."""
+    refer: ReferParams = ReferParams()
+    """With preferences, after train: how likely the model finds them."""
+    prefer: PreferParams = PreferParams()
+    """With preferences, before evaluate: how the model learns to prefer the better ones."""
+    preferences: bool = False
+    """Whether the model is tuned further, by how people ranked replies: steps pair, refer and prefer."""
     runtime: RuntimeSettings = RuntimeSettings()
     """How fast, never what."""
 

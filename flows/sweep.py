@@ -24,7 +24,6 @@ from flows.recipe import Recipe, changed
 from tasks.artifacts import Model, Report, Tokens
 from tasks.errors import ParameterError
 from tasks.evaluate import evaluate
-from tasks.train import train
 
 MOST = 64  # arms of a sweep: more is a slip of the keyboard, and would keep a machine busy for days
 
@@ -117,22 +116,26 @@ def done(base: Recipe, planned: Sequence[Arm]) -> list[Outcome] | None:
 
 
 def _found(arm: Arm, judge: Tokens) -> Outcome | None:
-    *_, own, trained = (planned.artifact for planned in chain.plan(arm.recipe, chain.until("train")))
-    if not isinstance(own, Tokens) or not isinstance(trained, Model):
+    *planned, _ = chain.plan(arm.recipe, chain.whole(arm.recipe))
+    made: chain.Made = {type(one.artifact): one.artifact for one in planned if one.artifact}
+    own, tuned = made.get(Tokens), planned[-1].artifact
+    if not isinstance(own, Tokens) or not isinstance(tuned, Model):
         return None
     used = judge_of(own, judge)
-    report = chain.plan(arm.recipe, (evaluate,), made={Model: trained, Tokens: used})[-1].artifact
-    return Outcome(arm, trained, report, used is judge) if isinstance(report, Report) else None
+    report = chain.plan(arm.recipe, (evaluate,), made={Model: tuned, Tokens: used})[-1].artifact
+    return Outcome(arm, tuned, report, used is judge) if isinstance(report, Report) else None
 
 
-def run(arm: Arm, own: Tokens, judge: Tokens) -> Outcome:
-    """Train an arm on its own tokens, and judge it on those of the sweep, if it can read them."""
-    used = judge_of(own, judge)
-    made = chain.run(arm.recipe, (train,), {Tokens: own})
-    trained, report = made[Model], chain.run(arm.recipe, (evaluate,), {**made, Tokens: used})[Report]
-    assert isinstance(trained, Model)
+def run(arm: Arm, own: chain.Made, judge: Tokens) -> Outcome:
+    """Tune the model of an arm on what its recipe made, and judge it on the sweep's tokens, if it can read them."""
+    made = chain.run(arm.recipe, chain.model(arm.recipe)[:-1], own)
+    tokens, tuned = made[Tokens], made[Model]
+    assert isinstance(tokens, Tokens)
+    assert isinstance(tuned, Model)
+    used = judge_of(tokens, judge)
+    report = chain.run(arm.recipe, (evaluate,), {Model: tuned, Tokens: used})[Report]
     assert isinstance(report, Report)
-    return Outcome(arm, trained, report, used is judge)
+    return Outcome(arm, tuned, report, used is judge)
 
 
 def judge_of(own: Tokens, judge: Tokens) -> Tokens:

@@ -349,6 +349,20 @@ class Contests(Sequences):
 
 
 @dataclass(frozen=True)
+class References(Artifact):
+    """How likely a model finds each reply of contests: logps.bin, (R,) float32 nats, as replies.parquet has them."""
+
+    kind = "references"
+    files = ("logps.bin",)
+
+    def logps(self) -> np.ndarray:
+        """Read them: (R,) float32."""
+        import numpy as np
+
+        return np.fromfile(self.path / "logps.bin", np.float32)
+
+
+@dataclass(frozen=True)
 class Model(Artifact):
     """A tuned GPT-2 as a Hugging Face folder, with its tokenizer, chat template and the log of its training.
 
@@ -390,7 +404,7 @@ class Report(Artifact):
 
 
 KINDS: Mapping[str, type[Artifact]] = {
-    made.kind: made for made in (RawTrees, Messages, Dialogues, Tokens, Model, Report, Contests)
+    made.kind: made for made in (RawTrees, Messages, Dialogues, Tokens, Model, Report, Contests, References)
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,6 +14,7 @@ from tasks.artifacts import Counts, Model, Report, Tokens
 from tasks.errors import InputError, ParameterError
 from tasks.start import folder_of
 from tasks.step import Params, Runtime, step
+from tasks.tuning import refuse_strangers
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -151,24 +151,6 @@ def exam_of(model: Model, tokens: Tokens, params: EvaluateParams) -> tuple[str |
     seeds = range(params.seed, params.seed + params.samples_per_prompt)
     dialect = load_dialect(model.path)
     return name, Exam(dialect, split, utf8_bytes, held_out_questions(params.facts), params.panel, seeds)
-
-
-def refuse_strangers(model: Model, tokens: Tokens) -> None:
-    """Raise an error unless the tokens are in the language of the model."""
-    same_words = (model.path / "tokenizer.json").read_bytes() == (tokens.path / "tokenizer.json").read_bytes()
-    ours, theirs = (
-        {name: value for name, value in asdict(encoding).items() if name in {"template", "specials", "stop", "block"}}
-        for encoding in (model.encoding(), tokens.encoding())
-    )
-    if same_words and ours == theirs:
-        return
-    odd = [name for name in ours if ours[name] != theirs[name]] or ["tokenizer.json"]
-    raise ParameterError(
-        f"the model was trained on another encoding; it differs in {', '.join(odd)}",
-        f"model {model.id}, tokens {tokens.id}",
-        "Evaluate it on tokens that were encoded as its own were",
-        "param.encoding",
-    )
 
 
 def split_of(tokens: Tokens, asked: str) -> tuple[str | None, Split | None]:

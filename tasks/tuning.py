@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from tasks.artifacts import Encoding, Sequences
+from tasks.artifacts import Encoding, Model, Sequences
+from tasks.errors import ParameterError
 from tasks.step import Params, Runtime
 
 if TYPE_CHECKING:
@@ -79,12 +80,30 @@ class TuningRuntime(Runtime):
     """Checkpoints kept. With one, a disk that spoils it costs the run so far. The best weights are in each."""
 
 
-def split_of(tokens: Sequences, name: str) -> Split:
-    """Map the sequences of a split."""
+def split_of(tokens: Sequences, name: str | None) -> Split:
+    """Map the sequences of a split; None: all of them."""
     from tasks.gpt.batches import Split
 
     arrays = [read(name) for read in (tokens.ids, tokens.mask, tokens.positions, tokens.ends)]
     return Split(*arrays)
+
+
+def refuse_strangers(model: Model, tokens: Sequences) -> None:
+    """Raise an error unless the tokens are in the language of the model."""
+    same_words = (model.path / "tokenizer.json").read_bytes() == (tokens.path / "tokenizer.json").read_bytes()
+    ours, theirs = (
+        {name: value for name, value in asdict(encoding).items() if name in {"template", "specials", "stop", "block"}}
+        for encoding in (model.encoding(), tokens.encoding())
+    )
+    if same_words and ours == theirs:
+        return
+    odd = [name for name in ours if ours[name] != theirs[name]] or ["tokenizer.json"]
+    raise ParameterError(
+        f"the model was trained on another encoding; it differs in {', '.join(odd)}",
+        f"model {model.id}, tokens {tokens.id}",
+        "Evaluate it on tokens that were encoded as its own were",
+        "param.encoding",
+    )
 
 
 def write_tokenizer(out: Path, source: Path, encoding: Encoding, positions: int) -> None:

@@ -10,7 +10,6 @@ Source: Rafailov et al. 2023, "Direct Preference Optimization", arXiv:2305.18290
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,10 +21,13 @@ from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2LMHeadModel
 
-from tasks.gpt.batches import Batch
+from tasks.gpt.batches import Array, Batch, Split
 from tasks.gpt.loss import CHUNK, predictors
+from tasks.gpt.trunk import Trunk, hidden_states
+from tasks.progress import track
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class Replies:
         return np.concatenate([nobody, *better]), np.concatenate([nobody, *worse])
 
 
-def reply_logps(model: GPT2LMHeadModel, batch: Batch, trained: Sequence[int], chunk: int = CHUNK) -> Tensor:
+def reply_logps(
+    model: GPT2LMHeadModel, batch: Batch, trained: Ints, *, chunk: int = CHUNK, trunk: Trunk = hidden_states
+) -> Tensor:
     """Return how likely the model finds each reply of a batch, given all that is above it.
 
     Args:
@@ -71,17 +75,30 @@ def reply_logps(model: GPT2LMHeadModel, batch: Batch, trained: Sequence[int], ch
         batch: Sequences whose supervised tokens are those of the replies, and no others.
         trained: (R,) supervised tokens of each reply, in the order of the batch.
         chunk: Rows that reach the head at once; the backward pass computes their logits again.
+        trunk: `hidden_states`, or what was compiled of it.
 
     Returns:
         (R,) float32 nats, summed over the reply's tokens; at most 0.
     """
-    hidden, targets = predictors(model, *batch)  # (N, D), (N,)
+    hidden, targets = predictors(model, *batch, trunk)  # (N, D), (N,)
     weight = model.lm_head.weight
     parts = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
     nats = torch.cat([checkpoint(_nats, rows, weight, wanted, use_reentrant=False) for rows, wanted in parts])  # (N,)
-    sizes = torch.tensor(trained, device=nats.device)
+    sizes = torch.from_numpy(trained).to(nats.device)  # (R,)
     owner = torch.repeat_interleave(torch.arange(len(sizes), device=nats.device), sizes)  # (N,)
     return -torch.zeros(len(sizes), device=nats.device).index_add(0, owner, nats)
+
+
+@torch.no_grad()
+def all_logps(model: GPT2LMHeadModel, split: Split, replies: Replies, at_once: int, device: torch.device) -> Floats:
+    """Return how likely the model finds each reply of a split: (R,) nats, by sequence and start."""
+    model.eval()
+    found = [np.zeros(0, np.float32)]
+    for first in track(range(0, len(split), at_once), "refer", -(-len(split) // at_once), "batches"):
+        rows = np.arange(first, min(first + at_once, len(split)))
+        numbers = replies.of(rows)
+        found.append(reply_logps(model, split.batch(rows, device), replies.trained[numbers]).float().cpu().numpy())
+    return np.concatenate(found)
 
 
 def _nats(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -116,3 +133,79 @@ def judge(logps: Tensor, reference: Tensor, better: Tensor, worse: Tensor, beta:
     gained = logps - reference  # (R,)
     margin = beta * (gained[better] - gained[worse])
     return Verdict(-logsigmoid(margin), margin, logps[better])
+
+
+@dataclass(frozen=True)
+class Side:
+    """A split of contests, and what the model that is started from makes of its replies.
+
+    Attributes:
+        sequences: The split.
+        replies: Its replies.
+        reference: (R,) log-probability of each under the start, nats.
+    """
+
+    sequences: Split
+    replies: Replies
+    reference: Floats
+
+    def judge(
+        self, model: GPT2LMHeadModel, rows: Ints, beta: float, device: torch.device, trunk: Trunk = hidden_states
+    ) -> Verdict:
+        """Compare all pairs of some sequences."""
+        numbers = self.replies.of(rows)
+        better, worse = (torch.from_numpy(side).to(device) for side in self.replies.pairs(numbers))
+        reference = torch.from_numpy(self.reference[numbers]).to(device)
+        trained = self.replies.trained[numbers]
+        logps = reply_logps(model, self.sequences.batch(rows, device), trained, trunk=trunk)
+        return judge(logps, reference, better, worse, beta)
+
+
+@dataclass(frozen=True)
+class EachPair:
+    """The loss of each pair of a better and a worse reply, nats: an `Objective` whose units are pairs.
+
+    Attributes:
+        fitted: Contests that are trained on.
+        held: Contests that choose the best weights.
+        beta: How hard the model is held to its start.
+    """
+
+    fitted: Side
+    held: Side
+    beta: float
+
+    @property
+    def train(self) -> Split:
+        """The sequences that are trained on."""
+        return self.fitted.sequences
+
+    @property
+    def val(self) -> Split:
+        """Those that choose the best weights."""
+        return self.held.sequences
+
+    def units(self, rows: Array) -> int:
+        """Count the pairs of some training sequences."""
+        replies = self.fitted.replies
+        return len(replies.pairs(replies.of(rows))[0])
+
+    def loss(self, model: GPT2LMHeadModel, rows: Array, share: float, device: torch.device, trunk: Trunk) -> Tensor:
+        """Return the summed loss of the pairs of some training sequences, times `share`."""
+        return self.fitted.judge(model, rows, self.beta, device, trunk).loss.sum() * share
+
+    @torch.no_grad()
+    def measure(
+        self, model: GPT2LMHeadModel, at_once: int, device: torch.device, trunk: Trunk
+    ) -> dict[str, float] | None:
+        """Return means over the validation pairs: loss, share told right, margin, log-probability of the better."""
+        loss, right, margin, chosen, count = 0.0, 0, 0.0, 0.0, 0
+        for first in range(0, len(self.val), at_once):
+            rows = np.arange(first, min(first + at_once, len(self.val)))
+            found = self.held.judge(model, rows, self.beta, device, trunk)
+            loss, margin = loss + found.loss.sum().item(), margin + found.margin.sum().item()
+            chosen, right = chosen + found.chosen.sum().item(), right + int((found.margin > 0).sum())
+            count += len(found.loss)
+        if not count:
+            return None
+        return {"val_nll": loss / count, "accuracy": right / count, "margin": margin / count, "chosen": chosen / count}

@@ -9,7 +9,7 @@ from flows import chain, versions
 
 def test_no_step_has_changed_since_its_version_was_locked() -> None:
     """Raise a step's version if it makes other files now; then `python -m flows lock`."""
-    assert versions.stale(versions.current(chain.CHAIN), versions.locked()) == []
+    assert versions.stale(versions.current(chain.STEPS), versions.locked()) == []
 
 
 @pytest.fixture
@@ -54,6 +54,6 @@ def test_a_raised_version_must_be_locked(project: Path) -> None:
 
 
 def test_errors_and_progress_and_the_store_are_guarded_elsewhere() -> None:
-    found = {name for entry in versions.current(chain.CHAIN).values() for name in entry["modules"]}
+    found = {name for entry in versions.current(chain.STEPS).values() for name in entry["modules"]}
     assert not {name for name in found if name.startswith(versions.LEFT_OUT)}
     assert {"tasks.parse", "tasks.artifacts", "tasks.oasst.tree", "tasks.text.bpe", "tasks.gpt.loop"} <= found

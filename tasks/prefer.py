@@ -1,0 +1,126 @@
+"""Beside the chain, prefer: tune a model to find better replies likelier than worse ones, by what people ranked.
+
+Source: Rafailov et al. 2023, "Direct Preference Optimization", arXiv:2305.18290.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from tasks.artifacts import Contests, Counts, Model, References
+from tasks.errors import InputError
+from tasks.signals import kept_signals
+from tasks.step import step
+from tasks.tuning import TuningParams, TuningRuntime, refuse_strangers, split_of, write_json
+
+if TYPE_CHECKING:
+    from tasks.gpt.preference import Side
+    from tasks.gpt.run import Progress
+
+KEPT = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "encoding.json", "start.json")
+
+
+class PreferParams(TuningParams):
+    """Settings of the prefer step."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How hard the model is held to its start: larger is harder."""
+    lr: Annotated[float, Field(gt=0)] = 5e-6
+    """Highest learning rate; far lower than for fine-tuning, or the model unlearns to speak."""
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = 1.0
+    """How often the contests are gone through; a fraction ends in the middle."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of numbers dropped. The start was asked without, so anything else adds noise to the comparison."""
+
+
+class PreferRuntime(TuningRuntime):
+    """How fast, and where. The outcome is the same but for rounding."""
+
+
+@step("prefer", version=1, makes=Model, resumable=True)
+def prefer(
+    out: Path, contests: Contests, references: References, model: Model, params: PreferParams, run: PreferRuntime
+) -> Counts:
+    """Write the model that prefers, as a folder like that of the train step.
+
+    Raises:
+        ParameterError: If the model speaks another language than the contests.
+        InputError: If the references are of other contests.
+    """
+    from tasks.gpt.device import device_of, threads
+    from tasks.gpt.interrupt import Interrupt
+    from tasks.gpt.loop import fit
+    from tasks.gpt.planning import memory_named, planned
+    from tasks.gpt.preference import EachPair
+    from tasks.gpt.run import Machine
+    from tasks.gpt.weights import export, load_model, parameter_count, set_dropout
+
+    refuse_strangers(model, contests)
+    fitted, held = (_side(contests, references, name) for name in ("train", "val"))
+    aim = EachPair(fitted, held, params.beta)
+    tuned, encoding = load_model(model.path), contests.encoding()
+    set_dropout(tuned, params.dropout)
+    settings, device, interrupt = params.settings(encoding.length), device_of(run.device), Interrupt()
+    machine = Machine(
+        device,
+        time.monotonic,
+        micro_batch=planned(tuned, (aim.train, aim.val), settings, device, run.micro_batch, time.monotonic),
+        yielding=run.micro_batch == "auto",
+        compile=run.compile,
+        checkpoint_seconds=run.checkpoint_seconds,
+        keep=run.keep_checkpoints,
+        interrupt=interrupt,
+    )
+    with threads(run.threads, tuned.config.n_embd), kept_signals(interrupt.ask), memory_named(machine, encoding.length):
+        progress = fit(tuned, aim.train, aim.val, settings=settings, machine=machine, workplace=out, objective=aim)
+    export(tuned, out, stop=encoding.stop, pad=encoding.pad)
+    for name in KEPT:
+        shutil.copyfile(model.path / name, out / name)
+    counts = counts_of(progress, parameter_count(tuned), out)
+    write_json(out / "training.json", {**counts, "from": model.manifest.digest})
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    return counts
+
+
+def _side(contests: Contests, references: References, name: str) -> Side:
+    """Return a split of the contests with what the start makes of it."""
+    import numpy as np
+
+    from tasks.gpt.preference import Replies, Side
+
+    table, logps = contests.replies().collect(), references.logps()
+    if len(logps) != table.height:
+        what = f"expected references of {table.height:,} replies, found {len(logps):,}"
+        raise InputError(what, references.id, "Run the refer step again on these contests", "prefer.references")
+    first, _ = contests.encoding().splits[name]
+    here = (table["split"] == name).to_numpy()
+    columns = [table[column].to_numpy().astype(np.int64)[here] for column in ("sequence", "trained", "contest", "rank")]
+    return Side(split_of(contests, name), Replies(columns[0] - first, *columns[1:]), logps[here])
+
+
+def counts_of(progress: Progress, parameters: int, out: Path) -> Counts:
+    """Return what came of it: losses per pair, and of the best weights the share of validation pairs told right."""
+    import json
+
+    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    found: dict[int, dict[str, Any]] = {entry["step"]: entry for entry in map(json.loads, filter(None, lines))}
+    measured = {
+        f"{name}_{when}": entry.get(name)
+        for when, entry in (("start", found.get(0, {})), ("best", found.get(progress.best_step, {})))
+        for name in ("accuracy", "margin", "chosen")
+    }
+    return {
+        "parameters": parameters,
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "loss_start": progress.start_nll,
+        "loss_best": progress.best_nll,
+        "pairs": progress.supervised,
+        "tokens": progress.tokens,
+        **measured,
+    }

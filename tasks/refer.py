@@ -1,0 +1,46 @@
+"""Beside the chain, refer: how likely a model finds each reply of contests, before it is tuned to prefer some.
+
+That never changes while the preferred model is trained, so it is computed once, and the start need not be in memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tasks.artifacts import Contests, Counts, Model, References
+from tasks.step import Params, step
+from tasks.tuning import TuningRuntime, refuse_strangers, split_of
+
+
+class ReferParams(Params):
+    """Settings of the refer step: none, so far."""
+
+
+class ReferRuntime(TuningRuntime):
+    """How fast, and where. The outcome is the same but for rounding."""
+
+
+@step("refer", version=1, makes=References)
+def refer(out: Path, contests: Contests, model: Model, params: ReferParams, run: ReferRuntime) -> Counts:
+    """Write `logps.bin`.
+
+    Raises:
+        ParameterError: If the model speaks another language than the contests.
+    """
+    import numpy as np
+
+    from tasks.gpt.device import device_of, threads
+    from tasks.gpt.preference import Replies, all_logps
+    from tasks.gpt.weights import load_model
+
+    refuse_strangers(model, contests)
+    split = split_of(contests, None)
+    table = contests.replies().collect()
+    replies = Replies(*(table[name].to_numpy().astype(np.int64) for name in ("sequence", "trained", "contest", "rank")))
+    device = device_of(run.device)
+    loaded = load_model(model.path).to(device)
+    at_once = run.micro_batch if isinstance(run.micro_batch, int) else max(1, 8_192 // split.block)
+    with threads(run.threads, loaded.config.n_embd):
+        logps = all_logps(loaded, split, replies, at_once, device)
+    logps.astype("<f4").tofile(out / "logps.bin")
+    return {"replies": len(logps), "mean_logp": float(np.mean(logps)) if len(logps) else None}

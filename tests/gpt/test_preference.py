@@ -1,0 +1,170 @@
+"""Laws of preferences: one packed contest is worth its pairs taken apart, and the loss is the published one."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+from transformers import GPT2LMHeadModel
+
+from tasks.artifacts import (
+    DIALOGUE_COLUMNS,
+    Contests,
+    Dialogues,
+    Model,
+    References,
+    Tokens,
+    arrow_schema,
+    parquet_writer,
+)
+from tasks.encode import EncodeParams, EncodeRuntime, encode
+from tasks.errors import InputError
+from tasks.gpt.preference import Replies, judge, reply_logps
+from tasks.gpt.weights import load_model
+from tasks.pair import PairParams, pair
+from tasks.prefer import PreferParams, PreferRuntime, prefer
+from tasks.refer import ReferParams, ReferRuntime, refer
+from tasks.store.manifest import Manifest
+from tasks.train import TrainParams, TrainRuntime, train
+from tasks.tuning import split_of
+
+manifest = partial(Manifest, key="0" * 64, recipe={}, files={}, digest="0" * 64)
+TUNING: dict[str, Any] = {"epochs": 8, "batch_tokens": 512, "lr": 1e-3, "evals_per_epoch": 1, "dropout": 0.0}
+
+
+def rows() -> list[dict[str, object]]:
+    """Make contests in which the polite reply always wins."""
+    made = []
+    for tree in range(24):
+        split = "val" if tree % 6 == 5 else "train"
+        said = [(f"{tree}", None, f"Question {tree}?", None), (f"{tree}.a", f"{tree}", f"Yes, please, {tree}.", 0)]
+        said += [(f"{tree}.b", f"{tree}", f"Go away {tree}!", 2), (f"{tree}.c", f"{tree}", f"Hm, {tree}.", 1)]
+        for name, parent, text, rank in said:
+            made.append(
+                {
+                    "message_tree_id": f"t{tree}", "message_id": name, "parent_id": parent, "sibling": rank or 0,
+                    "depth": int(rank is not None), "role": "prompter" if parent is None else "assistant",
+                    "text": text, "rank": rank, "split": split,
+                }
+            )  # fmt: skip
+    return made
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Contests, Model, References]:
+    folder = tmp_path_factory.mktemp("preferences")
+    with parquet_writer(folder / "dialogues.parquet", DIALOGUE_COLUMNS) as writer:
+        writer.write_table(pa.Table.from_pylist(rows(), schema=arrow_schema(DIALOGUE_COLUMNS)))
+    for name in ("tokens", "contests", "model", "references"):
+        (folder / name).mkdir()
+    dialogues = Dialogues(folder, manifest(kind="dialogues"))
+    params = EncodeParams(tokenizer="trained", vocab_size=300, block=64, pack=128)
+    encode.function(folder / "tokens", dialogues, params, EncodeRuntime(workers=1))
+    tokens = Tokens(folder / "tokens", manifest(kind="tokens"))
+    pair.function(folder / "contests", dialogues, tokens, PairParams())
+    shape = {"layers": 2, "heads": 2, "width": 32}
+    train.function(folder / "model", tokens, TrainParams(**TUNING, **shape), TrainRuntime(device="cpu", threads=1))
+    contests, model = (
+        Contests(folder / "contests", manifest(kind="contests")),
+        Model(folder / "model", manifest(kind="model")),
+    )
+    refer.function(folder / "references", contests, model, ReferParams(), ReferRuntime(device="cpu", threads=1))
+    return contests, model, References(folder / "references", manifest(kind="references"))
+
+
+def alone(model: GPT2LMHeadModel, contests: Contests, row: dict[str, int]) -> Tensor:
+    """Spell a reply out with all that it sees, as one plain sequence: its log-probability."""
+    ids, ends = contests.ids()[row["sequence"]], contests.ends()[row["sequence"]]
+    seen = [at for at in range(row["stop"]) if ends[at] >= row["stop"]]
+    logits = log_softmax(model(torch.tensor(ids[seen].astype(np.int64))[None]).logits[0], dim=1)
+    first = len(seen) - row["trained"]
+    return torch.stack([logits[at - 1, int(ids[seen[at]])] for at in range(first, len(seen))]).sum()
+
+
+def test_a_packed_contest_gives_each_reply_the_probability_it_has_alone(
+    made: tuple[Contests, Model, References],
+) -> None:
+    contests, model, references = made
+    loaded, table = load_model(model.path).eval(), contests.replies().collect()
+    with torch.no_grad():
+        expected = torch.stack([alone(loaded, contests, row) for row in table.iter_rows(named=True)])
+    torch.testing.assert_close(torch.from_numpy(references.logps()), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_of_packed_replies_are_those_of_plain_sequences(made: tuple[Contests, Model, References]) -> None:
+    contests, model, _ = made
+    loaded, table = load_model(model.path).eval(), contests.replies().filter(sequence=0).collect()
+    trained = table["trained"].to_numpy().astype(np.int64)
+    weight = torch.linspace(-1, 1, len(trained))  # any function of the log-probabilities will do
+    batch = split_of(contests, None).batch(np.array([0]), torch.device("cpu"))
+    (reply_logps(loaded, batch, trained, chunk=7) * weight).sum().backward()  # type: ignore[no-untyped-call]
+    together = {name: one.grad.to_dense() for name, one in loaded.named_parameters() if one.grad is not None}
+    loaded.zero_grad()
+    apart = torch.stack([alone(loaded, contests, row) for row in table.iter_rows(named=True)])
+    (apart * weight).sum().backward()  # type: ignore[no-untyped-call]
+    for name, one in loaded.named_parameters():
+        assert one.grad is not None
+        assert (together[name] - one.grad).norm() <= 1e-5 * max(float(one.grad.norm()), 1e-2), name
+
+
+def test_the_loss_is_that_of_the_paper() -> None:
+    logps, reference = torch.tensor([-4.0, -9.0, -2.0]), torch.tensor([-5.0, -8.0, -2.5])
+    found = judge(logps, reference, torch.tensor([0, 0]), torch.tensor([1, 2]), beta=0.5)
+    margins = [0.5 * ((-4 + 5) - (-9 + 8)), 0.5 * ((-4 + 5) - (-2 + 2.5))]
+    assert found.margin.tolist() == pytest.approx(margins)
+    assert found.loss.tolist() == pytest.approx([np.log1p(np.exp(-margin)) for margin in margins])
+    assert found.chosen.tolist() == [-4.0, -4.0]
+
+
+def test_the_loss_is_trls() -> None:
+    trl = pytest.importorskip("trl", reason="needs the package trl")
+    if not hasattr(trl.DPOTrainer, "dpo_loss"):
+        pytest.skip("this trl has no dpo_loss to compare with")
+    draw = torch.Generator().manual_seed(0)
+    logps, reference = (torch.randn(8, generator=draw) * 5 - 20 for _ in range(2))
+    better, worse = torch.arange(4), torch.arange(4, 8)
+
+    class Settings:
+        beta, label_smoothing, loss_type, reference_free, f_divergence_type = 0.1, 0.0, ["sigmoid"], False, "reverse_kl"
+        f_alpha_divergence_coef = 1.0
+        args = None
+        accelerator = type("A", (), {"device": torch.device("cpu")})
+
+    losses, *_ = trl.DPOTrainer.dpo_loss(
+        Settings(), logps[better], logps[worse], reference[better], reference[worse], "sigmoid"
+    )
+    torch.testing.assert_close(judge(logps, reference, better, worse, 0.1).loss, losses, rtol=1e-5, atol=1e-6)
+
+
+def test_pairs_are_within_contests_and_never_between_equals() -> None:
+    replies = Replies(
+        np.array([0, 0, 0, 1, 1]), np.array([2, 2, 2, 3, 3]), np.array([0, 0, 0, 1, 1]), np.array([0, 1, 1, 2, 5])
+    )
+    better, worse = replies.pairs(replies.of(np.array([1, 0])))
+    assert sorted(zip(better.tolist(), worse.tolist(), strict=True)) == [(0, 1), (2, 3), (2, 4)]
+
+
+def test_a_model_learns_to_prefer_what_people_ranked_higher(
+    made: tuple[Contests, Model, References], tmp_path: Path
+) -> None:
+    contests, model, references = made
+    params = PreferParams(**TUNING | {"lr": 3e-3, "epochs": 12.0, "beta": 0.3})
+    counts = prefer.function(tmp_path, contests, references, model, params, PreferRuntime(device="cpu", threads=1))
+    assert counts["loss_start"] == pytest.approx(np.log(2), abs=1e-5)  # the start prefers nothing to itself
+    assert counts["loss_best"] < counts["loss_start"] / 2
+    assert counts["accuracy_best"] == 1.0
+    assert {path.name for path in tmp_path.iterdir()} >= {*Model.files}
+
+
+def test_references_of_other_contests_are_refused(made: tuple[Contests, Model, References], tmp_path: Path) -> None:
+    contests, model, references = made
+    references.logps()[:-1].tofile(tmp_path / "logps.bin")
+    short = References(tmp_path, manifest(kind="references"))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="expected references of"):
+        prefer.function(tmp_path / "out", contests, short, model, PreferParams(), PreferRuntime(device="cpu"))
