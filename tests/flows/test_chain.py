@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flows import chain, recipe
-from tasks.artifacts import KINDS, Artifact
+from tasks.artifacts import Artifact
 from tasks.step import Step, session
 from tasks.store.folders import Store
 
@@ -93,7 +93,7 @@ def test_a_kill_in_the_middle_of_any_step_leaves_no_half_artifact_and_the_rerun_
         assert step.makes.kind not in digests(killed)
     assert start(killed.root).wait(200) == 0
     assert digests(killed) == digests(whole)
-    assert set(digests(killed)) == set(KINDS)
+    assert set(digests(killed)) == {step.makes.kind for step in chain.CHAIN}
 
 
 def _kill_during(step: Step[..., Artifact], store: Store) -> None:
@@ -107,3 +107,23 @@ def _kill_during(step: Step[..., Artifact], store: Store) -> None:
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def test_a_recipe_with_preferences_has_three_steps_more(store: Store) -> None:
+    asked = recipe.load(TINY, ["preferences=true"])
+    names = [step.name for step in chain.whole(asked)]
+    assert names == ["download", "parse", "curate", "encode", "pair", "train", "refer", "prefer", "evaluate"]
+    assert [step.name for step in chain.whole(recipe.load(TINY))] == [step.name for step in chain.CHAIN]
+
+
+@pytest.mark.slow
+def test_a_model_that_prefers_is_made_of_the_one_that_was_trained(store: Store) -> None:
+    asked = recipe.load(TINY, ["preferences=true", "train.epochs=0.3", "prefer.epochs=0.3", "train.threads=1"])
+    with session() as now:
+        chain.run(asked, chain.whole(asked))
+        made = {outcome.step: outcome.artifact for outcome in now.outcomes}
+    assert made["prefer"].json("training.json")["from"] == made["train"].manifest.digest
+    assert made["evaluate"].manifest.recipe["inputs"]["model"] == made["prefer"].manifest.digest
+    assert all(entry.status == "cached" for entry in chain.plan(asked, chain.whole(asked)))
+    plain = chain.plan(recipe.load(TINY, ["train.epochs=0.3"]), chain.CHAIN)
+    assert [entry.status for entry in plain] == ["cached"] * 5 + ["run"]

@@ -37,7 +37,7 @@ manifest = partial(Manifest, key="0" * 64, recipe={}, files={}, digest="0" * 64)
 TUNING: dict[str, Any] = {"epochs": 8, "batch_tokens": 512, "lr": 1e-3, "evals_per_epoch": 1, "dropout": 0.0}
 
 
-def rows() -> list[dict[str, object]]:
+def rows() -> list[dict[str, Any]]:
     """Make contests in which the polite reply always wins."""
     made = []
     for tree in range(24):
@@ -67,8 +67,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Contests, Model, Ref
     encode.function(folder / "tokens", dialogues, params, EncodeRuntime(workers=1))
     tokens = Tokens(folder / "tokens", manifest(kind="tokens"))
     pair.function(folder / "contests", dialogues, tokens, PairParams())
-    shape = {"layers": 2, "heads": 2, "width": 32}
-    train.function(folder / "model", tokens, TrainParams(**TUNING, **shape), TrainRuntime(device="cpu", threads=1))
+    train.function(
+        folder / "model",
+        tokens,
+        TrainParams(**TUNING, layers=2, heads=2, width=32),
+        TrainRuntime(device="cpu", threads=1),
+    )
     contests, model = (
         Contests(folder / "contests", manifest(kind="contests")),
         Model(folder / "model", manifest(kind="model")),
