@@ -1,14 +1,14 @@
 """Near copies: texts whose sets of word n-grams overlap, found by their fingerprints and verified by counting.
 
 Two texts are alike by the Jaccard index of their sets of word n-grams. MinHash only proposes pairs; counting decides,
-so nothing is reported on an estimate. What was counted once can be handed in again: it depends on two texts alone.
+so nothing is reported on an estimate. What is counted depends on two texts alone, so whoever asks may remember it.
 
 Letters: N texts; S n-grams; P pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -23,7 +23,8 @@ U32 = NDArray[np.uint32]
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 F64 = NDArray[np.float64]
-Known = Mapping[bytes, float]  # digests of two texts, the lesser first, one after the other -> their Jaccard index
+Count = Callable[[I64], F64]  # places in a list of pairs, in order, each once -> their Jaccard index
+Through = Callable[[U64, Count], F64]  # (P, 4) digests of pairs, the lesser first; what counts -> all their indices
 TextsOf = Callable[[I64], pa.Array]  # rows, in order, each once -> their texts
 
 _PART = 1 << 20  # n-grams of pairs that are counted at once
@@ -70,13 +71,16 @@ class Pairs:
         left: (P,) texts.
         right: (P,) the later text of each pair.
         similarity: (P,) their Jaccard index.
-        counted: All pairs that were looked at, alike or not, by their digests: what may be known next time.
     """
 
     left: I64
     right: I64
     similarity: F64
-    counted: Known
+
+
+def counted(names: U64, count: Count) -> F64:
+    """Count all pairs: what remembers nothing."""
+    return count(np.arange(len(names)))
 
 
 def numbered(prints: Prints, rows: I64) -> tuple[I64, I64]:
@@ -94,7 +98,7 @@ def numbered(prints: Prints, rows: I64) -> tuple[I64, I64]:
     return number, rows[order[fresh]]
 
 
-def pairs(prints: Prints, texts_of: TextsOf, ngram: int, threshold: float, known: Known | None = None) -> Pairs:
+def pairs(prints: Prints, texts_of: TextsOf, ngram: int, threshold: float, through: Through = counted) -> Pairs:
     """Find texts that are alike.
 
     Args:
@@ -103,17 +107,13 @@ def pairs(prints: Prints, texts_of: TextsOf, ngram: int, threshold: float, known
         texts_of: Gives the texts that have to be compared.
         ngram: Words of an n-gram, at least 1; a shorter text is one n-gram.
         threshold: Jaccard index from which on texts are alike, over 0 and up to 1.
-        known: What an earlier call counted, with the same `ngram`.
+        through: Counts what it does not remember of an earlier call with the same `ngram`.
     """
     left, right = _candidates(prints.keys)
-    names = [one + other for one, other in zip(_named(prints, left), _named(prints, right), strict=True)]
-    known = known or {}
-    unknown = np.flatnonzero(np.array([name not in known for name in names], dtype=np.bool_))
-    similarity = np.array([known.get(name, 0.0) for name in names], dtype=np.float64)
-    similarity[unknown] = _jaccard(texts_of, ngram, left[unknown], right[unknown])
+    names = np.concatenate((prints.digests[left], prints.digests[right]), axis=1)
+    similarity = through(names, lambda places: _jaccard(texts_of, ngram, left[places], right[places]))
     alike = similarity >= threshold
-    counted = dict(zip(names, similarity.tolist(), strict=True))
-    return Pairs(left[alike], right[alike], similarity[alike], counted)
+    return Pairs(left[alike], right[alike], similarity[alike])
 
 
 def _bytes(column: pa.ChunkedArray) -> bytes:
@@ -121,11 +121,6 @@ def _bytes(column: pa.ChunkedArray) -> bytes:
     parts = [chunk for chunk in column.chunks if len(chunk)]
     width = column.type.byte_width
     return b"".join(part.buffers()[1][part.offset * width : (part.offset + len(part)) * width] for part in parts)
-
-
-def _named(prints: Prints, rows: I64) -> list[bytes]:
-    whole = prints.digests[rows].tobytes()
-    return [whole[at : at + 16] for at in range(0, len(whole), 16)]
 
 
 def _candidates(keys: U32) -> tuple[I64, I64]:
