@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tasks.dialogue.fingerprint import mixed, ngrams
+from tasks.dialogue.fingerprint import ngrams
 from tasks.dialogue.fold import blocks
 
 U32 = NDArray[np.uint32]
@@ -132,17 +132,13 @@ def _candidates(keys: U32) -> tuple[I64, I64]:
         packed <<= _HALF
         packed |= own
         packed.sort()  # equal keys side by side, earlier texts first
-        at = np.arange(len(packed))
-        for distance in range(
-            1, _WINDOW + 1
-        ):  # what is equal this far apart is so closer, too: few are left to look at
-            at = at[: np.searchsorted(at, len(packed) - distance)]
-            near, far = packed[at], packed[at + distance]
-            same = (near ^ far) <= _LOW
-            if not same.any():
+        at = np.flatnonzero((packed[:-1] ^ packed[1:]) <= _LOW)
+        for distance in range(1, _WINDOW + 1):
+            if not len(at):
                 break
-            at = at[same]
-            found.append((near[same] << _HALF) | (far[same] & _LOW))
+            found.append((packed[at] << _HALF) | (packed[at + distance] & _LOW))
+            at = at[: np.searchsorted(at, len(packed) - distance - 1)]  # what is equal further apart is so closer, too
+            at = at[(packed[at] ^ packed[at + distance + 1]) <= _LOW]
     unique = _distinct(np.concatenate(found))
     return (unique >> _HALF).astype(np.int64), (unique & _LOW).astype(np.int64)
 
@@ -154,7 +150,7 @@ def _jaccard(texts_of: TextsOf, ngram: int, left: I64, right: I64) -> F64:
         return similarity
     chosen = np.sort(np.concatenate((left, right)))
     chosen = chosen[np.concatenate(([True], chosen[1:] != chosen[:-1]))]
-    hashes, offsets = _bags(texts_of(chosen), ngram)
+    hashes, offsets = _ngrams(texts_of(chosen), ngram)
     first, second = np.searchsorted(chosen, left), np.searchsorted(chosen, right)
     sizes = np.diff(offsets)
     part = np.cumsum(sizes[first] + sizes[second]) // _PART
@@ -164,26 +160,11 @@ def _jaccard(texts_of: TextsOf, ngram: int, left: I64, right: I64) -> F64:
     return similarity
 
 
-def _bags(texts: pa.Array, ngram: int) -> tuple[U64, I64]:
-    """Return the n-grams of each text, each once, in order: (S,) hashes, and where each text's begin."""
-    made, sizes = [], []
-    for block in blocks(texts):
-        hashes, offsets = ngrams(block.data, ngram)
-        bag = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        fresh = np.ones(len(hashes), dtype=np.bool_)
-        fresh[_again(hashes, bag)] = False
-        made.append(hashes[fresh])
-        sizes.append(np.bincount(bag[fresh], minlength=len(offsets) - 1))
-    return np.concatenate(made), np.concatenate(([0], np.cumsum(np.concatenate(sizes))))
-
-
-def _again(hashes: U64, group: I64) -> I64:
-    """Return where a group holds a hash once more; to sort, group and hash are one number, mixed in 64 bits."""
-    keyed = hashes + mixed(group.astype(np.uint64) + np.uint64(1))
-    order = np.argsort(keyed)
-    keyed = keyed[order]
-    again: I64 = order[1:][keyed[1:] == keyed[:-1]]
-    return again
+def _ngrams(texts: pa.Array, ngram: int) -> tuple[U64, I64]:
+    """Return the n-grams of each text: (S,) hashes, and where each text's begin."""
+    made = [ngrams(block.data, ngram) for block in blocks(texts)]
+    sizes = np.concatenate([np.diff(offsets) for _, offsets in made])
+    return np.concatenate([hashes for hashes, _ in made]), np.concatenate(([0], np.cumsum(sizes)))
 
 
 def _distinct(numbers: U64) -> U64:
@@ -193,15 +174,24 @@ def _distinct(numbers: U64) -> U64:
 
 
 def _overlap(hashes: U64, offsets: I64, left: I64, right: I64) -> F64:
-    """Return the Jaccard index of pairs of sets, given one after the other: (P,)."""
-    sizes = np.diff(offsets)
-    pair, member = [], []
-    for side in (left, right):
-        count = sizes[side]
-        pair.append(np.repeat(np.arange(len(side)), count))
-        within = np.arange(len(pair[-1])) - np.repeat(np.cumsum(count) - count, count)
-        member.append(hashes[np.repeat(offsets[side], count) + within])
-    of = np.concatenate(pair)
-    shared = of[_again(np.concatenate(member), of)]
-    common = np.bincount(shared, minlength=len(left))
-    return common / (sizes[left] + sizes[right] - common)
+    """Return the Jaccard index of pairs of texts, given one after the other: (P,).
+
+    All n-grams are sorted at once, as one number each: the pair, as many bits of the hash as are left, and the side.
+    What differs from the one before is of the union; what differs but for the side, of the intersection.
+    """
+    texts = np.stack((left, right), axis=1).ravel()  # (2 P,)
+    sizes = np.diff(offsets)[texts]
+    ends = np.cumsum(sizes)
+    bits = max(1, (len(left) - 1).bit_length())
+    keys = hashes[np.arange(ends[-1]) + np.repeat(offsets[texts] - ends + sizes, sizes)] >> np.uint64(bits)
+    keys &= ~np.uint64(1)
+    names = (np.arange(len(texts), dtype=np.uint64) >> np.uint64(1)) << np.uint64(64 - bits)
+    keys |= np.repeat(names | (np.arange(len(texts), dtype=np.uint64) & np.uint64(1)), sizes)
+    keys.sort()
+    differs = np.ones((2, len(keys)), dtype=np.bool_)
+    differs[0, 1:] = keys[1:] != keys[:-1]
+    keys >>= np.uint64(1)
+    differs[1, 1:] = keys[1:] != keys[:-1]
+    sided, union = np.add.reduceat(differs, np.concatenate(([0], ends[1:-1:2])), axis=1, dtype=np.int64)
+    index: F64 = (sided - union) / union
+    return index
