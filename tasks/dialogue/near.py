@@ -126,11 +126,11 @@ def _bytes(column: pa.ChunkedArray) -> bytes:
 def _candidates(keys: U32) -> tuple[I64, I64]:
     """Return pairs of texts that agree in a band, each once, in order: (P,) texts and (P,) later texts."""
     found = [np.empty(0, dtype=np.uint64)]
-    own = np.arange(len(keys), dtype=np.uint64)
     for band in np.ascontiguousarray(keys.T):
-        packed = band.astype(np.uint64)
+        rows = _crowded(band)
+        packed = band[rows].astype(np.uint64)
         packed <<= _HALF
-        packed |= own
+        packed |= rows.astype(np.uint64)
         packed.sort()  # equal keys side by side, earlier texts first
         at = np.flatnonzero((packed[:-1] ^ packed[1:]) <= _LOW)
         for distance in range(1, _WINDOW + 1):
@@ -141,6 +141,12 @@ def _candidates(keys: U32) -> tuple[I64, I64]:
             at = at[(packed[at] ^ packed[at + distance + 1]) <= _LOW]
     unique = _distinct(np.concatenate(found))
     return (unique >> _HALF).astype(np.int64), (unique & _LOW).astype(np.int64)
+
+
+def _crowded(keys: U32) -> I64:
+    """Return where keys stand of which there may be several: to sort all of them takes ten times as long."""
+    slots = keys >> np.uint32(max(0, 30 - len(keys).bit_length()))
+    return np.flatnonzero(np.bincount(slots)[slots] > 1)
 
 
 def _jaccard(texts_of: TextsOf, ngram: int, left: I64, right: I64) -> F64:
