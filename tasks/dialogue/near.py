@@ -168,7 +168,7 @@ def _jaccard(texts_of: TextsOf, ngram: int, left: I64, right: I64) -> F64:
 
 def _ngrams(texts: pa.Array, ngram: int) -> tuple[U64, I64]:
     """Return the n-grams of each text: (S,) hashes, and where each text's begin."""
-    made = [ngrams(block.data, ngram) for block in blocks(texts)]
+    made = [ngrams(block.data, block.ends, ngram) for block in blocks(texts)]
     sizes = np.concatenate([np.diff(offsets) for _, offsets in made])
     return np.concatenate([hashes for hashes, _ in made]), np.concatenate(([0], np.cumsum(sizes)))
 
