@@ -28,7 +28,7 @@ U8 = NDArray[np.uint8]
 U32 = NDArray[np.uint32]
 I64 = NDArray[np.int64]
 
-_BLOCK = 1 << 17  # bytes of text that are worked on at once, so that what is made of them stays in a core's cache
+_BLOCK = 1 << 20  # bytes of text that are worked on at once, so that what is made of them stays in a core's cache
 _TABLED = (*range(0xD800), *range(0xE000, 0x10000), *range(0x1F300, 0x1FB00))  # the first plane, and emoji
 _SPACE, _END = 32, 10  # between words, and after each text
 _ASCII = bytes(_SPACE if chr(at).isspace() else ord(chr(at).lower()) for at in range(128)) + bytes(range(128, 256))
