@@ -143,10 +143,10 @@ def size(manifest: Manifest) -> int:
 
 
 def asked_of_texts(manifest: Manifest) -> list[str]:
-    """Say of each function of one text how many texts it was asked for, and how many were remembered."""
+    """Say of each remembered function how many texts, or pairs of them, it was asked for, and what was remembered."""
     asked: dict[str, dict[str, int]] = manifest.origin.get("texts", {})
     return [
-        f"{PurePath(name).name}: asked for {tally['asked']:,} texts, "
+        f"{PurePath(name).name}: asked for {tally['asked']:,}, "
         f"{tally['remembered']:,} remembered, {tally['computed']:,} computed"
         for name, tally in asked.items()
     ]

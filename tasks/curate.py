@@ -39,17 +39,19 @@ from tasks.dialogue.record import (
     near_evidence,
 )  # fmt: skip
 from tasks.errors import InputError, SourceChanged
-from tasks.rows import PerText, per_text
+from tasks.rows import Function, PerText, per_name, per_text
 from tasks.sources import LocalPath, allowed_file
 from tasks.step import Params, TextsRuntime, step
 from tasks.store.canonical import sha256_file
 
 if TYPE_CHECKING:
+    import numpy as np
     import polars as pl
     import pyarrow as pa
+    from numpy.typing import NDArray
 
     from tasks.dialogue.dedupe import Likeness, Twin
-    from tasks.dialogue.near import Prints
+    from tasks.dialogue.near import Count, Prints, Through
     from tasks.dialogue.reading import Reader, Seen
     from tasks.dialogue.texts import Masks, Texts
 
@@ -177,7 +179,7 @@ def decide(table: pl.DataFrame, texts: Texts, params: CurateParams) -> tuple[Ver
         filtered = verdicts.kept()
         bar.advance(note="read")
         prints = _prints(texts, filtered, params)
-        alike = likeness(table, prints, texts.of, filtered, params)
+        alike = likeness(table, prints, texts.of, filtered, params, _remembering(params))
         bar.advance(note="compared")
         if params.dedupe:
             twins = duplicates(table, prints, parents, filtered)
@@ -216,7 +218,7 @@ def _prints(texts: Texts, kept: list[bool], params: CurateParams) -> Prints:
     """Return the fingerprints of the kept messages' texts; zeros stand for those of the others."""
     import numpy as np
 
-    from tasks.dialogue.fingerprint import bands, compute
+    from tasks.dialogue.fingerprint import VERSION, bands, compute
     from tasks.dialogue.near import Prints
 
     rows = np.flatnonzero(kept)
@@ -229,13 +231,29 @@ def _prints(texts: Texts, kept: list[bool], params: CurateParams) -> Prints:
     settings: dict[str, Any] = {
         name: getattr(params, f"near_{name}") for name in ("ngram", "permutations", "threshold")
     }
-    function, done = PerText("near-fingerprint", 1, settings, partial(compute, **settings)), 0
+    function, done = PerText("near-fingerprint", VERSION, settings, partial(compute, **settings)), 0
     for part, within in texts.parts(rows):
         found = Prints.of(per_text(function, part.gather(within)))
         own = rows[done : done + len(within)]
         made.digests[own], made.chars[own], made.keys[own] = found.digests, found.chars, found.keys
         done += len(within)
     return made
+
+
+def _remembering(params: CurateParams) -> Through:
+    """Return what counts of pairs of texts only those that were never counted."""
+    import pyarrow as pa
+
+    from tasks.dialogue.fingerprint import VERSION
+
+    function = Function("near-pairs", VERSION, {"ngram": params.near_ngram})
+
+    def through(names: NDArray[np.uint64], count: Count) -> NDArray[np.float64]:
+        made = per_name(function, names, lambda places: pa.record_batch({"similarity": count(places)}))
+        similarity: NDArray[np.float64] = made["similarity"].to_numpy()
+        return similarity
+
+    return through
 
 
 def _read(table: pl.DataFrame, texts: Texts, parents: list[int], verdicts: Verdicts, params: CurateParams) -> Seen:

@@ -1,8 +1,9 @@
 """Functions of one text: computed in chunks, side by side, and remembered by the hash of the text.
 
-A noun gives the pure function, in Arrow and out of it; a step binds it to a `PerText` and asks `per_text`. While a step
-builds, `remembering` says where rows are kept; without it, and in a forced build, everything is computed. The rows are
-the same in any case, so none of this enters a key.
+A noun gives the pure function, in Arrow and out of it; a step binds it to a `PerText` and asks `per_text`. What is a
+function of something else (of a pair of texts) is remembered by a name of that, with `per_name`. While a step builds,
+`remembering` says where rows are kept; without it, and in a forced build, everything is computed. The rows are the same
+in any case, so none of this enters a key.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from tasks.store.memo import Keys, Memo
 
     Compute = Callable[[pa.StringArray], pa.RecordBatch]
+    ComputeAt = Callable[[NDArray[np.int64]], pa.RecordBatch]  # places, in order, each once -> their rows
 
 log = logging.getLogger("treeline.rows")
 WINDOW_ROWS, WINDOW_BYTES = 1 << 16, 64 << 20  # of text looked up at a time, and remembered as one batch
@@ -37,26 +39,35 @@ CHUNK_ROWS, CHUNK_BYTES = 1 << 14, 1 << 23  # of text computed at a time: enough
 
 
 @dataclass(frozen=True)
-class PerText:
-    """A pure function of one text, whose results are worth remembering.
+class Function:
+    """A pure function whose results are worth remembering.
 
     Attributes:
         name: Such as "gpt2-ids"; letters, digits and hyphens.
         version: Raised by a person when it gives something else.
         settings: JSON values that it depends on.
-        compute: N texts -> N rows in the same order, whatever else is in the chunk; 0 texts -> 0 rows. It can be
-            pickled: a function of a module, or a `functools.partial` of one.
     """
 
     name: str
     version: int
     settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PerText(Function):
+    """A pure function of one text.
+
+    Attributes:
+        compute: N texts -> N rows in the same order, whatever else is in the chunk; 0 texts -> 0 rows. It can be
+            pickled: a function of a module, or a `functools.partial` of one.
+    """
+
     compute: Compute
 
 
 @dataclass
 class Tally:
-    """Texts of one function, equal ones of a window counted once: asked = remembered + computed."""
+    """Texts (or names) of one function, equal ones of a window counted once: asked = remembered + computed."""
 
     asked: int = 0
     remembered: int = 0
@@ -87,7 +98,7 @@ class Desk:
     tallies: dict[str, Tally] = field(default_factory=dict)
     memos: dict[str, Memo] = field(default_factory=dict)
 
-    def memo(self, function: PerText) -> Memo | None:
+    def memo(self, function: Function) -> Memo | None:
         """Return the function's memo, opened once."""
         from tasks.store.memo import Memo
 
@@ -99,7 +110,7 @@ class Desk:
             self.memos[name] = Memo(self.root, function.name, function.version, function.settings)
         return self.memos[name]
 
-    def tally(self, function: PerText) -> Tally:
+    def tally(self, function: Function) -> Tally:
         """Return what is counted of a function."""
         name = name_of(function.name, function.version, function.settings)
         return self.tallies.setdefault(f"{FOLDER}/{name}", Tally())
@@ -177,14 +188,41 @@ def per_text(function: PerText, texts: pl.Series) -> pa.Table:
     return pa.Table.from_batches(batches or [function.compute(pa.array([], pa.string()))])
 
 
-def _rows_of(function: PerText, texts: pa.LargeStringArray, desk: Desk) -> pa.RecordBatch:
-    """Return the rows of a window of texts: those known, and those computed now."""
+def per_name(function: Function, names: NDArray[np.uint64], compute: ComputeAt) -> pa.RecordBatch:
+    """Return the rows of what has names: row i is the function's for what names[i] names.
+
+    Args:
+        function: What is asked.
+        names: (N, any) whatever tells apart what the function is of; not the places, which change with the data.
+        compute: Gives the rows of places in `names`; it is called with none if there are none.
+    """
     import numpy as np
+
+    if not len(names):
+        return compute(np.arange(0))
+    desk = _desk.get(None) or Desk()
+    edges = range(0, names.nbytes + 1, names.nbytes // len(names))
+    keys = _hashed(memoryview(names.tobytes()), edges)
+    return _looked_up(function, keys, compute, desk)
+
+
+def _rows_of(function: PerText, texts: pa.LargeStringArray, desk: Desk) -> pa.RecordBatch:
+    """Return the rows of a window of texts."""
     import pyarrow as pa
+
+    def compute(places: NDArray[np.int64]) -> pa.RecordBatch:
+        asked = texts if len(places) == len(texts) else texts.take(pa.array(places))
+        return _computed(function.compute, asked, desk.workers)
+
+    return _looked_up(function, keys_of(texts), compute, desk)
+
+
+def _looked_up(function: Function, keys: Keys, compute: ComputeAt, desk: Desk) -> pa.RecordBatch:
+    """Return the rows of keys: those known, and those computed now."""
+    import numpy as np
 
     from tasks.store.memo import first_places
 
-    keys = keys_of(texts)
     first, which = first_places(keys)
     memo, tally = desk.memo(function), desk.tally(function)
     found = _known(memo, keys[first])
@@ -193,13 +231,12 @@ def _rows_of(function: PerText, texts: pa.LargeStringArray, desk: Desk) -> pa.Re
         missing[places] = False
     unseen = np.flatnonzero(missing)
     if len(unseen):
-        asked = texts if len(unseen) == len(texts) else texts.take(pa.array(first[unseen]))
-        made = _computed(function.compute, asked, desk.workers)
+        made = compute(first[unseen])
         if len(made) != len(unseen):
-            raise ValueError(f"{function.name} gave {len(made):,} rows for {len(unseen):,} texts")
+            raise ValueError(f"{function.name} gave {len(made):,} rows for {len(unseen):,}")
         if found and found[0][1].schema != made.schema:
             log.warning("rows.schema: what is remembered of %s has other columns; raise its version", function.name)
-            return _rows_of(function, texts, Desk(None, desk.workers))
+            return _looked_up(function, keys, compute, Desk(None, desk.workers))
         if memo is not None:
             memo.add(keys[first[unseen]], made)
         found.append((unseen, made))
@@ -243,10 +280,14 @@ def _in_order(found: list[tuple[NDArray[np.int64], pa.RecordBatch]], which: NDAr
 
 def keys_of(texts: pa.LargeStringArray) -> Keys:
     """Return the first 16 bytes of the sha256 of each text's UTF-8: (N, 2) uint64."""
+    return _hashed(memoryview(texts.buffers()[2] or b""), _offsets(texts).tolist())
+
+
+def _hashed(content: memoryview, edges: Iterable[int]) -> Keys:
+    """Return the first 16 bytes of the sha256 of what stands between edges: (N, 2) uint64."""
     import numpy as np
 
-    content, ends = memoryview(texts.buffers()[2] or b""), _offsets(texts).tolist()
-    hashed = (hashlib.sha256(content[start:end]).digest()[:16] for start, end in pairwise(ends))
+    hashed = (hashlib.sha256(content[start:end]).digest()[:16] for start, end in pairwise(edges))
     return np.frombuffer(b"".join(hashed), np.uint64).reshape(-1, 2)
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from tasks import rows
-from tasks.rows import PerText, Tally, keys_of, mapping, per_text, remembering
+from tasks.rows import Function, PerText, Tally, keys_of, mapping, per_name, per_text, remembering
 from tasks.store.parts import parts
 
 
@@ -159,3 +159,22 @@ def test_nothing_is_said_where_all_is_well(tmp_path: Path, caplog: pytest.LogCap
         asked(tmp_path, texts_of(20))
         asked(tmp_path, texts_of(20))
     assert caplog.text == ""
+
+
+def test_what_has_a_name_is_computed_once_wherever_it_stands(tmp_path: Path) -> None:
+    names = np.random.default_rng(0).integers(0, 1 << 63, (50, 4), np.uint64)
+    computed: list[int] = []
+
+    def asked(names: np.ndarray) -> tuple[list[float], Tally]:
+        def sums(places: np.ndarray) -> pa.RecordBatch:
+            computed.append(len(places))
+            return pa.record_batch({"sum": names[places].astype(np.float64).sum(axis=1)})
+
+        with remembering(tmp_path, 1, lambda name: None) as desk:
+            made = per_name(Function("sums", 1, {}), names, sums)
+        return made["sum"].to_pylist(), next(iter(desk.tallies.values()), Tally())
+
+    for order, tally in ((names[:40], Tally(40, 0, 40)), (names[::-1], Tally(50, 40, 10)), (names, Tally(50, 50, 0))):
+        assert asked(order) == (order.astype(np.float64).sum(axis=1).tolist(), tally)
+    assert asked(names[:0]) == ([], Tally())
+    assert computed == [40, 10, 0]

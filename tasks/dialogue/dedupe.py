@@ -18,7 +18,7 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tasks.dialogue.near import Known, Prints, TextsOf, numbered, pairs
+from tasks.dialogue.near import Prints, TextsOf, Through, counted, numbered, pairs
 from tasks.dialogue.record import PROTECTION, CopyLimits, Split
 from tasks.dialogue.threads import holds
 
@@ -78,12 +78,10 @@ class Likeness:
     Attributes:
         said: (N,) number of each row's text, -1 where it is not compared; equal texts of a role have one number.
         near: Number -> the numbers of texts alike but not equal, with their similarity, the most similar first.
-        counted: What was counted of pairs of texts.
     """
 
     said: I64
     near: Mapping[int, Sequence[tuple[int, float]]]
-    counted: Known
 
     def around(self, text: int) -> list[tuple[int, float]]:
         """Return the texts like one with their similarity: itself, then others, the most similar first."""
@@ -108,7 +106,7 @@ def likeness(
     texts_of: TextsOf,
     kept: Sequence[bool],
     limits: CopyLimits,
-    known: Known | None = None,
+    through: Through = counted,
 ) -> Likeness:
     """Compare first prompts with each other, and long replies with each other.
 
@@ -118,11 +116,10 @@ def likeness(
         texts_of: Gives the texts of rows.
         kept: (N,) the rows to look at.
         limits: What is compared, and what counts as alike.
-        known: What was counted before, with the same n-grams.
+        through: Counts the pairs that it does not remember, see `pairs`.
     """
     said = np.full(len(messages), -1, dtype=np.int64)
     near: dict[int, list[tuple[int, float]]] = defaultdict(list)
-    counted: dict[bytes, float] = {}
     replies = (messages["role"] == "assistant").to_numpy()
     compared = np.where(replies, prints.chars >= limits.copy_chars, messages["parent_id"].is_null().to_numpy())
     compared &= np.array(kept, dtype=np.bool_)
@@ -131,15 +128,14 @@ def likeness(
         rows = np.flatnonzero(compared & (replies == side))
         number, one_of = numbered(prints, rows)
         said[rows] = first + number
-        found = pairs(prints.take(one_of), _places(texts_of, one_of), limits.near_ngram, limits.near_threshold, known)
+        found = pairs(prints.take(one_of), _places(texts_of, one_of), limits.near_ngram, limits.near_threshold, through)
         columns = (first + found.left, first + found.right, found.similarity)
         for one, other, similarity in zip(*(column.tolist() for column in columns), strict=True):
             near[one].append((other, similarity))
             near[other].append((one, similarity))
-        counted.update(found.counted)
         first += len(one_of)
     ordered = {text: sorted(others, key=lambda one: (-one[1], one[0])) for text, others in near.items()}
-    return Likeness(said, ordered, counted)
+    return Likeness(said, ordered)
 
 
 def _places(texts_of: TextsOf, rows: I64) -> TextsOf:

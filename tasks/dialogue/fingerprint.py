@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tasks.dialogue.fold import blocks
+from tasks.dialogue.fold import blocks, points
 
 U8 = NDArray[np.uint8]
 U32 = NDArray[np.uint32]
@@ -59,9 +59,9 @@ def compute(texts: pa.Array, ngram: int, permutations: int, threshold: float) ->
     for block in blocks(texts):
         digests.append(_digests(block.data))
         chars.append(block.chars)
-        hashes, offsets = ngrams(block.data, ngram)
+        hashes, offsets = ngrams(block.data, block.ends, ngram)
         sizes.append(np.diff(offsets))
-        keys[block.start : block.start + len(block.chars)] = _keys(hashes, offsets[:-1], count, rows)
+        keys[block.start : block.start + len(block.ends)] = _keys(hashes, offsets[:-1], count, rows)
     return pa.record_batch({
         "digest": _fixed(b"".join(digests), 16),
         "chars": pa.array(np.concatenate(chars).astype(np.int32)),
@@ -82,18 +82,20 @@ def bands(permutations: int, threshold: float) -> tuple[int, int]:
     return next((b for b in range(1, most) if (1 - threshold**longest) ** b <= _MISSED), most), longest
 
 
-def ngrams(data: bytes, ngram: int) -> tuple[U64, I64]:
+def ngrams(data: bytes, ends: I64, ngram: int) -> tuple[U64, I64]:
     """Hash the n-grams of normalised texts.
 
     Args:
         data: UTF-8, a line end after each text; at least one text.
+        ends: (texts,) where these line ends stand.
         ngram: Words of an n-gram.
 
     Returns:
         (S,) hashes, and (texts + 1,) where each text's begin; each has at least one.
     """
-    starts, ends, last = _words(np.frombuffer(data, dtype=np.uint8))
-    words = _hashed(data, starts, ends - starts)  # (W,)
+    starts, stops = _words(np.frombuffer(data, dtype=np.uint8), ends)
+    words = _hashed(data, starts, stops - starts)  # (W,)
+    last = np.searchsorted(stops, ends)  # (texts,)
     first = np.concatenate(([0], last[:-1] + 1))  # (texts,)
     hashes = words.copy()
     for ahead in range(1, ngram):
@@ -126,15 +128,17 @@ def _fixed(data: bytes, width: int) -> pa.Array:
     return pa.Array.from_buffers(pa.binary(width), len(data) // width, [None, pa.py_buffer(data)])
 
 
-def _words(data: U8) -> tuple[I64, I64, I64]:
-    """Return where words start and end, and each text's last word: (W,), (W,), (texts,)."""
-    ends = np.flatnonzero((data == 32) | (data == 10))  # one past each word's last byte
-    starts = np.concatenate(([0], ends[:-1] + 1))
+def _words(data: U8, ends: I64) -> tuple[I64, I64]:
+    """Return where words start, and one past where they end: (W,), (W,)."""
+    space = data == 32
+    space[ends] = True
+    stops = np.flatnonzero(space)
+    starts = np.concatenate(([0], stops[:-1] + 1))
     cuts = _cuts(data)
     if len(cuts):
         starts = np.insert(starts, np.searchsorted(starts, cuts), cuts)
-        ends = np.insert(ends, np.searchsorted(ends, cuts), cuts)
-    return starts, ends, np.flatnonzero(data[ends] == 10)
+        stops = np.insert(stops, np.searchsorted(stops, cuts), cuts)
+    return starts, stops
 
 
 def _cuts(data: U8) -> I64:
@@ -144,10 +148,7 @@ def _cuts(data: U8) -> I64:
     if not len(at):
         return at
     four = data[at] >= 0xF0
-    tail = [data.take(at + place, mode="clip").astype(np.int64) & 0x3F for place in (1, 2, 3)]
-    points = ((data[at].astype(np.int64) & 0x0F) << 12) | (tail[0] << 6) | tail[1]
-    points[four] = (((data[at].astype(np.int64) & 0x07) << 18) | (points & 0xFFF) << 6 | tail[2])[four]
-    alone = np.searchsorted(_SPACELESS, points, side="right") % 2 == 1
+    alone = np.searchsorted(_SPACELESS, points(data, at), side="right") % 2 == 1
     edges = np.sort(np.concatenate((at[alone], at[alone] + 3 + four[alone])))
     edges = edges[(edges > 0) & np.concatenate(([True], edges[1:] != edges[:-1]))[: len(edges)]]
     around = (data[edges - 1], data[edges])

@@ -1,14 +1,14 @@
 """Near copies: texts whose sets of word n-grams overlap, found by their fingerprints and verified by counting.
 
 Two texts are alike by the Jaccard index of their sets of word n-grams. MinHash only proposes pairs; counting decides,
-so nothing is reported on an estimate. What was counted once can be handed in again: it depends on two texts alone.
+so nothing is reported on an estimate. What is counted depends on two texts alone, so whoever asks may remember it.
 
 Letters: N texts; S n-grams; P pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,14 +16,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tasks.dialogue.fingerprint import mixed, ngrams
+from tasks.dialogue.fingerprint import ngrams
 from tasks.dialogue.fold import blocks
 
 U32 = NDArray[np.uint32]
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 F64 = NDArray[np.float64]
-Known = Mapping[bytes, float]  # digests of two texts, the lesser first, one after the other -> their Jaccard index
+Count = Callable[[I64], F64]  # places in a list of pairs, in order, each once -> their Jaccard index
+Through = Callable[[U64, Count], F64]  # (P, 4) digests of pairs, the lesser first; what counts -> all their indices
 TextsOf = Callable[[I64], pa.Array]  # rows, in order, each once -> their texts
 
 _PART = 1 << 20  # n-grams of pairs that are counted at once
@@ -70,13 +71,16 @@ class Pairs:
         left: (P,) texts.
         right: (P,) the later text of each pair.
         similarity: (P,) their Jaccard index.
-        counted: All pairs that were looked at, alike or not, by their digests: what may be known next time.
     """
 
     left: I64
     right: I64
     similarity: F64
-    counted: Known
+
+
+def counted(names: U64, count: Count) -> F64:
+    """Count all pairs: what remembers nothing."""
+    return count(np.arange(len(names)))
 
 
 def numbered(prints: Prints, rows: I64) -> tuple[I64, I64]:
@@ -94,7 +98,7 @@ def numbered(prints: Prints, rows: I64) -> tuple[I64, I64]:
     return number, rows[order[fresh]]
 
 
-def pairs(prints: Prints, texts_of: TextsOf, ngram: int, threshold: float, known: Known | None = None) -> Pairs:
+def pairs(prints: Prints, texts_of: TextsOf, ngram: int, threshold: float, through: Through = counted) -> Pairs:
     """Find texts that are alike.
 
     Args:
@@ -103,17 +107,13 @@ def pairs(prints: Prints, texts_of: TextsOf, ngram: int, threshold: float, known
         texts_of: Gives the texts that have to be compared.
         ngram: Words of an n-gram, at least 1; a shorter text is one n-gram.
         threshold: Jaccard index from which on texts are alike, over 0 and up to 1.
-        known: What an earlier call counted, with the same `ngram`.
+        through: Counts what it does not remember of an earlier call with the same `ngram`.
     """
     left, right = _candidates(prints.keys)
-    names = [one + other for one, other in zip(_named(prints, left), _named(prints, right), strict=True)]
-    known = known or {}
-    unknown = np.flatnonzero(np.array([name not in known for name in names], dtype=np.bool_))
-    similarity = np.array([known.get(name, 0.0) for name in names], dtype=np.float64)
-    similarity[unknown] = _jaccard(texts_of, ngram, left[unknown], right[unknown])
+    names = np.concatenate((prints.digests[left], prints.digests[right]), axis=1)
+    similarity = through(names, lambda places: _jaccard(texts_of, ngram, left[places], right[places]))
     alike = similarity >= threshold
-    counted = dict(zip(names, similarity.tolist(), strict=True))
-    return Pairs(left[alike], right[alike], similarity[alike], counted)
+    return Pairs(left[alike], right[alike], similarity[alike])
 
 
 def _bytes(column: pa.ChunkedArray) -> bytes:
@@ -123,33 +123,30 @@ def _bytes(column: pa.ChunkedArray) -> bytes:
     return b"".join(part.buffers()[1][part.offset * width : (part.offset + len(part)) * width] for part in parts)
 
 
-def _named(prints: Prints, rows: I64) -> list[bytes]:
-    whole = prints.digests[rows].tobytes()
-    return [whole[at : at + 16] for at in range(0, len(whole), 16)]
-
-
 def _candidates(keys: U32) -> tuple[I64, I64]:
     """Return pairs of texts that agree in a band, each once, in order: (P,) texts and (P,) later texts."""
     found = [np.empty(0, dtype=np.uint64)]
-    own = np.arange(len(keys), dtype=np.uint64)
     for band in np.ascontiguousarray(keys.T):
-        packed = band.astype(np.uint64)
+        rows = _crowded(band)
+        packed = band[rows].astype(np.uint64)
         packed <<= _HALF
-        packed |= own
+        packed |= rows.astype(np.uint64)
         packed.sort()  # equal keys side by side, earlier texts first
-        at = np.arange(len(packed))
-        for distance in range(
-            1, _WINDOW + 1
-        ):  # what is equal this far apart is so closer, too: few are left to look at
-            at = at[: np.searchsorted(at, len(packed) - distance)]
-            near, far = packed[at], packed[at + distance]
-            same = (near ^ far) <= _LOW
-            if not same.any():
+        at = np.flatnonzero((packed[:-1] ^ packed[1:]) <= _LOW)
+        for distance in range(1, _WINDOW + 1):
+            if not len(at):
                 break
-            at = at[same]
-            found.append((near[same] << _HALF) | (far[same] & _LOW))
+            found.append((packed[at] << _HALF) | (packed[at + distance] & _LOW))
+            at = at[: np.searchsorted(at, len(packed) - distance - 1)]  # what is equal further apart is so closer, too
+            at = at[(packed[at] ^ packed[at + distance + 1]) <= _LOW]
     unique = _distinct(np.concatenate(found))
     return (unique >> _HALF).astype(np.int64), (unique & _LOW).astype(np.int64)
+
+
+def _crowded(keys: U32) -> I64:
+    """Return where keys stand of which there may be several: to sort all of them takes ten times as long."""
+    slots = keys >> np.uint32(max(0, 30 - len(keys).bit_length()))
+    return np.flatnonzero(np.bincount(slots)[slots] > 1)
 
 
 def _jaccard(texts_of: TextsOf, ngram: int, left: I64, right: I64) -> F64:
@@ -159,7 +156,7 @@ def _jaccard(texts_of: TextsOf, ngram: int, left: I64, right: I64) -> F64:
         return similarity
     chosen = np.sort(np.concatenate((left, right)))
     chosen = chosen[np.concatenate(([True], chosen[1:] != chosen[:-1]))]
-    hashes, offsets = _bags(texts_of(chosen), ngram)
+    hashes, offsets = _ngrams(texts_of(chosen), ngram)
     first, second = np.searchsorted(chosen, left), np.searchsorted(chosen, right)
     sizes = np.diff(offsets)
     part = np.cumsum(sizes[first] + sizes[second]) // _PART
@@ -169,26 +166,11 @@ def _jaccard(texts_of: TextsOf, ngram: int, left: I64, right: I64) -> F64:
     return similarity
 
 
-def _bags(texts: pa.Array, ngram: int) -> tuple[U64, I64]:
-    """Return the n-grams of each text, each once, in order: (S,) hashes, and where each text's begin."""
-    made, sizes = [], []
-    for block in blocks(texts):
-        hashes, offsets = ngrams(block.data, ngram)
-        bag = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        fresh = np.ones(len(hashes), dtype=np.bool_)
-        fresh[_again(hashes, bag)] = False
-        made.append(hashes[fresh])
-        sizes.append(np.bincount(bag[fresh], minlength=len(offsets) - 1))
-    return np.concatenate(made), np.concatenate(([0], np.cumsum(np.concatenate(sizes))))
-
-
-def _again(hashes: U64, group: I64) -> I64:
-    """Return where a group holds a hash once more; to sort, group and hash are one number, mixed in 64 bits."""
-    keyed = hashes + mixed(group.astype(np.uint64) + np.uint64(1))
-    order = np.argsort(keyed)
-    keyed = keyed[order]
-    again: I64 = order[1:][keyed[1:] == keyed[:-1]]
-    return again
+def _ngrams(texts: pa.Array, ngram: int) -> tuple[U64, I64]:
+    """Return the n-grams of each text: (S,) hashes, and where each text's begin."""
+    made = [ngrams(block.data, block.ends, ngram) for block in blocks(texts)]
+    sizes = np.concatenate([np.diff(offsets) for _, offsets in made])
+    return np.concatenate([hashes for hashes, _ in made]), np.concatenate(([0], np.cumsum(sizes)))
 
 
 def _distinct(numbers: U64) -> U64:
@@ -198,15 +180,24 @@ def _distinct(numbers: U64) -> U64:
 
 
 def _overlap(hashes: U64, offsets: I64, left: I64, right: I64) -> F64:
-    """Return the Jaccard index of pairs of sets, given one after the other: (P,)."""
-    sizes = np.diff(offsets)
-    pair, member = [], []
-    for side in (left, right):
-        count = sizes[side]
-        pair.append(np.repeat(np.arange(len(side)), count))
-        within = np.arange(len(pair[-1])) - np.repeat(np.cumsum(count) - count, count)
-        member.append(hashes[np.repeat(offsets[side], count) + within])
-    of = np.concatenate(pair)
-    shared = of[_again(np.concatenate(member), of)]
-    common = np.bincount(shared, minlength=len(left))
-    return common / (sizes[left] + sizes[right] - common)
+    """Return the Jaccard index of pairs of texts, given one after the other: (P,).
+
+    All n-grams are sorted at once, as one number each: the pair, as many bits of the hash as are left, and the side.
+    What differs from the one before is of the union; what differs but for the side, of the intersection.
+    """
+    texts = np.stack((left, right), axis=1).ravel()  # (2 P,)
+    sizes = np.diff(offsets)[texts]
+    ends = np.cumsum(sizes)
+    bits = max(1, (len(left) - 1).bit_length())
+    keys = hashes[np.arange(ends[-1]) + np.repeat(offsets[texts] - ends + sizes, sizes)] >> np.uint64(bits)
+    keys &= ~np.uint64(1)
+    names = (np.arange(len(texts), dtype=np.uint64) >> np.uint64(1)) << np.uint64(64 - bits)
+    keys |= np.repeat(names | (np.arange(len(texts), dtype=np.uint64) & np.uint64(1)), sizes)
+    keys.sort()
+    differs = np.ones((2, len(keys)), dtype=np.bool_)
+    differs[0, 1:] = keys[1:] != keys[:-1]
+    keys >>= np.uint64(1)
+    differs[1, 1:] = keys[1:] != keys[:-1]
+    sided, union = np.add.reduceat(differs, np.concatenate(([0], ends[1:-1:2])), axis=1, dtype=np.int64)
+    index: F64 = (sided - union) / union
+    return index

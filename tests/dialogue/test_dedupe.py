@@ -1,5 +1,6 @@
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from tasks.dialogue.dedupe import (
     shared,
 )
 from tasks.dialogue.fingerprint import compute
-from tasks.dialogue.near import Known, Prints
+from tasks.dialogue.near import Count, Prints, Through, counted
 from tasks.dialogue.record import CopyLimits
 from tasks.dialogue.threads import parent_rows
 
@@ -47,10 +48,20 @@ def prints(messages: pl.DataFrame) -> Prints:
     return Prints.of(compute(messages["text"].to_arrow(), 3, 128, 0.8))
 
 
-def compared(messages: pl.DataFrame, chars: int = 5, known: Known | None = None) -> Likeness:
+class Remembered(dict[bytes, float]):
+    """What was counted of pairs, by their digests."""
+
+    def through(self, names: np.ndarray, count: Count) -> np.ndarray:
+        keys = [name.tobytes() for name in names]
+        places = np.array([at for at, key in enumerate(keys) if key not in self], dtype=np.int64)
+        self.update(zip([keys[at] for at in places], count(places).tolist(), strict=True))
+        return np.array([self[key] for key in keys])
+
+
+def compared(messages: pl.DataFrame, chars: int = 5, through: Through = counted) -> Likeness:
     limits, every = CopyLimits(copy_chars=chars), [True] * len(messages)
     texts = messages["text"].to_arrow().cast(pa.string())
-    return likeness(messages, prints(messages), lambda rows: texts.take(pa.array(rows)), every, limits, known)
+    return likeness(messages, prints(messages), lambda rows: texts.take(pa.array(rows)), every, limits, through)
 
 
 def paths(messages: pl.DataFrame) -> list[tuple[Any, ...]]:
@@ -241,8 +252,9 @@ def test_grown_from_any_part_in_any_order_the_data_is_judged_as_if_it_had_been_t
         ((f"p{at:02}", None, f"{at}", {}), (f"r{at:02}", f"p{at:02}", texts[at % 6], {})) for at in order
     ]
     cold = compared(table(*(row for tree in trees for row in tree)))
-    before = compared(table(*(row for tree in trees[:old] for row in tree))).counted if old else {}
-    warm = compared(table(*(row for tree in trees for row in tree)), known=before)
+    known = Remembered()
+    if old:
+        compared(table(*(row for tree in trees[:old] for row in tree)), through=known.through)
+    warm = compared(table(*(row for tree in trees for row in tree)), through=known.through)
     assert warm.said.tolist() == cold.said.tolist()
     assert warm.near == cold.near
-    assert warm.counted == cold.counted

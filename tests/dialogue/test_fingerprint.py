@@ -1,6 +1,7 @@
 import random
 import time
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -56,7 +57,9 @@ def test_equal_digests_mean_equal_normalised_texts(texts: list[str]) -> None:
 def test_ngrams_are_told_apart_as_tuples_of_words_are(texts: list[list[str]]) -> None:
     texts = [[word for word in words if word] for words in texts]
     grams: dict[tuple[str, ...], int] = {}
-    hashes, offsets = ngrams("".join(" ".join(words) + "\n" for words in [["x"], *texts]).encode(), 3)
+    data = "".join(" ".join(words) + "\n" for words in [["x"], *texts]).encode()
+    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
+    hashes, offsets = ngrams(data, ends, 3)
     for words, start, stop in zip(texts, offsets[1:-1].tolist(), offsets[2:].tolist(), strict=True):
         own = [tuple(words[at : at + 3]) for at in range(max(1, len(words) - 2))]
         assert len(own) == stop - start
