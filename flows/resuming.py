@@ -91,7 +91,7 @@ def shortened(tokens: Tokens, params: TrainParams, folder: Path) -> Tokens:
             (folder / file).symlink_to(tokens.path.absolute() / file)
     encoding = tokens.encoding()
     first, last = encoding.splits["val"]
-    last = min(last, first + max(1, params.batch_tokens // encoding.block))
+    last = min(last, first + max(1, params.batch_tokens // encoding.length))
     write_encoding(folder, replace(encoding, splits={**encoding.splits, "val": (first, last)}))
     (folder / "manifest.json").symlink_to(tokens.path.absolute() / "manifest.json")
     return Tokens(folder, tokens.manifest)
@@ -101,7 +101,7 @@ def short(params: TrainParams, tokens: Tokens, steps: int) -> TrainParams:
     """Return the same settings for so many steps."""
     encoding = tokens.encoding()
     first, last = encoding.splits["train"]
-    per_epoch = -(-(last - first) // max(1, params.batch_tokens // encoding.block))
+    per_epoch = -(-(last - first) // max(1, params.batch_tokens // encoding.length))
     return params.model_copy(update={"epochs": steps / max(1, per_epoch), "patience": None})
 
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -76,6 +76,11 @@ class EncodeParams(Params):
             raise ValueError(f"pack {self.pack} is less than block {self.block}, so not every path would fit")
         return self
 
+    def keyed(self) -> dict[str, Any]:
+        """Return what enters the key; a pack that is the block is none."""
+        kept = super().keyed()
+        return {**kept, "pack": None if self.pack == self.block else self.pack}
+
     @property
     def length(self) -> int:
         """T, tokens of a sequence."""
@@ -100,7 +105,7 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRun
     vocabulary = _vocabulary(dialogues, template, params)
     pieces = tags(template, vocabulary.specials, vocabulary.encode)
     talks = _talks(dialogues, _ids_of(vocabulary, params), pieces, params)
-    written = _write(out, dialogues, talks, params.length, vocabulary.specials[PAD])
+    written = _write(out, dialogues, talks, params, vocabulary.specials[PAD])
     encoding = Encoding(
         block=params.block,
         length=params.length,
@@ -303,13 +308,13 @@ class _Tally:
     utf8_bytes: int = 0
 
 
-def _write(out: Path, dialogues: Dialogues, talks: _Talks, block: int, pad: int) -> dict[str, _Tally]:
+def _write(out: Path, dialogues: Dialogues, talks: _Talks, params: EncodeParams, pad: int) -> dict[str, _Tally]:
     """Pack each split, write the arrays and the index, and return what was written."""
     import pyarrow as pa
 
     from tasks.text.lay import lay, turns
 
-    packed = _packed(talks, block)
+    packed, block = _packed(talks, params), params.length
     plan = [numbers for sequences in packed.values() for numbers in sequences]
     placed = turns(
         talks.conversations, talks.contexts, plan, talks.parents, talks.replies, talks.texts.lengths, talks.tags
@@ -333,7 +338,7 @@ def _write(out: Path, dialogues: Dialogues, talks: _Talks, block: int, pad: int)
     return written
 
 
-def _packed(talks: _Talks, block: int) -> dict[str, list[list[int]]]:
+def _packed(talks: _Talks, params: EncodeParams) -> dict[str, list[list[int]]]:
     """Return the numbers of the conversations of each sequence, by split.
 
     Raises:
@@ -346,11 +351,11 @@ def _packed(talks: _Talks, block: int) -> dict[str, list[list[int]]]:
     of_each = talks.splits.gather([conversation[0] for conversation in talks.conversations])
     of_split = {split: np.flatnonzero((of_each == split).to_numpy()) for split in SPLITS}
     if not len(of_split["train"]):
-        what = f"the train split holds no reply that fits {block:,} tokens"
+        what = f"the train split holds no reply that fits, with all above it, {params.block:,} tokens"
         where = f"{len(talks.splits):,} messages came in, {(talks.splits == 'train').sum():,} of them to train on"
         raise InputError(what, where, "Keep more messages in curate, or raise encode.block", "encode.empty")
     return {
-        split: [numbers[places].tolist() for places in best_fit(talks.sizes[numbers].tolist(), block)]
+        split: [numbers[places].tolist() for places in best_fit(talks.sizes[numbers].tolist(), params.length)]
         for split, numbers in of_split.items()
     }
 

@@ -200,7 +200,7 @@ def total_nats(model: GPT2LMHeadModel, split: Split, batch: int | None, label: s
     total = torch.zeros((), dtype=torch.float64)
     batches = split.in_order(at_once, model.device)
     for one in track(batches, f"loss, {label}", -(-len(split) // at_once), "batches"):
-        total += token_nats(model, *one).double().sum().cpu()
+        total += token_nats(model, *one).cpu().double().sum()  # not every device has float64
     if not isfinite(total.item()):
         raise InputError(
             f"the loss of the {label} model is {total.item()}", "evaluate", "Train again", "evaluate.nonfinite"

@@ -66,10 +66,12 @@ def prefer(
     tuned, encoding = load_model(model.path), contests.encoding()
     set_dropout(tuned, params.dropout)
     settings, device, interrupt = params.settings(encoding.length), device_of(run.device), Interrupt()
+    with threads(run.threads, tuned.config.n_embd):
+        size = planned(tuned, (aim.train, aim.val), settings, device, run.micro_batch, time.monotonic)
     machine = Machine(
         device,
         time.monotonic,
-        micro_batch=planned(tuned, (aim.train, aim.val), settings, device, run.micro_batch, time.monotonic),
+        micro_batch=size,
         yielding=run.micro_batch == "auto",
         compile=run.compile,
         checkpoint_seconds=run.checkpoint_seconds,

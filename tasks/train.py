@@ -87,10 +87,12 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     set_dropout(model, params.dropout)
     settings = params.settings(encoding.length)
     interrupt, device = Interrupt(), device_of(run.device)
+    with threads(run.threads, model.config.n_embd):
+        size = planned(model, splits, settings, device, run.micro_batch, time.monotonic)
     machine = Machine(
         device,
         time.monotonic,
-        micro_batch=planned(model, splits, settings, device, run.micro_batch, time.monotonic),
+        micro_batch=size,
         yielding=run.micro_batch == "auto",
         compile=run.compile,
         checkpoint_seconds=run.checkpoint_seconds,

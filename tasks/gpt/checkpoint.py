@@ -10,12 +10,15 @@ name is whole, unless the disk changed it later, which the hashes tell. No pickl
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,11 +56,14 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
     folder.mkdir(exist_ok=True)
     place = folder / f"step-{checkpoint.step:08}"
     draft = folder / f".{place.name}"
-    for old in (draft, place):  # a place that is taken holds a broken checkpoint: a good one would have been resumed
-        shutil.rmtree(old, ignore_errors=True)
+    # A place that is taken holds a broken checkpoint: a good one would have been resumed. Drafts are of killed runs.
+    for old in (place, *folder.glob(".step-*")):
+        _remove(old)
     draft.mkdir()
     for name, tensors in checkpoint.tensors.items():
-        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, draft / f"{name}.safetensors")
+        file, whole = draft / f"{name}.safetensors", {key: one.detach().contiguous() for key, one in tensors.items()}
+        with disk_named(file):
+            save_file(whole, file)
     files = {path.name: _sha256(path) for path in sorted(draft.iterdir())}
     body = {"step": checkpoint.step, "state": dict(checkpoint.state), "files": files}
     (draft / NAME).write_text(json.dumps({"seal": _seal(body), **body}, indent=1), encoding="utf-8")
@@ -68,8 +74,26 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
     _sync(folder)
     kept = [path for path in _newest_first(folder) if path.name <= place.name][: max(1, keep)]
     for old in set(_newest_first(folder)) - set(kept):
-        shutil.rmtree(old)
+        _remove(old)
     return place
+
+
+@contextmanager
+def disk_named(path: Path) -> Iterator[None]:
+    """Turn what safetensors says of the disk into an OSError: the library hides which of its errors are the disk's."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(found[1]) if found else errno.EIO, str(error), str(path)) from error
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, or whatever else has taken its name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def latest(folder: Path) -> Checkpoint | None:
@@ -84,6 +108,8 @@ def latest(folder: Path) -> Checkpoint | None:
 
 def _read(place: Path) -> Checkpoint:
     body = json.loads((place / NAME).read_bytes())
+    if not isinstance(body, dict):
+        raise ValueError(f"{NAME} holds no object")
     if body.pop("seal") != _seal(body):
         raise ValueError(f"{NAME} was altered: its seal does not match")
     for name, expected in body["files"].items():

@@ -64,7 +64,26 @@ def free_memory(device: torch.device) -> int | None:
     if device.type != "cpu" or not told.is_file():
         return None
     kilobytes = next(line for line in told.read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable"))
-    return int(kilobytes.split()[1]) * 1024
+    return min(int(kilobytes.split()[1]) * 1024, *_left_in_groups(), 1 << 62)
+
+
+# What a container may use, and what it uses: the files of both versions of Linux's control groups.
+GROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Yield the bytes that this process's container has left, where it has a limit."""
+    for limit, used in GROUPS:
+        try:
+            yield max(0, int(limit.read_text(encoding="ascii")) - int(used.read_text(encoding="ascii")))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
 
 
 def product_rate(device: torch.device, half: bool, clock: Callable[[], float], size: int = 1024) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,20 @@ class Logbook:
             os.fsync(opened.fileno())
 
     def cut_after(self, step: int) -> None:
-        """Drop the entries of steps that a resumed run will do again, and a line that a kill cut short."""
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        """Drop the entries of steps that a resumed run will do again, and what a kill or the disk spoilt after them."""
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
+        kept = "".join(f"{line}\n" for line in takewhile(lambda line: _step(line) <= step, lines))
+        draft = self.path.with_name(f".{self.path.name}")
+        with draft.open("w", encoding="utf-8") as opened:
+            opened.write(kept)
+            opened.flush()
+            os.fsync(opened.fileno())
+        draft.replace(self.path)
+
+
+def _step(line: str) -> float:
+    """Return the step of an entry; of a line that is none, one that is never reached."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf

@@ -107,6 +107,8 @@ class _Run:
             raise
         if self.best:
             self.restore(self.best)
+        elif not isfinite(self.largest()):  # nothing was measured after the last update
+            raise self.nonfinite(self.progress.step)
         else:
             self.progress.best_step = self.progress.step
         return self.progress
@@ -296,7 +298,7 @@ class _Run:
         self.best = dict(found.tensors["best"])
         self.progress = Progress(**found.state["progress"])
         self.pending, self.kept = found.state["pending"], found.step
-        if self.machine.yielding:
+        if self.machine.yielding and (found.state["at_once"] <= self.at_once):  # another one rounds otherwise
             self.at_once = found.state["at_once"]
         self.log.cut_after(found.step - (self.pending is not None))
 

@@ -70,5 +70,5 @@ class EachToken:
             return None
         total = torch.zeros((), dtype=torch.float64)
         for batch in self.val.in_order(at_once, device):
-            total += token_nats(model, *batch, trunk=trunk).double().sum().cpu()
+            total += token_nats(model, *batch, trunk=trunk).cpu().double().sum()
         return {"val_nll": total.item() / supervised}

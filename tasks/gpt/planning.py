@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -18,6 +19,7 @@ from tasks.gpt.run import Machine, Settings
 from tasks.gpt.weights import parameter_count
 
 log = logging.getLogger("treeline.train")
+_SHORT = re.compile("out of memory|can't allocate|not enough memory", re.IGNORECASE)
 
 
 def planned(
@@ -62,7 +64,9 @@ def planned(
     took = need.seconds(shape, tokens, evaluated, supervised, product_rate(device, half, clock))
     log.info("train.plan: %s", need.said(shape, size, free, took))
     if free is not None and need.memory(shape, size) > free:
-        log.warning("train.plan: that is more than is free; set train.micro_batch to auto, or lower encode.block")
+        log.warning(
+            "train.plan: that is more than is free; set train.micro_batch to auto, or lower encode.pack or encode.block"
+        )
     return size
 
 
@@ -72,8 +76,8 @@ def memory_named(machine: Machine, block: int) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not _SHORT.search(str(error)):
             raise
         told = f"{machine.micro_batch} sequences of {block:,} tokens at once"
-        do = "Set train.micro_batch to auto, or to less; if it is 1, lower encode.block or take a smaller model"
+        do = "Set train.micro_batch to auto, or to less; if it is 1, lower encode.pack or encode.block, or take a smaller model"
         raise TrainingError(f"out of memory with {told}", str(machine.device), do, "train.memory") from error

@@ -14,6 +14,7 @@ from transformers.activations import NewGELUActivation
 from transformers.utils import logging
 
 from tasks.errors import InputError, ParameterError
+from tasks.gpt.checkpoint import disk_named
 from tasks.gpt.folder import CONFIG, WEIGHTS, digests, read_config
 
 # New rows stay close to the mean of the old: at the mean their logit is bounded by what the model already gives, so
@@ -211,4 +212,7 @@ def export(model: GPT2LMHeadModel, folder: Path, *, stop: int, pad: int) -> None
     model.config.update(ids)
     model.generation_config = GenerationConfig(**ids)
     logging.disable_progress_bar()
-    model.save_pretrained(folder, max_shard_size="1TB")  # one file, whatever the size: names are part of the artifact
+    with disk_named(folder):
+        model.save_pretrained(
+            folder, max_shard_size="1TB"
+        )  # one file, whatever the size: names are part of the artifact
