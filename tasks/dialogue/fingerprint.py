@@ -151,7 +151,8 @@ def _cuts(data: U8, space: NDArray[np.bool_]) -> I64:
     at = at[_ALONE.take(points(data, at) // _STEP, mode="clip")]
     edges = np.stack((at, at + 3 + (data[at] >= 0xF0)), axis=1).ravel()
     edges = edges[np.diff(edges, prepend=0) > 0]
-    return edges[~(space[edges - 1] | space[edges])]
+    cuts: I64 = edges[~(space[edges - 1] | space[edges])]
+    return cuts
 
 
 def _hashed(data: bytes, starts: I64, sizes: I64) -> U64:

@@ -141,7 +141,7 @@ def _instead(data: bytes, ends: I64, at: I64, found: U32) -> list[Span]:
 
 def _spliced(folded: U8, spans: list[Span]) -> U8:
     """Put bytes in the place of some spans, which stand in order."""
-    view, pieces, done = memoryview(folded), [], 0
+    view, pieces, done = memoryview(folded.data), list[bytes | memoryview](), 0
     for start, stop, anew in spans:
         pieces += [view[done:start], anew]
         done = stop
