@@ -84,7 +84,7 @@ def normalised(texts: pa.Array) -> list[str]:
 def points(data: U8, at: I64) -> U32:
     """Decode the characters of several bytes that start at some places of UTF-8: (places,) code points."""
     lead = data[at]
-    made = (lead & 0x1F).astype(np.uint32) << 6 | data[at + 1] & 0x3F
+    made: U32 = (lead & 0x1F).astype(np.uint32) << 6 | data[at + 1] & 0x3F
     three = np.flatnonzero(lead >= 0xE0)
     if len(three):
         made[three] = made[three] << 6 & 0xFFFF | data[at[three] + 2] & 0x3F
