@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from functools import cache
 from hashlib import blake2b, sha256
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +38,8 @@ _HALF = np.uint64(32)
 # Scripts without spaces, first and one past the last: Thai to Myanmar, Khmer, kana, Han and its extensions.
 _SPACELESS = (0xE00, 0x10A0, 0x1780, 0x1800, 0x3040, 0x3100, 0x3400, 0x4DC0, 0x4E00, 0xA000, 0xF900, 0xFB00, 0x20000,
               0x40000)  # fmt: skip
+_STEP = 32  # the greatest power of two that divides them all
+_ALONE = np.searchsorted(_SPACELESS, np.arange(0, _SPACELESS[-1] + _STEP, _STEP), side="right") % 2 == 1
 
 
 def compute(texts: pa.Array, ngram: int, permutations: int, threshold: float) -> pa.RecordBatch:
@@ -57,13 +60,13 @@ def compute(texts: pa.Array, ngram: int, permutations: int, threshold: float) ->
     sizes = [np.empty(0, dtype=np.int64)]
     keys = np.empty((len(texts), count), dtype=np.uint32)
     for block in blocks(texts):
-        digests.append(_digests(block.data))
+        digests.append(_digests(block.data, block.ends))
         chars.append(block.chars)
         hashes, offsets = ngrams(block.data, block.ends, ngram)
         sizes.append(np.diff(offsets))
         keys[block.start : block.start + len(block.ends)] = _keys(hashes, offsets[:-1], count, rows)
     return pa.record_batch({
-        "digest": _fixed(b"".join(digests), 16),
+        "digest": _fixed(np.frombuffer(b"".join(digests), dtype="V16")[::2].tobytes(), 16),
         "chars": pa.array(np.concatenate(chars).astype(np.int32)),
         "ngrams": pa.array(np.concatenate(sizes).astype(np.int32)),
         "keys": _fixed(keys.tobytes(), 4 * count),
@@ -119,9 +122,10 @@ def mixed(x: U64) -> U64:
     return x
 
 
-def _digests(data: bytes) -> bytes:
-    """Return 16 bytes of each text's SHA-256, one after the other."""
-    return b"".join([sha256(text).digest()[:16] for text in data.split(b"\n")[:-1]])
+def _digests(data: bytes, ends: I64) -> bytes:
+    """Return the SHA-256 of each text, one after the other."""
+    view, edges = memoryview(data), pairwise([-1, *ends.tolist()])
+    return b"".join([sha256(view[before + 1 : end]).digest() for before, end in edges])
 
 
 def _fixed(data: bytes, width: int) -> pa.Array:
@@ -130,47 +134,49 @@ def _fixed(data: bytes, width: int) -> pa.Array:
 
 def _words(data: U8, ends: I64) -> tuple[I64, I64]:
     """Return where words start, and one past where they end: (W,), (W,)."""
-    space = data == 32
-    space[ends] = True
-    stops = np.flatnonzero(space)
+    apart = data == 32
+    apart[ends] = True
+    cuts = _cuts(data, apart)
+    apart[cuts] = True
+    stops = np.flatnonzero(apart)
     starts = np.concatenate(([0], stops[:-1] + 1))
-    cuts = _cuts(data)
-    if len(cuts):
-        starts = np.insert(starts, np.searchsorted(starts, cuts), cuts)
-        stops = np.insert(stops, np.searchsorted(stops, cuts), cuts)
+    starts[np.searchsorted(stops, cuts) + 1] -= 1
     return starts, stops
 
 
-def _cuts(data: U8) -> I64:
+def _cuts(data: U8, space: NDArray[np.bool_]) -> I64:
     """Return where one word ends and the next starts without a space: around characters of scripts without spaces."""
-    leads = (data >= 0xE0) & (data != 0xE2)  # of such scripts, and of few others: E2 leads quotes and dashes
-    at = np.flatnonzero(leads)
-    if not len(at):
-        return at
-    four = data[at] >= 0xF0
-    alone = np.searchsorted(_SPACELESS, points(data, at), side="right") % 2 == 1
-    edges = np.sort(np.concatenate((at[alone], at[alone] + 3 + four[alone])))
-    edges = edges[(edges > 0) & np.concatenate(([True], edges[1:] != edges[:-1]))[: len(edges)]]
-    around = (data[edges - 1], data[edges])
-    return edges[np.logical_and.reduce([(side != 32) & (side != 10) for side in around])]
+    at = np.flatnonzero(data >= 0xE0)
+    at = at[data[at] != 0xE2]  # which leads quotes and dashes, not such scripts
+    at = at[_ALONE.take(points(data, at) // _STEP, mode="clip")]
+    edges = np.stack((at, at + 3 + (data[at] >= 0xF0)), axis=1).ravel()
+    edges = edges[np.diff(edges, prepend=0) > 0]
+    cuts: I64 = edges[~(space[edges - 1] | space[edges])]
+    return cuts
 
 
 def _hashed(data: bytes, starts: I64, sizes: I64) -> U64:
     """Hash words, eight bytes at a time: (W,)."""
     padded = data + bytes(_LANE)
     lanes = np.ndarray((len(data) + 1,), dtype="<u8", buffer=padded, strides=(1,))  # at each byte, the next eight
-    made = (lanes[starts] & _MASKS.take(sizes, mode="clip")) + sizes.astype(np.uint64) * np.uint64(_ODD)
-    longer = np.flatnonzero((sizes > _LANE) & (sizes < _LONG))
-    for done in range(_LANE, _LONG, _LANE):
-        lane = lanes[starts[longer] + done] & _MASKS.take(sizes[longer] - done, mode="clip")
-        made[longer] = mixed(made[longer]) + lane
-        longer = longer[sizes[longer] > done + _LANE]
-        if not len(longer):
-            break
-    for word in np.flatnonzero(sizes >= _LONG).tolist():
+    made = lanes[starts]
+    made &= _MASKS.take(sizes, mode="clip")
+    made += sizes.view(np.uint64) * np.uint64(_ODD)
+    longer = np.flatnonzero(sizes > _LANE)
+    at, left = starts[longer], sizes[longer]
+    for word in longer[left >= _LONG].tolist():
         said = data[starts[word] : starts[word] + sizes[word]]
         made[word] = int.from_bytes(blake2b(said, digest_size=8).digest(), "little")
-    return mixed(made)
+    left[left >= _LONG] = 0
+    hashed = made[longer]
+    while True:
+        on = np.flatnonzero(left > _LANE)
+        if not len(on):
+            return mixed(made)
+        longer, at, left = longer[on], at[on] + _LANE, left[on] - _LANE
+        hashed = mixed(hashed[on])
+        hashed += lanes[at] & _MASKS.take(left, mode="clip")
+        made[longer] = hashed
 
 
 def _short(words: U64, first: I64, last: I64, ngram: int) -> U64:

@@ -2,8 +2,8 @@
 
 Normalising a text at a time takes longer than all else that comparing needs. Nearly every character gives the same
 wherever it stands, and in UTF-8 most give as many bytes as they have: these are changed where they stand, for blocks of
-many texts at once, in numpy. Texts with others ("…", "ß", wide commas) are made anew from a table of characters; those
-with any that the table cannot tell (combining marks, jamo, what lies beyond it) are normalised whole, in linear time.
+many texts at once, in numpy. The few others ("…", "ß", wide commas) are spliced in. Texts with characters that a table
+cannot tell (combining marks, jamo, what lies beyond it) are normalised word by word, in linear time.
 
 Letters: N texts.
 
@@ -28,12 +28,14 @@ U8 = NDArray[np.uint8]
 U32 = NDArray[np.uint32]
 I64 = NDArray[np.int64]
 
-_BLOCK = 1 << 20  # bytes of text that are worked on at once, so that what is made of them stays in a core's cache
+_BLOCK = 1 << 20  # bytes of text that are worked on at once; of 2**17 to 2**22 the fastest: less is more calls
 _TABLED = (*range(0xD800), *range(0xE000, 0x10000), *range(0x1F300, 0x1FB00))  # the first plane, and emoji
 _SPACE, _END = 32, 10  # between words, and after each text
 _ASCII = bytes(_SPACE if chr(at).isspace() else ord(chr(at).lower()) for at in range(128)) + bytes(range(128, 256))
-_LONGER_WAY = 9  # of a character that gives another number of bytes, or several, or what the table cannot tell
-_LONGER, _ODD = 1 << 24, 1 << 25  # flags of a character that stands for several, and of one that the table cannot tell
+_WIDER = (0x80, 0x800, 0x10000)  # first characters of 2, 3 and 4 bytes
+_LONGER = 9  # the way of a character that changes, but not in its place
+
+Span = tuple[int, int, bytes]  # from one byte up to another, and what comes in their place
 
 
 @dataclass(frozen=True)
@@ -81,16 +83,14 @@ def normalised(texts: pa.Array) -> list[str]:
 
 def points(data: U8, at: I64) -> U32:
     """Decode the characters of several bytes that start at some places of UTF-8: (places,) code points."""
-    lead, more = data[at], data[at + 1]
-    made = (lead & 0x1F).astype(np.uint32) << 6 | (more & 0x3F)
-    wide = np.flatnonzero(lead >= 0xE0)
-    if len(wide):
-        lead, third = lead[wide], data[at[wide] + 2]
-        made[wide] = made[wide] << 6 & 0xFFFF | (third & 0x3F)
-        wide = wide[lead >= 0xF0]
-        made[wide] = (made[wide] << 6 | (data[at[wide] + 3] & 0x3F)) & 0x3FFFF | (data[at[wide]] & 0x07).astype(
-            np.uint32
-        ) << 18
+    lead = data[at]
+    made: U32 = ((lead & 0x1F).astype(np.uint32) << 6 | data[at + 1] & 0x3F).astype(np.uint32, copy=False)
+    three = np.flatnonzero(lead >= 0xE0)
+    if len(three):
+        made[three] = made[three] << 6 & 0xFFFF | data[at[three] + 2] & 0x3F
+        four = three[lead[three] >= 0xF0]
+        made[four] = made[four] << 6 & 0x3FFFF | data[at[four] + 3] & 0x3F
+        made[four] |= (lead[four] & 0x07).astype(np.uint32) << 18
     return made
 
 
@@ -98,117 +98,110 @@ def _normalised(data: bytes, ends: I64) -> U8:
     """Normalise trimmed texts, given one after the other with a byte after each, which stands at `ends`."""
     folded = np.frombuffer(bytearray(data).translate(_ASCII), dtype=np.uint8)
     folded[ends] = _END
-    odd = _changed(folded)
-    if len(odd):
-        folded = _spliced(folded, data, ends, np.unique(np.searchsorted(ends, odd)))
+    at, found = _changed(folded)
+    if len(at):
+        folded = _spliced(folded, _instead(data, ends, at, found))
     space = folded == _SPACE
     twice = space[1:] & space[:-1]
     return folded[np.concatenate(([True], ~twice))] if twice.any() else folded
 
 
-def _changed(folded: U8) -> I64:
-    """Change the characters of several bytes that stay as long, in place, and return where the others start."""
+def _changed(folded: U8) -> tuple[I64, U32]:
+    """Change the characters of several bytes that stay as long, in place; return where the others start, and these."""
     at = np.flatnonzero(folded >= 0xC0)
     if not len(at):
-        return at
+        return at, np.empty(0, dtype=np.uint32)
     found = points(folded, at)
-    ways = _ways().take(found, mode="clip")
+    ways = _tables().ways.take(found, mode="clip")
     changed = np.flatnonzero(ways)
     at, found, ways = at[changed], found[changed], ways[changed]
-    for width in (2, 3):
+    for width, lead in ((2, 0xC0), (3, 0xE0)):
         here = ways == width
-        point = _tables()[0][found[here]]
-        for place in range(width):
-            lead = (0, 0, 0xC0, 0xE0)[width] if place == 0 else 0x80
-            folded[at[here] + place] = lead | point >> 6 * (width - 1 - place) & (0x3F if place else 0x1F)
-    return at[ways == _LONGER_WAY]
+        rest = _tables().folded[found[here]]
+        for place in range(width - 1, 0, -1):
+            folded[at[here] + place] = 0x80 | rest & 0x3F
+            rest = rest >> 6
+        folded[at[here]] = lead | rest
+    return at[ways >= _LONGER], found[ways >= _LONGER]
 
 
-def _spliced(folded: U8, data: bytes, ends: I64, rows: I64) -> U8:
-    """Put some rows' texts, made anew from their characters, in the place of what they were folded to."""
-    starts = np.concatenate(([0], ends[:-1] + 1))
-    spans = list(zip(starts[rows].tolist(), (ends[rows] + 1).tolist(), strict=True))
-    texts = [data[start:stop].decode() for start, stop in spans]
-    anew = _from_characters("".join(texts), np.cumsum([len(text) for text in texts]) - 1)
-    pieces, done = [], 0
-    for (start, stop), text in zip(spans, anew.split(b"\n"), strict=False):
-        pieces += [folded[done:start], np.frombuffer(text + b"\n", dtype=np.uint8)]
+def _instead(data: bytes, ends: I64, at: I64, found: U32) -> list[Span]:
+    """Say what stands in place of characters: of each, or of the whole text where the table cannot tell."""
+    known = _tables().longer
+    told = [known.get(point) for point in found.tolist()]
+    texts = np.searchsorted(ends, at)  # (places,)
+    odd = np.unique(texts[[one is None for one in told]])
+    starts, stops = np.concatenate(([0], ends[:-1] + 1))[odd].tolist(), ends[odd].tolist()
+    anew = _as_wholes([data[start:stop].decode() for start, stop in zip(starts, stops, strict=True)])
+    wholes = zip(starts, stops, anew, strict=True)
+    apart = np.flatnonzero(~np.isin(texts, odd)).tolist()
+    places, widths = at.tolist(), (1 + np.digitize(found, _WIDER)).tolist()
+    return sorted([*wholes, *((places[one], places[one] + widths[one], told[one] or b"") for one in apart)])
+
+
+def _spliced(folded: U8, spans: list[Span]) -> U8:
+    """Put bytes in the place of some spans, which stand in order."""
+    view, pieces, done = memoryview(folded.data), list[bytes | memoryview](), 0
+    for start, stop, anew in spans:
+        pieces += [view[done:start], anew]
         done = stop
-    return np.concatenate([*pieces, folded[done:]])
+    return np.frombuffer(b"".join([*pieces, view[done:]]), dtype=np.uint8)
 
 
-def _from_characters(text: str, ends: I64) -> bytes:
-    """Normalise texts, but for several spaces in a row, from the table and where need be as wholes."""
-    folded = _folded(text, ends)
-    if int(folded.max()) >= _ODD:
-        starts = np.concatenate(([0], ends[:-1] + 1))
-        text, ends = _as_wholes(text, starts, ends, np.add.reduceat(folded >= _ODD, starts) > 0)
-        folded = _folded(text, ends)
-        folded &= _ODD - 1  # normalised by now: of such characters, the table gives themselves
-    if int(folded.max()) >= _LONGER:
-        folded = _expanded(folded)
-    return folded.tobytes().decode("utf-32-le").encode()
-
-
-def _folded(text: str, ends: I64) -> U32:
-    """Look up each character; all white space becomes spaces, and the ends line ends."""
-    folded: U32 = _tables()[0].take(np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32), mode="clip")
-    folded[ends] = _END
-    return folded
-
-
-def _as_wholes(text: str, starts: I64, ends: I64, odd: NDArray[np.bool_]) -> tuple[str, I64]:
-    """Normalise the odd ones of some texts, each as a whole; return all of them and where they end.
+def _as_wholes(texts: list[str]) -> list[bytes]:
+    """Normalise texts word by word, as nothing combines with white space.
 
     polars' NFKC, not the standard library's: that one takes time quadratic in a run of combining marks (80,000: 6 s).
     """
-    parts = [text[first : last + 1] for first, last in zip(starts.tolist(), ends.tolist(), strict=True)]
-    rows = np.flatnonzero(odd).tolist()
-    composed = pl.Series([parts[row] for row in rows], dtype=pl.String).str.normalize("NFKC")
-    folded = pl.Series([one.casefold() for one in composed], dtype=pl.String).str.normalize("NFKC")
-    for row, one in zip(rows, folded, strict=True):
-        parts[row] = " ".join(one.casefold().split()) + "\n"
-    return "".join(parts), np.cumsum([len(part) for part in parts]) - 1
+    split = [text.split() for text in texts]
+    words = list({word for words in split for word in words if not word.isascii()})
+    made = dict(zip(words, _folded(_folded(words)), strict=True))
+    return [
+        " ".join(" ".join([made[word] if word in made else word.lower() for word in words]).split()).encode()
+        for words in split
+    ]
 
 
-def _expanded(folded: U32) -> U32:
-    """Put several characters in the place of each that stands for several."""
-    at = np.flatnonzero(folded >= _LONGER).tolist()
-    longer = _tables()[1]
-    pieces = []
-    for before, here in zip([-1, *at], at, strict=False):
-        pieces += [folded[before + 1 : here], longer[int(folded[here]) - _LONGER]]
-    return np.concatenate([*pieces, folded[at[-1] + 1 :]])
+def _folded(texts: list[str]) -> list[str]:
+    return [text.casefold() for text in pl.Series(texts, dtype=pl.String).str.normalize("NFKC")]
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What the characters beyond ASCII give, wherever they stand.
+
+    Attributes:
+        ways: (0x110000,) how each changes: 0 not at all, 2 or 3 in so many bytes of its place, else `_LONGER`.
+        folded: (0x110000,) what those give that change in place.
+        longer: What others give; those that are not here depend on what stands around them.
+    """
+
+    ways: U8
+    folded: U32
+    longer: dict[int, bytes]
 
 
 @cache
-def _tables() -> tuple[U32, dict[int, U32]]:
-    """Return what each character stands for, wherever it stands, with flags: (0x110000,); and where that is several."""
+def _tables() -> _Tables:
+    """Ask polars and the standard library of each character once."""
     composed = pl.Series([chr(point) for point in _TABLED], dtype=pl.String).str.normalize("NFKC").to_list()
-    folded = pl.Series([text.casefold() for text in composed], dtype=pl.String).str.normalize("NFKC").to_list()
-    entries = np.arange(0x110000, dtype=np.uint32) | np.uint32(_ODD)
-    combining, longer = _combining(), {}
-    for point, once, twice in zip(_TABLED, composed, folded, strict=True):
-        if chr(point).isspace():
-            entries[point] = _SPACE
-        elif once[0] in combining or twice[0] in combining or twice.casefold() != twice:
+    twice = pl.Series([text.casefold() for text in composed], dtype=pl.String).str.normalize("NFKC").to_list()
+    made = _Tables(np.full(0x110000, _LONGER, np.uint8), np.arange(0x110000, dtype=np.uint32), {})
+    combining = _combining()
+    for point, once, last in zip(_TABLED, composed, twice, strict=True):
+        own = chr(point)
+        said = " " if own.isspace() else last
+        leans = {once[0], last[0]} & combining or last.casefold() != last or any(one.isspace() for one in last)
+        unknown = len(last) == 1 and unicodedata.category(own) == "Cn"  # polars may know it and Python not
+        if not own.isspace() and (leans or unknown):
             continue
-        elif len(twice) == 1 and unicodedata.category(chr(point)) != "Cn":  # polars may know it and Python not
-            entries[point] = ord(twice)
-        elif len(twice) > 1 and not any(one.isspace() for one in twice):
-            entries[point] = point | _LONGER
-            longer[point] = np.array([ord(one) for one in twice], dtype=np.uint32)
-    return entries, longer
-
-
-@cache
-def _ways() -> U8:
-    """Return how each character beyond ASCII changes: (0x110000,) 0 not at all, 2 or 3 in place, else it may not fit."""
-    folded = _tables()[0]
-    own = np.arange(len(folded), dtype=np.uint32)
-    width = np.digitize(own, (0x80, 0x800, 0x10000)).astype(np.uint8) + 1
-    fits = (folded < _LONGER) & (width == width.take(folded, mode="clip")) & (width < 4)
-    return np.where(folded == own, 0, np.where(fits, width, _LONGER_WAY)).astype(np.uint8)
+        if said == own:
+            made.ways[point] = 0
+        elif len(said) == 1 and len(said.encode()) == len(own.encode()) in {2, 3}:
+            made.ways[point], made.folded[point] = len(own.encode()), ord(said)
+        else:
+            made.longer[point] = said.encode()
+    return made
 
 
 def _combining() -> set[str]:
