@@ -15,10 +15,12 @@ from tasks.errors import TrainingError
 from tasks.gpt import need
 from tasks.gpt.batches import Plan, Split
 from tasks.gpt.device import free_memory, product_rate
+from tasks.gpt.loss import supervised_nats
 from tasks.gpt.run import Machine, Settings
 from tasks.gpt.weights import parameter_count
 
 log = logging.getLogger("treeline.train")
+BRIEF = 1.0  # seconds of a micro-batch by the formula, below which one is tried
 _SHORT = re.compile("out of memory|can't allocate|not enough memory", re.IGNORECASE)
 
 
@@ -61,13 +63,33 @@ def planned(
     evaluated = len(plan.evaluations(settings.evals_per_epoch)) * len(val) * train.block
     supervised = train.supervised() / max(1, len(train) * train.block)
     tokens = settings.epochs * len(train) * train.block
-    took = need.seconds(shape, tokens, evaluated, supervised, product_rate(device, half, clock))
+    rate = product_rate(device, half, clock)
+    took = need.seconds(shape, tokens, evaluated, supervised, rate)
+    formula = need.seconds(shape, size * train.block, 0, supervised, rate)
+    if formula < BRIEF:  # then calls cost more than their work, which no formula knows
+        took *= max(1.0, _timed(model, train, size, half, device, clock) / formula)
     log.info("train.plan: %s", need.said(shape, size, free, took))
     if free is not None and need.memory(shape, size) > free:
-        log.warning(
-            "train.plan: that is more than is free; set train.micro_batch to auto, or lower encode.pack or encode.block"
-        )
+        log.warning("train.plan: that is more than is free; set train.micro_batch to auto, or lower encode.block")
     return size
+
+
+def _timed(
+    model: GPT2LMHeadModel, train: Split, size: int, half: bool, device: torch.device, clock: Callable[[], float]
+) -> float:
+    """Return the seconds of one micro-batch forth and back, the second of two; the model is as it was."""
+    model.to(device).train()
+    batch, took = train.batch(slice(0, size), device), 0.0
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for _ in range(2):
+            began = clock()
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+                loss = supervised_nats(model, *batch, share=1 / max(1, int(batch.mask.sum())))
+            loss.backward()  # type: ignore[no-untyped-call]
+            loss.item()  # waits for the device
+            took = clock() - began
+    model.zero_grad()
+    return took * size / len(batch.ids)
 
 
 @contextmanager
@@ -79,5 +101,5 @@ def memory_named(machine: Machine, block: int) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not _SHORT.search(str(error)):
             raise
         told = f"{machine.micro_batch} sequences of {block:,} tokens at once"
-        do = "Set train.micro_batch to auto, or to less; if it is 1, lower encode.pack or encode.block, or take a smaller model"
+        do = "Set train.micro_batch to auto, or to less; at 1, lower encode.pack or block, or take a smaller model"
         raise TrainingError(f"out of memory with {told}", str(machine.device), do, "train.memory") from error
