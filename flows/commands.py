@@ -89,7 +89,8 @@ def sweep(asked: argparse.Namespace) -> int:
 
         with _in_process():
             sweep_arms(base, asked.settings, asked.seeds)
-        outcomes = sweeps.done(base, planned) or []
+        if (outcomes := sweeps.done(base, planned)) is None:
+            raise StoreError("an arm's artifact is gone", str(home()), "run it again", code="sweep.gone")
     rows = sweeps.comparison(outcomes)
     if asked.json:
         _json(rows)

@@ -102,7 +102,7 @@ def short(params: TrainParams, tokens: Tokens, steps: int) -> TrainParams:
     encoding = tokens.encoding()
     first, last = encoding.splits["train"]
     per_epoch = -(-(last - first) // max(1, params.batch_tokens // encoding.length))
-    return params.model_copy(update={"epochs": steps / max(1, per_epoch), "patience": None})
+    return params.model_copy(update={"epochs": steps / max(1, per_epoch), "targets": None, "patience": None})
 
 
 def _tried(order: dict[str, Any], out: Path, kill: int | None, whole: Ending) -> Trial:

@@ -3,8 +3,9 @@
     python -m flows sweep RECIPE --set train.lr=1e-5,3e-5,1e-4 --seeds 3
 
 Arms share whatever they have in common: steps are cached by content, so the data half is computed once. The losses of
-all arms are measured on the tokens of the recipe itself, since a layout changes what a split's average is over; an arm
-of another vocabulary or template can only be measured on its own tokens, and its row says so.
+all arms are measured on the tokens of the recipe itself, since a layout changes what a split's average is over: on the
+validation split, because to choose by the test split is to train on it. An arm of other data, vocabulary or template
+cannot be compared so: its own split may be another one. It is measured on its own tokens, and its row stands apart.
 Importing this module starts neither Prefect nor torch.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,20 +75,27 @@ def arms(base: Recipe, settings: Sequence[str], seeds: int) -> list[Arm]:
     """
     varied = [_values(setting) for setting in settings]
     names = [name for name, _ in varied]
-    if len({*names}) < len(names) or "train.seed" in names:
-        what = "train.seed is varied by --seeds" if "train.seed" in names else "a setting is varied twice"
-        raise ParameterError(what, "--set", code="param.sweep")
+    _refuse(names, seeds * math.prod(len(values) for _, values in varied))
     made = []
     for values in product(*(found for _, found in varied)):
         chosen = [f"{name}={json.dumps(value)}" for name, value in zip(names, values, strict=True)]
         label = " ".join(f"{name}={_shown(value)}" for name, value in zip(names, values, strict=True))
         for seed in range(base.train.seed, base.train.seed + seeds):
-            given = [*chosen, f"train.seed={seed}"]
+            given = [*chosen, f"train.seed={seed}", "evaluate.split=val"]
             made.append(Arm(label, seed, changed(base, given, f"{base.name[:48]}-{_digest(given)}")))
-    if len(made) > MOST or len({arm.recipe.name for arm in made}) < len(made):
-        what = f"{len(made)} arms, at most {MOST} are run" if len(made) > MOST else "two arms have the same settings"
-        raise ParameterError(what, "--set", "Give each value once, and fewer of them", "param.sweep")
+    if len({arm.recipe.name for arm in made}) < len(made):
+        raise ParameterError("two arms have the same settings", "--set", "Give each value once", "param.sweep")
     return made
+
+
+def _refuse(names: Sequence[str], arms: int) -> None:
+    """Raise an error for settings that make no sweep."""
+    odd = [name for name in names if name.startswith("evaluate.")]
+    if len({*names}) < len(names) or "train.seed" in names or odd:
+        what = "train.seed is varied by --seeds" if "train.seed" in names else "a setting is varied twice"
+        raise ParameterError(f"{odd[0]} changes the judge" if odd else what, "--set", code="param.sweep")
+    if arms > MOST:
+        raise ParameterError(f"{arms:,} arms, at most {MOST} are run", "--set", "Give fewer values", "param.sweep")
 
 
 def _values(setting: str) -> tuple[str, list[Any]]:
@@ -95,9 +104,11 @@ def _values(setting: str) -> tuple[str, list[Any]]:
     if not equals or not text.strip():
         raise ParameterError(f"expected section.name=value,value, found {setting!r}", "--set", code="param.set")
     try:
-        return name.strip(), tomllib.loads(f"values = [{text}]")["values"]
-    except tomllib.TOMLDecodeError:
-        return name.strip(), [part.strip() for part in text.split(",")]
+        values = tomllib.loads(f"values = [{text}]")["values"]
+        json.dumps(values)  # TOML has dates, too, which no setting is
+    except (tomllib.TOMLDecodeError, TypeError):
+        values = [part.strip() for part in text.split(",")]
+    return name.strip(), values
 
 
 def _shown(value: Any) -> str:
@@ -139,10 +150,16 @@ def run(arm: Arm, own: chain.Made, judge: Tokens) -> Outcome:
 
 
 def judge_of(own: Tokens, judge: Tokens) -> Tokens:
-    """Return the tokens that a model trained on `own` can be judged on: those of the sweep, if they mean the same."""
+    """Return the tokens that a model trained on `own` can be judged on: those of the sweep, if they mean the same.
+
+    They do if both were made of the same dialogues, so that no message that is judged was trained on.
+    """
+    same_split = own.manifest.recipe["inputs"] == judge.manifest.recipe["inputs"]
     same_words = own.manifest.files["tokenizer.json"] == judge.manifest.files["tokenizer.json"]
+    if not (same_split and same_words):
+        return own
     ours, theirs = own.encoding(), judge.encoding()
-    return judge if same_words and (ours.template, ours.block) == (theirs.template, theirs.block) else own
+    return judge if (ours.template, ours.block) == (theirs.template, theirs.block) else own
 
 
 Measure = Callable[[Outcome], float | None]
@@ -170,21 +187,22 @@ MEASURES: Mapping[str, tuple[Measure, str]] = {  # column -> what of an outcome,
 
 
 def comparison(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Compare arms: a row each, over its seeds, the lowest NLL first.
+    """Compare arms: a row each, over its seeds, the lowest NLL first; then those that cannot be compared.
 
     Returns:
-        `arm`, `seeds`, and for each of MEASURES `mean`, `low` and `high` over the seeds; None where there is none.
+        `arm`, `seeds`, `compared`, and for each of MEASURES `mean`, `low` and `high` over the seeds, or None.
     """
     by_label: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         by_label.setdefault(outcome.arm.label, []).append(outcome)
     rows = [_row(label, found) for label, found in by_label.items()]
-    return sorted(rows, key=lambda row: row["NLL"]["mean"] if row["NLL"] else float("inf"))
+    return sorted(rows, key=lambda row: (not row["compared"], row["NLL"]["mean"] if row["NLL"] else math.inf))
 
 
 def _row(label: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    apart = "" if all(outcome.shared for outcome in outcomes) else " (judged on its own tokens)"
-    row: dict[str, Any] = {"arm": (label or "as it is") + apart, "seeds": len(outcomes)}
+    compared = all(outcome.shared for outcome in outcomes)
+    apart = "" if compared else " (on its own tokens: not to be compared)"
+    row: dict[str, Any] = {"arm": (label or "as it is") + apart, "seeds": len(outcomes), "compared": compared}
     for name, (measure, _) in MEASURES.items():
         values = [value for value in map(measure, outcomes) if value is not None]
         row[name] = {"mean": fmean(values), "low": min(values), "high": max(values)} if values else None

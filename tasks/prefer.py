@@ -65,7 +65,8 @@ def prefer(
     aim = EachPair(fitted, held, params.beta)
     tuned, encoding = load_model(model.path), contests.encoding()
     set_dropout(tuned, params.dropout)
-    settings, device, interrupt = params.settings(encoding.length), device_of(run.device), Interrupt()
+    settings = params.settings(encoding.length, aim.train.supervised())
+    device, interrupt = device_of(run.device), Interrupt()
     with threads(run.threads, tuned.config.n_embd):
         size = planned(tuned, (aim.train, aim.val), settings, device, run.micro_batch, time.monotonic)
     machine = Machine(

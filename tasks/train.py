@@ -85,7 +85,7 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     refuse_foreign(params.start, tokens.path / "tokenizer.json")
     model = build_start(spec, folder)
     set_dropout(model, params.dropout)
-    settings = params.settings(encoding.length)
+    settings = params.settings(encoding.length, splits[0].supervised())
     interrupt, device = Interrupt(), device_of(run.device)
     with threads(run.threads, model.config.n_embd):
         size = planned(model, splits, settings, device, run.micro_batch, time.monotonic)

@@ -29,6 +29,8 @@ class TuningParams(Params):
     """Seed of the initial weights, of the order of the data and of dropout."""
     epochs: Annotated[float, Field(gt=0, le=10_000)] = 3.0
     """How often the data is gone through; a fraction ends in the middle."""
+    targets: Annotated[int, Field(ge=1)] | None = None
+    """Targets of the loss to train on in all, in place of epochs: what layouts are compared at. None: epochs."""
     batch_tokens: Count = 32_768
     """Tokens of an optimizer step, padding included; at least one sequence is taken."""
     lr: Annotated[float, Field(gt=0)] = 3e-5
@@ -54,11 +56,18 @@ class TuningParams(Params):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of products; weights and sums stay float32. bfloat16 is for GPUs and for CPUs that have instructions for it."""
 
-    def settings(self, length: int) -> Settings:
-        """Return them as the training loop takes them, for sequences of so many tokens."""
+    def settings(self, length: int, supervised: int) -> Settings:
+        """Return them as the training loop takes them.
+
+        Args:
+            length: Tokens of a sequence.
+            supervised: Targets of the loss in an epoch.
+        """
         from tasks.gpt.run import Settings
 
         chosen = self.model_dump()
+        if self.targets is not None:
+            chosen["epochs"] = self.targets / max(1, supervised)
         sequences = max(1, self.batch_tokens // length)
         return Settings(sequences=sequences, **{f.name: chosen[f.name] for f in fields(Settings) if f.name in chosen})
 

@@ -336,3 +336,8 @@ def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     assert torch.get_num_threads() == before
+
+
+def test_targets_take_the_place_of_epochs() -> None:
+    assert TrainParams(targets=900, epochs=7).settings(64, supervised=600).epochs == 1.5
+    assert TrainParams(epochs=7).settings(64, supervised=600).epochs == 7

@@ -6,8 +6,10 @@ import pytest
 
 from flows import recipe, sweep
 from flows.__main__ import main
+from tasks.artifacts import Tokens
 from tasks.errors import ParameterError
 from tasks.store.folders import Store
+from tasks.store.manifest import FileEntry, Manifest
 
 TINY = str(Path(__file__).with_name("tiny.toml"))
 BASE = recipe.load(TINY)
@@ -25,7 +27,8 @@ def test_each_combination_is_an_arm_with_each_seed() -> None:
     assert [arm.seed for arm in made[:2]] == [BASE.train.seed, BASE.train.seed + 1]
     assert made[0].recipe.train.lr == 1e-3
     said = made[0].recipe.model_dump() | {"name": BASE.name, "train": BASE.train.model_dump()}
-    assert said == BASE.model_dump() | {"encode": made[0].recipe.encode.model_dump()}
+    judged = BASE.evaluate.model_dump() | {"split": "val"}
+    assert said == BASE.model_dump() | {"encode": made[0].recipe.encode.model_dump(), "evaluate": judged}
     assert len({arm.recipe.name for arm in made}) == 8
 
 
@@ -42,6 +45,8 @@ def test_a_comma_within_a_value_does_not_part() -> None:
         (["train.lr"], "section.name=value"),
         (["train.lr=1e-3", "train.lr=3e-3"], "varied twice"),
         (["train.seed=1,2"], "--seeds"),
+        (["evaluate.split=val,test"], "changes the judge"),
+        (["train.lr=2020-01-01"], "valid number"),
         (["train.lr=1e-3,1e-3"], "same settings"),
         (["train.rate=1"], "no such setting"),
         ([f"train.epochs={','.join(map(str, range(1, 70)))}"], "at most 64"),
@@ -59,7 +64,6 @@ def test_arms_share_their_data_and_are_judged_on_the_same_tokens(
     base = recipe.load(TINY, ["encode.vocab_size=512"])
     planned = sweep.arms(base, ["encode.layout=tree,top1", "train.epochs=0.2,0.4"], 1)
     from flows import chain
-    from tasks.artifacts import Tokens
     from tasks.step import session
 
     assert sweep.done(base, planned) is None
@@ -80,4 +84,14 @@ def test_arms_share_their_data_and_are_judged_on_the_same_tokens(
     assert all(len(sweep.cells(row)) == len(sweep.COLUMNS) for row in rows)
     arguments = ["sweep", TINY, "--set", "encode.layout=tree,top1", "--set", "train.epochs=0.2,0.4", "--json"]
     assert main(arguments) == 0  # nothing is left to do: the table, without Prefect
-    assert "judged" not in capsys.readouterr().out
+    assert "not to be compared" not in capsys.readouterr().out
+
+
+def test_an_arm_of_other_data_is_not_judged_on_what_it_may_have_seen() -> None:
+    def tokens(dialogues: str) -> Tokens:
+        entry = FileEntry(1, "f" * 64)
+        inputs = {"inputs": {"dialogues": dialogues}}
+        return Tokens(Path(), Manifest("0" * 64, "tokens", inputs, {"tokenizer.json": entry}, dialogues))
+
+    own, judge = tokens("a"), tokens("b")
+    assert sweep.judge_of(own, judge) is own

@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 import pickle
@@ -7,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from tasks.gpt.checkpoint import Checkpoint, latest, save
+from tasks.gpt.checkpoint import Checkpoint, disk_named, latest, save
 
 
 def made(step: int) -> Checkpoint:
@@ -127,3 +129,23 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
         (place / name).write_bytes(pickle.dumps(Bomb()))
     assert newest(tmp_path / "checkpoints") is None
     assert not canary.exists()
+
+
+def test_what_stands_in_the_way_of_a_checkpoint_goes(tmp_path: Path) -> None:
+    for name in ("step-00000003", ".step-00000099"):
+        (tmp_path / name).write_text("no folder")
+    (tmp_path / ".step-00000007").mkdir()
+    save(tmp_path, made(3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-00000003"]
+
+
+def test_a_state_that_is_no_object_is_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, made(1))
+    (save(tmp_path, made(2)) / "checkpoint.json").write_text("null")
+    assert newest(tmp_path) == 1
+
+
+def test_a_disk_that_refuses_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space") as caught, disk_named(tmp_path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert caught.value.errno == errno.ENOSPC

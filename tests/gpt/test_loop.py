@@ -310,3 +310,10 @@ def test_bfloat16_trains_too(tmp_path: Path) -> None:
     assert progress.best_nll is not None
     assert progress.start_nll is not None
     assert progress.best_nll < progress.start_nll - 0.3
+
+
+def test_weights_that_the_last_update_ruined_are_never_the_outcome(tmp_path: Path) -> None:
+    """Without a validation split nothing else would look at them again."""
+    ruinous = replace(SETTINGS, lr=1e38, warmup_share=0.0, epochs=1 / 3)
+    with pytest.raises(TrainingError, match="not finite"):
+        fit(start(), split(), split(0), settings=ruinous, machine=MACHINE, workplace=tmp_path)
