@@ -100,7 +100,7 @@ def _normalised(data: bytes, ends: I64) -> U8:
     folded[ends] = _END
     at, found = _changed(folded)
     if len(at):
-        folded = _spliced(folded, _instead(data, ends, at, found))
+        folded = _spliced(folded, _instead(data, folded, ends, at, found))
     space = folded == _SPACE
     twice = space[1:] & space[:-1]
     return folded[np.concatenate(([True], ~twice))] if twice.any() else folded
@@ -125,18 +125,30 @@ def _changed(folded: U8) -> tuple[I64, U32]:
     return at[ways >= _LONGER], found[ways >= _LONGER]
 
 
-def _instead(data: bytes, ends: I64, at: I64, found: U32) -> list[Span]:
-    """Say what stands in place of characters: of each, or of the whole text where the table cannot tell."""
-    known = _tables().longer
-    told = [known.get(point) for point in found.tolist()]
-    texts = np.searchsorted(ends, at)  # (places,)
-    odd = np.unique(texts[[one is None for one in told]])
-    starts, stops = np.concatenate(([0], ends[:-1] + 1))[odd].tolist(), ends[odd].tolist()
-    anew = _as_wholes([data[start:stop].decode() for start, stop in zip(starts, stops, strict=True)])
-    wholes = zip(starts, stops, anew, strict=True)
-    apart = np.flatnonzero(~np.isin(texts, odd)).tolist()
-    places, widths = at.tolist(), (1 + np.digitize(found, _WIDER)).tolist()
-    return sorted([*wholes, *((places[one], places[one] + widths[one], told[one] or b"") for one in apart)])
+def _instead(data: bytes, folded: U8, ends: I64, at: I64, found: U32) -> list[Span]:
+    """Say what stands in place of characters: of each, or of the whole word where the table cannot tell."""
+    told = [_tables().longer.get(point) for point in found.tolist()]
+    leans = np.array([one is None for one in told], dtype=np.bool_)
+    words = _around(folded, ends, at[leans])
+    anew = _as_wholes([data[start:stop].decode() for start, stop in words])
+    within = np.searchsorted(np.ravel(words), at, side="right") % 2 == 1
+    stops = (at + 1 + np.digitize(found, _WIDER)).tolist()
+    apart = [(start, stops[one], told[one] or b"") for one, start in enumerate(at.tolist()) if not within[one]]
+    return sorted([*((*word, said) for word, said in zip(words, anew, strict=True)), *apart])
+
+
+def _around(folded: U8, ends: I64, at: I64) -> list[tuple[int, int]]:
+    """Return where the words start and stop in which some places lie: each once, in order."""
+    data, found, done = folded.tobytes(), [], 0
+    texts = np.searchsorted(ends, at)
+    firsts = np.concatenate(([0], ends + 1))[texts]
+    for place, first, last in zip(at.tolist(), firsts.tolist(), ends[texts].tolist(), strict=True):
+        if place >= done:
+            start = max(first, data.rfind(b" ", first, place) + 1)
+            done = data.find(b" ", place, last)
+            done = last if done < 0 else done
+            found.append((start, done))
+    return found
 
 
 def _spliced(folded: U8, spans: list[Span]) -> U8:
@@ -148,18 +160,12 @@ def _spliced(folded: U8, spans: list[Span]) -> U8:
     return np.frombuffer(b"".join([*pieces, view[done:]]), dtype=np.uint8)
 
 
-def _as_wholes(texts: list[str]) -> list[bytes]:
-    """Normalise texts word by word, as nothing combines with white space.
+def _as_wholes(words: list[str]) -> list[bytes]:
+    """Normalise words, which may be of several by then; nothing combines with the white space around them.
 
     polars' NFKC, not the standard library's: that one takes time quadratic in a run of combining marks (80,000: 6 s).
     """
-    split = [text.split() for text in texts]
-    words = list({word for words in split for word in words if not word.isascii()})
-    made = dict(zip(words, _folded(_folded(words)), strict=True))
-    return [
-        " ".join(" ".join([made[word] if word in made else word.lower() for word in words]).split()).encode()
-        for words in split
-    ]
+    return [" ".join(word.split()).encode() for word in _folded(_folded(words))] if words else []
 
 
 def _folded(texts: list[str]) -> list[str]:
