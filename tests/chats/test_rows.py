@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from flows.exporting import messages as export
 from tasks.artifacts import Counts, Dialogues, Messages, RawTrees
 from tasks.chats.rows import tree_of
+from tasks.errors import InputError
 from tasks.oasst.fields import Fault
 from tasks.parse import ParseParams, parse
 from tasks.store.manifest import FileEntry, Manifest
@@ -112,7 +113,7 @@ def test_published_fields_of_a_message_are_taken_and_all_else_is_kept(tmp_path: 
         (chat("a", message_ids=[""]), "schema.message_ids", "not empty"),
         (chat("a", "b", message_ids=["1", "1"]), "id.duplicate", "each message once"),
         (chat("a", lang=5), "schema.lang", "got integer 5"),
-        (chat("a", tree_id=5), "schema.message_tree_id", "got integer 5"),
+        (chat("a", tree_id=5), "schema.tree_id", "got integer 5"),
     ],
 )
 def test_a_bad_row_is_rejected_with_its_line_and_a_reason(
@@ -159,6 +160,36 @@ def test_chats_and_trees_may_come_together(tmp_path: Path) -> None:
     counts, messages, _ = parsed(tmp_path / "out", lines(tmp_path, tree, chat("q"), later))
     assert messages["text"].to_list() == ["q", "x", "y"]
     assert (counts["trees"], counts["trees_repeated"], counts["conflicts"]) == (2, 1, 0)
+
+
+def test_rows_of_one_tree_id_that_begin_otherwise_are_trees_of_their_own(tmp_path: Path) -> None:
+    rows = [chat(f"question {n}", f"answer {n}", tree_id="same") for n in range(1_000)]
+    counts, messages, rejected = parsed(
+        tmp_path / "out", lines(tmp_path, *rows, chat("question 7", "B", tree_id="same"))
+    )
+    assert (counts["trees"], counts["messages"], len(rejected)) == (1_000, 2_001, 0)
+    assert set(messages["text"]) == {message["content"] for row in rows for message in row["messages"]} | {"B"}
+    assert json.loads(messages["extra"][0]) == {"tree.tree_id": "same"}
+
+
+def test_rows_of_two_tree_ids_that_begin_alike_are_two_trees(tmp_path: Path) -> None:
+    rows = [chat("hello", "a", tree_id="one"), chat("hello", "b", tree_id="two"), chat("hello", "c", tree_id="two")]
+    counts, messages, rejected = parsed(tmp_path / "out", lines(tmp_path, *rows))
+    assert rejected.is_empty()
+    assert counts["trees"] == 2
+    assert sorted(messages["text"]) == ["a", "b", "c", "hello", "hello"]
+
+
+def test_a_tree_id_with_ids_of_another_first_message_is_refused_and_not_taken_for_a_later_version(
+    tmp_path: Path,
+) -> None:
+    rows = [chat(f"q{n}", f"a{n}", tree_id="same", message_ids=[f"q{n}", f"a{n}"]) for n in range(3)]
+    counts, messages, rejected = parsed(tmp_path / "out", lines(tmp_path, *rows), max_bad=1)
+    assert messages["text"].to_list() == ["q0", "a0"]
+    assert rejected.select("line", "code", "messages").rows() == [(2, "tree.root", 2), (3, "tree.root", 2)]
+    assert counts["messages_rejected"] == 4
+    with pytest.raises(InputError, match="2 of 3 trees cannot be used"):
+        parsed(tmp_path / "again", lines(tmp_path, *rows))
 
 
 def test_a_table_of_neither_form_is_refused_by_its_columns(tmp_path: Path) -> None:
