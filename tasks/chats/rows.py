@@ -9,9 +9,9 @@ rows do. Rows of one `tree_id` that begin otherwise are trees of their own, whic
 a tree is one first message, and without `message_ids` nothing says which is meant. The `tree_id` is kept in `extra`.
 
 A system message is put before the first message of the user, with an empty line between, because trees have no third
-role. `lang` is that of all messages; `id` and `split` are left out, since a path has no id and a split is made here.
-All else is kept: of a row in column `extra` of the root, and of a message as the published field of that name, if there
-is one (`rank`, `labels`, ...), else in `extra`.
+role. `langs` are those of the messages, else `lang` is that of all; `id` and `split` are left out, since a path has no
+id and a split is made here. All else is kept: of a row in column `extra` of the root, and of a message as the published
+field of that name, if there is one (`rank`, `labels`, ...), else in `extra`.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ KEY = "messages"  # a line or a table that has it is of this form
 ROLES = {"user": "prompter", "assistant": "assistant"}
 SYSTEM = "system"
 TREE = "tree_id"
-OWN = frozenset({KEY, "message_ids", TREE, "id", "split", "lang"})
+OWN = frozenset({KEY, "message_ids", TREE, "id", "split", "lang", "langs"})
 
 
 def tree_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row as a nested tree.
 
     Raises:
-        Fault: If there are no messages, one has neither of the roles or no text, or the ids are not as many.
+        Fault: If there are no messages, one has neither of the roles or no text, or ids or languages are not as many.
     """
     said = _with_system([_message(one) for one in _list(KEY, row.get(KEY))])
-    given, tree_id = row.get("message_ids"), row.get(TREE)
+    given, tree_id = _as_many("message_ids", row.get("message_ids"), said), row.get(TREE)
     if tree_id is not None:
         fields.name(TREE, tree_id)
-    ids = _made(said, tree_id or "") if given is None else _given(given, said)
+    ids = _made(said, tree_id or "") if given is None else [fields.name("message_ids", one) for one in given]
+    langs = _as_many("langs", row.get("langs"), said) or [row.get("lang")] * len(said)
     replies: list[dict[str, Any]] = []
-    for (role, content, rest), message_id in zip(reversed(said), reversed(ids), strict=True):
+    for (role, content, rest), message_id, lang in zip(said[::-1], ids[::-1], langs[::-1], strict=True):
         own = {"message_id": message_id, "text": content, "role": ROLES[role], "replies": replies}
-        replies = [{"lang": row.get("lang"), **rest, **own}]
+        replies = [{"lang": lang, **rest, **own}]
     others = {name: value for name, value in row.items() if name not in OWN}
     if given is None and tree_id is not None:
         others[TREE] = tree_id
@@ -82,11 +83,11 @@ def _with_system(said: list[tuple[str, str, dict[str, Any]]]) -> list[tuple[str,
     return said
 
 
-def _given(found: Any, said: list[tuple[str, str, dict[str, Any]]]) -> list[str]:
-    ids = [fields.name("message_ids", one) for one in _list("message_ids", found)]
-    if len(ids) != len(said):
-        raise Fault("schema.message_ids", f"expected one for each of {len(said):,} messages, got {len(ids):,}")
-    return ids
+def _as_many(field: str, found: Any, said: list[tuple[str, str, dict[str, Any]]]) -> list[Any] | None:
+    """Take a list with a value for each message, or None where there is none."""
+    if found is not None and len(_list(field, found)) != len(said):
+        raise Fault(f"schema.{field}", f"expected one for each of {len(said):,} messages, got {len(found):,}")
+    return found  # type: ignore[no-any-return]  # checked to be a list
 
 
 def _made(said: list[tuple[str, str, dict[str, Any]]], before: str) -> list[str]:

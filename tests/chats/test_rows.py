@@ -113,6 +113,9 @@ def test_published_fields_of_a_message_are_taken_and_all_else_is_kept(tmp_path: 
         (chat("a", message_ids=[""]), "schema.message_ids", "not empty"),
         (chat("a", "b", message_ids=["1", "1"]), "id.duplicate", "each message once"),
         (chat("a", lang=5), "schema.lang", "got integer 5"),
+        (chat("a", "b", langs=["en"]), "schema.langs", "one for each of 2"),
+        (chat("a", langs=[5]), "schema.lang", "got integer 5"),
+        (chat("a", langs="en"), "schema.langs", "array"),
         (chat("a", tree_id=5), "schema.tree_id", "got integer 5"),
     ],
 )
@@ -137,6 +140,23 @@ def test_a_chat_of_100_000_messages_is_one_branch(tmp_path: Path) -> None:
     assert messages["depth"].to_list() == list(range(100_000))
 
 
+def test_each_message_keeps_its_language_and_a_row_has_that_of_its_last(tmp_path: Path) -> None:
+    turns = [("p", None, 0, "prompter", "en"), ("r", "p", 1, "assistant", "de"), ("s", "p", 1, "assistant", None)]
+    names = ("message_id", "parent_id", "depth", "role", "lang")
+    table = pl.DataFrame([dict(zip(names, turn, strict=True)) for turn in turns])
+    table = table.with_columns(message_tree_id=pl.lit("p"), text="message_id", sibling=pl.Series([0, 0, 1]),
+                               split=pl.lit("train"), rank=pl.lit(None, pl.Int32))  # fmt: skip
+    dialogues = Dialogues(tmp_path, Manifest("0" * 64, "dialogues", {}, {}, "0" * 64))
+    table.write_parquet(tmp_path / "dialogues.parquet")
+    (tmp_path / "rows").mkdir()
+    export(dialogues, tmp_path / "rows")
+    rows = [json.loads(line) for line in (tmp_path / "rows" / "train.jsonl").read_bytes().splitlines()]
+    assert [(row["lang"], row["langs"]) for row in rows] == [("de", ["en", "de"]), (None, ["en", None])]
+    counts, back, rejected = parsed(tmp_path / "back", tmp_path / "rows" / "train.jsonl")
+    assert back.select("message_id", "lang").rows() == [("p", "en"), ("s", None), ("r", "de")]
+    assert (counts["conflicts"], len(rejected)) == (0, 0)
+
+
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 @pytest.mark.skipif(not REAL.exists(), reason="the real trees (shared/data) are not here")
 def test_what_was_exported_comes_back_as_the_same_trees(tmp_path: Path, form: str) -> None:
@@ -148,7 +168,7 @@ def test_what_was_exported_comes_back_as_the_same_trees(tmp_path: Path, form: st
     export(dialogues, tmp_path / "rows")
     counts, back, rejected = parsed(tmp_path / "two", tmp_path / "rows" / f"train.{form}")
     assert rejected.is_empty()
-    columns = ["message_tree_id", "message_id", "parent_id", "depth", "text", "role"]
+    columns = ["message_tree_id", "message_id", "parent_id", "depth", "text", "role", "lang"]
     assert back.select(columns).sort("message_id").equals(published.select(columns).sort("message_id"))
     assert paths(back) == paths(published)
     assert (counts["conflicts"], counts["unknown_fields"]) == (0, {})
