@@ -290,9 +290,7 @@ class _Intake:
             "messages": messages,
             "rejected": self._rejected.rows,  # rows of rejected.parquet
             **{f"{unit}_{way}": books[f"{unit}_{way}"] for unit in ("trees", "messages") for way in WAYS},
-            "trees_replaced": books[
-                "trees_replaced"
-            ],  # of the rejected: earlier versions of trees that came again, changed
+            "trees_replaced": books["trees_replaced"],  # of the rejected: versions that came again, changed
             "conflicts": books["conflicts"],  # messages of which a later version says something else
             "lines": dump.lines,
             "bytes": dump.bytes,
