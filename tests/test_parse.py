@@ -574,6 +574,26 @@ def test_a_text_four_times_as_long_costs_about_four_times_as_much(tmp_path: Path
     assert four < 4.4 * one
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_of_a_key_that_stands_twice_in_an_object_the_last_is_taken_as_python_does(
+    tmp_path: Path, quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No reader here sees that a key was there before; to look for it would cost parse more than a tenth of its time."""
+    if not quick:
+        monkeypatch.setattr("tasks.oasst.dump.read", lambda raws, _: [None] * len(raws))
+    reply = json.dumps(message("b"))
+    raw = (
+        '{"message_tree_id": "a", "prompt": {"message_id": "x", "text": "first", "text": "last", "message_id": "a",'
+        ' "role": 5, "role": "prompter", "rank": 1, "rank": 0, "replies": [' + reply + '], "replies": []}}'
+    )
+    _, messages, rejected = parsed(tmp_path, raw.encode())
+    expected = json.loads(raw)["prompt"]
+    assert messages.select(expected.keys() - {"replies"}).to_dicts() == [
+        {name: value for name, value in expected.items() if name != "replies"}
+    ]
+    assert rejected.is_empty()
+
+
 # ------------------------------------------------------------------------------------------------- flat form
 
 
