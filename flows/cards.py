@@ -6,8 +6,8 @@ Prefect's database is a view, never the truth: publishing is best effort, and a 
 from __future__ import annotations
 
 import base64
-import html
 import logging
+import string
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,11 +15,13 @@ from typing import Any
 
 from flows.terminal import asked_of_texts
 from tasks.artifacts import Dialogues, Model, Report
+from tasks.dialogue.markdown import printable
 from tasks.progress import Bar, Listener
 from tasks.step import Outcome
 
 log = logging.getLogger("treeline.flows")
 EVERY = 5.0  # seconds between two updates of a progress artifact: each is a request
+REFERENCES = {ord(mark): f"&#{ord(mark)};" for mark in string.punctuation}
 
 
 def best_effort(publish: Callable[[], Any]) -> Any:
@@ -61,7 +63,7 @@ def card(outcome: Outcome) -> str:
     """Render one step's card: what it made, its counts, and its picture where it has one."""
     artifact = outcome.artifact
     head = f"# {outcome.step}: `{artifact.id}` {'cached' if outcome.cached else 'made'}"
-    parts = [head, f"{safe(outcome.why)}; {outcome.seconds:.1f} s; in `{safe(str(artifact.path))}`"]
+    parts = [head, f"{safe(outcome.why)}; {outcome.seconds:.1f} s; in {safe(str(artifact.path))}"]
     parts.append(_with_pictures(artifact) if isinstance(artifact, Report) else counts_table(artifact.counts))
     parts += [] if outcome.cached else [safe(line) for line in asked_of_texts(artifact.manifest)]
     if isinstance(artifact, Model):
@@ -101,8 +103,12 @@ def _cell(value: Any) -> str:
 
 
 def safe(text: str) -> str:
-    """Make text inert in Markdown and HTML: it may come from the data."""
-    return html.escape(text).replace("|", "&#124;").replace("`", "&#96;").replace("\n", " ")
+    """Make text inert in Markdown and HTML, outside a code span: it may come from the data.
+
+    All punctuation becomes references, which are read as characters only: no link, image, address, emphasis, list,
+    table or tag can begin. What does not print is spelled out.
+    """
+    return " ".join(printable(text).split()).translate(REFERENCES)
 
 
 def _with_pictures(report: Report) -> str:

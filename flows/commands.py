@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -348,4 +347,6 @@ def serve(asked: argparse.Namespace) -> int:
 
 
 def _json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=1))
+    from flows.terminal import json_text
+
+    print(json_text(value, sys.stdout.isatty()))

@@ -145,7 +145,8 @@ def messages(dialogues: Dialogues, folder: Path) -> Counts:
 
     names = {name: pa.string() for name in ("id", "tree_id", "split", "lang")}
     turns = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
-    schema = pa.schema({**names, "message_ids": pa.list_(pa.string()), "messages": turns})
+    several = {name: pa.list_(pa.string()) for name in ("message_ids", "langs")}  # one for each message
+    schema = pa.schema({**names, **several, "messages": turns})
     found = dialogues.scan().collect()
     counts: Counts = {}
     for split in SPLITS:
@@ -165,7 +166,7 @@ def messages(dialogues: Dialogues, folder: Path) -> Counts:
 
 
 def _paths(rows: pl.DataFrame) -> Iterator[dict[str, Any]]:
-    """Yield each path from a root to a leaf as a row; its id is that of its last message."""
+    """Yield each path from a root to a leaf as a row; its id and language are those of its last message."""
     from tasks.text.chat import ROLES
     from tasks.text.layout import forest, paths
 
@@ -176,8 +177,9 @@ def _paths(rows: pl.DataFrame) -> Iterator[dict[str, Any]]:
             "id": ids[path[-1]],
             "tree_id": trees[path[0]],
             "split": rows["split"][0],
-            "lang": langs[path[0]],
+            "lang": langs[path[-1]],
             "message_ids": [ids[row] for row in path],
+            "langs": [langs[row] for row in path],
             "messages": [{"role": ROLES[roles[row]], "content": said[row]} for row in path],
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -79,6 +80,12 @@ def amount_of(done: float, total: float | None, unit: str) -> str:
     """Say how much of how much is done; bytes in MB."""
     scale, name, form = (1e6, "MB", ",.1f") if unit == "bytes" else (1.0, unit, ",.0f")
     return f"{done / scale:{form}}{'' if total is None else f'/{total / scale:{form}}'} {name}"
+
+
+def json_text(value: Any, on_terminal: bool) -> str:
+    """Return a value as JSON; for a terminal in plain ASCII: one would obey the control characters of strangers."""
+    said = json.dumps(value, ensure_ascii=on_terminal, indent=1)
+    return said.replace("\x7f", "\\u007f") if on_terminal else said
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -1,9 +1,10 @@
 """The hub: fetch one pinned file through `huggingface_hub` and its cache, and believe nothing but the hash.
 
-The client resumes a cut transfer by itself, but it checks no content: a cached file that was cut or altered later is
-returned as good, and a finished transfer is checked for its size alone (huggingface_hub 2.4, `file_download.py`). So
-every use of a file is verified here: against the pinned sha256 or, where there is none, against the hub's etag, which
-is the sha256 of a large file and the git hash of a small one.
+The client resumes a cut transfer by itself, within one call: when it gives up, or its process dies, it keeps nothing,
+since a shared partial file breaks where locks do nothing (huggingface_hub 2.4, `_download_to_tmp_and_move`), and the
+next try starts over. It checks no content: a cached file that was cut or altered later is returned as good, and a
+finished transfer is checked for its size alone. So every use of a file is verified here: against the pinned sha256 or,
+where there is none, against the hub's etag, which is the sha256 of a large file and the git hash of a small one.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
     from tasks.oasst.dump import Bad, Dump, Found, Place
-    from tasks.oasst.versions import Row, Verdict, Versions
+    from tasks.oasst.versions import Robbed, Row, Verdict, Versions
 
+log = logging.getLogger("treeline.parse")
 GROUP = 20_000  # rows of a row group: what is held in memory, and what a reader can skip
 MB = 1 << 20
 HEAD = 200  # bytes of a bad line that are shown
@@ -60,13 +62,14 @@ class ParseParams(Params):
     """Bytes that one byte of a gzip file may unpack to, counted after 16 MiB; more is a bomb and fails the step."""
 
 
-@step("parse", version=2, makes=Messages)
+@step("parse", version=3, makes=Messages)
 def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
     """Write `messages.parquet`, trees in the order of the dump, and `rejected.parquet`.
 
     The messages of a tree lie together, depth first, so parents come first; replies in the order published. A tree
     whose id came before, in the same file or an earlier one, is a repeat if it says nothing new. Else it takes the
-    place of the earlier version: the later one of each message wins, and what only the earlier version had stays.
+    place of the earlier version: the later one of each message wins, and what only the earlier version had stays. A
+    message that a later file has in another tree moves there, out of its old one.
 
     Raises:
         InputError: If a file is cut, corrupt or empty, or more than `max_bad` of the trees or lines are unusable.
@@ -148,7 +151,8 @@ class _Intake:
     def _replace_rows(self, tree: Found) -> None:
         from tasks.oasst.dump import Bad
 
-        self._books.update(conflicts=tree.conflicts, messages_rejected=tree.conflicts)
+        found = tree.conflicts
+        self._books.update(conflicts=found, messages_replaced=found, messages_rejected=found)
         said = f"{tree.conflicts} messages of this tree differ in a later file, and were taken from there"
         self._list(Bad(tree.place, "tree.replaced", said, tree.tree_id, 0, tree.conflicts))
 
@@ -160,7 +164,7 @@ class _Intake:
     def _reject(self, bad: Bad) -> None:
         self._books.update(trees_rejected=bad.trees, messages_rejected=bad.messages)
         if len(self._named) < NAMED:
-            self._named.append(f"{self._files[bad.place.file].name}:{bad.place.line} {bad.code}: {bad.message}")
+            self._named.append(f"{self._named_place(bad.place)} {bad.code}: {bad.message}")
         self._list(bad)
 
     def settle(self) -> None:
@@ -193,7 +197,7 @@ class _Intake:
 
         place, books = self._seen.place(version), self._books
         try:
-            verdict = versions.judge(version, rows)
+            verdict = versions.judge(version, place.file, rows)
         except Fault as fault:
             self._reject(Bad(place, fault.code, fault.message, rows[0].tree_id, 1, len(rows)))
             return False
@@ -202,7 +206,24 @@ class _Intake:
         elif verdict.replaces is not None:
             books.update(messages_repeated=verdict.same, conflicts=verdict.differ)
             self._replace(self._seen.place(verdict.replaces), place, rows[0].tree_id, verdict)
+        for robbed in verdict.robbed:
+            self._rob(robbed, place, rows[0].tree_id)
         return True
+
+    def _rob(self, robbed: Robbed, later: Place, tree_id: str) -> None:
+        """Put in the books what a tree of an earlier file lost to one of a later file."""
+        from tasks.oasst.dump import Bad
+        from tasks.oasst.fields import shown
+
+        trees, messages = int(robbed.empty), robbed.moved + robbed.lost
+        self._books.update(conflicts=robbed.moved, messages_replaced=messages, messages_rejected=messages)
+        self._books.update(trees_rejected=trees, trees_replaced=trees)
+        said = f"{robbed.moved} messages of this tree are in tree {shown(tree_id)} of {self._named_place(later)}"
+        said += f", {robbed.lost} lost what they reply to" if robbed.lost else ""
+        self._list(Bad(self._seen.place(robbed.version), "tree.replaced", said, robbed.tree_id, trees, messages))
+
+    def _named_place(self, place: Place) -> str:
+        return f"{self._files[place.file].name}:{place.line}"
 
     def _replace(self, earlier: Place, later: Place, tree_id: str, verdict: Verdict) -> None:
         from tasks.oasst.dump import Bad
@@ -210,11 +231,12 @@ class _Intake:
         if not verdict.differ + verdict.lost:  # the later version only adds to it
             self._books.update(trees_repeated=1)
             return
-        self._books.update(trees_rejected=1, trees_replaced=1, messages_rejected=verdict.differ + verdict.lost)
-        ahead, behind = (f"{self._files[at.file].name}:{at.line}" for at in (earlier, later))
+        messages = verdict.differ + verdict.lost
+        self._books.update(trees_rejected=1, trees_replaced=1, messages_replaced=messages, messages_rejected=messages)
+        ahead, behind = map(self._named_place, (earlier, later))
         said = f"another version of this tree came later, in {behind}: {verdict.differ} messages differ there"
         said += f", {verdict.lost} lost what they reply to" if verdict.lost else ""
-        self._list(Bad(earlier, "tree.replaced", said, tree_id, 1, verdict.differ + verdict.lost))
+        self._list(Bad(earlier, "tree.replaced", said, tree_id, 1, messages))
         said = f"this version was taken; the one in {ahead} differs"
         self._list(Bad(later, "tree.replaces", said, tree_id, 0, 0))
 
@@ -231,7 +253,7 @@ class _Intake:
                 self._rejected.add(_rejected_row(self._files[place.file].name, bad, raw))
 
     def refuse_if_bad(self, most: float, dump: Dump) -> None:
-        """Fail if too much could not be used; versions that were replaced are no fault.
+        """Fail if too much could not be used; versions that were replaced are no fault, but much of it is told.
 
         Raises:
             InputError: Naming the first bad lines.
@@ -247,6 +269,11 @@ class _Intake:
                 "Mend or download the file again, or raise parse.max_bad",
                 "input.bad",
             )
+        if (replaced := books["messages_replaced"]) > most * books["messages_in"]:
+            log.warning(
+                "parse: later versions took the place of %s of %s messages; see tree.replaced in rejected.parquet",
+                f"{replaced:,}", f"{books['messages_in']:,}",
+            )  # fmt: skip
 
     def counts(self, dump: Dump, unknown: Counter[str]) -> Counts:
         """Return what was measured, the books balanced: in = out + rejected + repeated.
@@ -263,9 +290,7 @@ class _Intake:
             "messages": messages,
             "rejected": self._rejected.rows,  # rows of rejected.parquet
             **{f"{unit}_{way}": books[f"{unit}_{way}"] for unit in ("trees", "messages") for way in WAYS},
-            "trees_replaced": books[
-                "trees_replaced"
-            ],  # of the rejected: earlier versions of trees that came again, changed
+            "trees_replaced": books["trees_replaced"],  # of the rejected: versions that came again, changed
             "conflicts": books["conflicts"],  # messages of which a later version says something else
             "lines": dump.lines,
             "bytes": dump.bytes,

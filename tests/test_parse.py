@@ -79,6 +79,15 @@ def parsed(folder: Path, content: bytes, params: ParseParams | None = None) -> P
     return run(folder / "out", [file], params)
 
 
+def united(folder: Path, *files: Sequence[Any], params: ParseParams | None = None) -> Parsed:
+    """Run the bare step over several files, each of some trees or flat messages."""
+    (folder / "raw").mkdir(exist_ok=True)
+    paths = [folder / "raw" / f"{place}.jsonl" for place in range(len(files))]
+    for path, trees in zip(paths, files, strict=True):
+        path.write_bytes(lines(*trees))
+    return run(folder / "out", paths, params)
+
+
 def lines(*trees: Any) -> bytes:
     return b"".join(json.dumps(tree).encode() + b"\n" for tree in trees)
 
@@ -339,8 +348,9 @@ def test_naughty_strings_come_through_unchanged(tmp_path: Path) -> None:
 
 
 def test_a_tree_that_comes_again_is_counted_and_left_out(tmp_path: Path) -> None:
-    again = {**tree("a", message("b")), "unknown": 1}  # equal in the known fields
-    counts, messages, rejected = parsed(tmp_path, lines(tree("a", message("b")), tree("c"), again))
+    one = {**tree("a", message("b")), "unknown": 1}
+    again = dict(reversed(one.items()))  # in other words
+    counts, messages, rejected = parsed(tmp_path, lines(one, tree("c"), again))
     assert messages["message_id"].to_list() == ["a", "b", "c"]
     assert (counts["trees_repeated"], counts["messages_repeated"], counts["trees_in"]) == (1, 2, 3)
     assert rejected.is_empty()
@@ -385,7 +395,7 @@ def test_what_hangs_on_a_message_that_moved_moves_with_it_and_a_lost_parent_take
     assert dict(messages.select("message_id", "depth").rows()) == {"a": 0, "b": 1, "c": 1, "d": 2, "e": 3}
     assert dict(messages.select("message_id", "parent_id").rows())["d"] == "c"
     other_root = {"message_tree_id": "a", "prompt": message("r")}
-    counts, messages, rejected = parsed(tmp_path, lines(tree("a", message("b")), other_root))
+    counts, messages, rejected = united(tmp_path, [tree("a", message("b"))], [other_root])
     assert messages["message_id"].to_list() == ["r"]
     assert counts["messages_rejected"] == 2
     assert "2 lost what they reply to" in rejected["message"][0]
@@ -434,6 +444,64 @@ def test_a_message_id_of_another_tree_rejects_the_later_tree(tmp_path: Path) -> 
     _, messages, rejected = parsed(tmp_path, content, ALL_BAD)
     assert messages["message_id"].to_list() == ["a", "x", "c"]
     assert rejected.select("line", "code", "message_tree_id", "messages").rows() == [(2, "id.duplicate", "b", 2)]
+
+
+def links(messages: pl.DataFrame) -> set[tuple[str, str, str | None]]:
+    return set(messages.select("message_tree_id", "message_id", "parent_id").iter_rows())
+
+
+@pytest.mark.parametrize("tree_first", [True, False])
+def test_a_message_that_a_later_file_has_in_another_tree_moves_there(tmp_path: Path, tree_first: bool) -> None:
+    earlier = [tree("u", message("moved", message("below")), message("stays"))]
+    later = [tree("u", message("other")), tree("v", message("moved"))]
+    counts, messages, rejected = united(tmp_path, earlier, later if tree_first else later[::-1])
+    assert links(messages) == {
+        ("u", "u", None), ("u", "other", "u"), ("u", "stays", "u"), ("v", "v", None), ("v", "moved", "v"),
+    }  # fmt: skip
+    assert counts["conflicts"] == 1
+    (row,) = rejected.rows(named=True)
+    assert (row["code"], row["message_tree_id"], row["trees"], row["messages"]) == ("tree.replaced", "u", 0, 2)
+    assert "1 messages of this tree are in tree string 'v'" in row["message"]
+    assert "1 lost what they reply to" in row["message"]
+
+
+def test_a_tree_whose_first_message_moved_is_replaced(tmp_path: Path) -> None:
+    counts, messages, rejected = united(tmp_path, [tree("u", message("x"))], [tree("v", message("u", message("y")))])
+    assert links(messages) == {("v", "v", None), ("v", "u", "v"), ("v", "y", "u")}
+    assert rejected.select("message_tree_id", "trees", "messages").rows() == [("u", 1, 2)]
+    assert counts["trees_replaced"] == 1
+
+
+def test_a_message_that_was_lost_bars_no_other_tree(tmp_path: Path) -> None:
+    later = {"message_tree_id": "a", "prompt": message("r")}
+    _, messages, rejected = united(tmp_path, [tree("a", message("b"))], [later, tree("c", message("b"))])
+    assert links(messages) == {("a", "r", None), ("c", "c", None), ("c", "b", "c")}
+    assert set(rejected["code"]) == {"tree.replaced", "tree.replaces"}
+
+
+@pytest.mark.parametrize("order", ["later", "again"])
+def test_what_a_later_version_says_in_unknown_fields_alone_is_taken_from_there(tmp_path: Path, order: str) -> None:
+    versions = {"later": [[tree("a", note="old")], [tree("a", note="new")]]}
+    versions["again"] = [[*versions["later"][0], *versions["later"][1]]]
+    counts, messages, rejected = united(tmp_path, *versions[order])
+    assert messages["extra"].to_list() == ['{"note":"new"}']
+    assert (counts["trees_repeated"], counts["conflicts"], len(rejected)) == (1, 0, 0)
+
+
+def test_another_first_message_in_the_same_file_is_no_later_version(tmp_path: Path) -> None:
+    other = {"message_tree_id": "a", "prompt": message("r", message("s"))}
+    _, messages, rejected = parsed(tmp_path, lines(tree("a", message("b")), other), ALL_BAD)
+    assert messages["message_id"].to_list() == ["a", "b"]
+    assert rejected.select("line", "code", "messages").rows() == [(2, "tree.root", 2)]
+
+
+def test_it_is_said_when_later_versions_replace_much(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = [[tree(f"t{n}", rank=rank) for n in range(10)] for rank in (0, 1)]
+    united(tmp_path, *files)
+    assert "took the place of 10 of 20 messages" in caplog.text
+    caplog.clear()
+    united(tmp_path, *files, params=ParseParams(max_bad=0.6))
+    assert not caplog.text
 
 
 def test_files_are_read_by_name_and_trees_may_come_again_in_another(tmp_path: Path) -> None:
@@ -506,6 +574,26 @@ def test_a_text_four_times_as_long_costs_about_four_times_as_much(tmp_path: Path
     assert four < 4.4 * one
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_of_a_key_that_stands_twice_in_an_object_the_last_is_taken_as_python_does(
+    tmp_path: Path, quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No reader here sees that a key was there before; to look for it would cost parse more than a tenth of its time."""
+    if not quick:
+        monkeypatch.setattr("tasks.oasst.dump.read", lambda raws, _: [None] * len(raws))
+    reply = json.dumps(message("b"))
+    raw = (
+        '{"message_tree_id": "a", "prompt": {"message_id": "x", "text": "first", "text": "last", "message_id": "a",'
+        ' "role": 5, "role": "prompter", "rank": 1, "rank": 0, "replies": [' + reply + '], "replies": []}}'
+    )
+    _, messages, rejected = parsed(tmp_path, raw.encode())
+    expected = json.loads(raw)["prompt"]
+    assert messages.select(expected.keys() - {"replies"}).to_dicts() == [
+        {name: value for name, value in expected.items() if name != "replies"}
+    ]
+    assert rejected.is_empty()
+
+
 # ------------------------------------------------------------------------------------------------- flat form
 
 
@@ -556,6 +644,55 @@ REPLIES: st.SearchStrategy[list[Any]] = st.recursive(
 )
 TREES = st.builds(lambda name, replies, salt: (name, replies, salt), NAMES, REPLIES, st.integers(0, 1))
 FAULTS = st.sampled_from([b"{", b"\xff", b"[]", b"{}", b'{"prompt": null}', b'{"message_id": "x", "parent_id": "y"}'])
+
+
+MOVES = st.lists(  # files of trees: tree -> messages below its first one, each with what it replies to
+    st.dictionaries(
+        st.integers(0, 2),
+        st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 1)), max_size=5),
+        min_size=1,
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(MOVES)
+def test_of_each_message_the_last_file_that_has_it_decides(tmp_path: Path, found: list[dict[int, Any]]) -> None:
+    """However messages move between the trees of several files: no tree of the last file is lost."""
+    files, used, last = [], set[int](), dict[str, tuple[str, str | None, int | None]]()
+    for spec in found:
+        used, trees = set(), []
+        for number, below in spec.items():
+            nodes = {f"t{number}": message(f"t{number}")}
+            last[f"t{number}"] = (f"t{number}", None, None)
+            for own, parent, salt in below:
+                if own not in used:
+                    used.add(own)
+                    above = f"m{parent}" if f"m{parent}" in nodes else f"t{number}"
+                    nodes[f"m{own}"] = message(f"m{own}", rank=salt)
+                    nodes[above]["replies"].append(nodes[f"m{own}"])
+                    last[f"m{own}"] = (f"t{number}", above, salt)
+            trees.append({"message_tree_id": f"t{number}", "prompt": nodes[f"t{number}"]})
+        files.append(trees)
+    _, messages, rejected = united(tmp_path, *files)
+    assert set(rejected["code"]) <= {"tree.replaced", "tree.replaces"}
+
+    def stands(name: str | None) -> bool:
+        """Tell whether a message and all above it are of one tree still, each as the last file that has it says."""
+        tree_id = last[name][0] if name else None
+        while name:
+            if last[name][0] != tree_id:
+                return False
+            name = last[name][1]
+        return True
+
+    columns = ("message_id", "message_tree_id", "parent_id", "rank")
+    kept = {row[0]: row[1:] for row in messages.select(columns).iter_rows()}
+    assert all(kept[name] == last[name] for name in kept)
+    assert {f"m{number}" for number in used} | {f"t{number}" for number in found[-1]} <= kept.keys()
+    assert kept.keys() <= {name for name in last if stands(name)}
 
 
 def nested(spec: tuple[str, list[Any], int]) -> dict[str, Any]:

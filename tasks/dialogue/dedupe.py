@@ -43,9 +43,7 @@ def duplicates(messages: pl.DataFrame, prints: Prints, parents: Sequence[int], k
     twins = _same_paths(messages["role"] == "assistant", prints, parents, np.flatnonzero(np.array(kept, dtype=bool)))
     worth = _worth(messages, [row for rows in twins for row in rows])
     best_of: dict[int, int] = {}
-    for (
-        rows
-    ) in twins:  # met in the order of their first row, so after their parents: the parents' best is known by then
+    for rows in twins:  # in the order of their first rows, so after their parents: the best of these is known by then
         best = min(rows, key=lambda row: (worth[row][0], parents[row] in best_of, worth[row]))
         best_of.update((row, best) for row in rows if row != best)
     if not best_of:

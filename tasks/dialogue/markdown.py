@@ -50,5 +50,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def named(text: str) -> str:
-    """Return a name as it may stand outside a fence: what Markdown or HTML could read as more than a letter is gone."""
-    return re.sub(r"[^\w .,()/:+-]", "?", text)
+    """Return a name as it may stand outside a fence: what Markdown or HTML could read as more than a letter is gone.
+
+    So is what makes an address of plain letters where a page links addresses by itself: `http:`, `www.`.
+    """
+    return re.sub(r"[^\w .,()/+-]|(?<=www)\.", "?", text, flags=re.IGNORECASE)

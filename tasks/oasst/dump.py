@@ -246,6 +246,8 @@ def _latest(group: _Group) -> tuple[list[Row], int]:
 def loads(raw: bytes, forms: Collection[str] = ()) -> dict[str, Any]:
     """Read one line of JSON that must hold a tree (`prompt`), a message (`message_id`) or a field of `forms`.
 
+    Of a key that stands twice in one object the last is taken; neither this reader nor the quick one sees the first.
+
     Raises:
         Fault: `utf8.invalid`, `json.depth`, `json.number`, `json.syntax` or `schema.line`.
     """

@@ -14,7 +14,7 @@ from msgspec import msgpack
 from tasks.oasst.versions import Placed, Row
 
 Move = tuple[range, Sequence[Placed]]  # rows of a version -> what stands there instead
-UNTOLD = {"depth", "sibling", "extra"}  # columns that are no part of what a message says
+UNTOLD = {"depth", "sibling", "extra"}  # columns that are no part of what a message says; `extra` is looked at alone
 
 
 def told(path: Path, spans: Sequence[range]) -> Iterator[list[Row]]:
@@ -32,8 +32,13 @@ def _rows(path: Path, wanted: np.ndarray) -> Iterator[Row]:
         ids = [table[name].to_pylist() for name in ("message_tree_id", "message_id", "parent_id")]
         said = zip(*(column.to_pylist() for column in found.columns), strict=True)
         rows = wanted[first : first + len(table)].tolist()
-        for row, values, tree_id, message_id, parent_id in zip(rows, said, *ids, strict=True):
-            yield Row(row, tree_id, message_id, parent_id, hashlib.sha256(encode(values)).digest()[:16])
+        extras = [None if extra is None else _digest(extra.encode()) for extra in table["extra"].to_pylist()]
+        for row, values, extra, tree_id, message_id, parent_id in zip(rows, said, extras, *ids, strict=True):
+            yield Row(row, tree_id, message_id, parent_id, _digest(encode(values)), extra)
+
+
+def _digest(said: bytes) -> bytes:
+    return hashlib.sha256(said).digest()[:16]
 
 
 def rearrange(path: Path, moves: Sequence[Move], writer: Callable[[Path], pq.ParquetWriter], group: int) -> None:

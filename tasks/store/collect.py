@@ -2,8 +2,8 @@
 
 Kept are the artifacts of the last run of each recipe, those that a running program has taken hold of, everything that
 these were made from, what is remembered of texts and was asked for these, and whatever was made or used within the
-grace time. The rest is garbage, as are what was moved aside and
-the scratch folders of dead processes; one that a next try could go on with (a checkpoint) is kept for a week.
+grace time. The rest is garbage, as are what was moved aside and the scratch folders of dead processes; one that a next
+try could go on with (a checkpoint) is kept for a week.
 """
 
 from __future__ import annotations

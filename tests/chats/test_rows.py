@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from flows.exporting import messages as export
 from tasks.artifacts import Counts, Dialogues, Messages, RawTrees
 from tasks.chats.rows import tree_of
+from tasks.errors import InputError
 from tasks.oasst.fields import Fault
 from tasks.parse import ParseParams, parse
 from tasks.store.manifest import FileEntry, Manifest
@@ -112,7 +113,10 @@ def test_published_fields_of_a_message_are_taken_and_all_else_is_kept(tmp_path: 
         (chat("a", message_ids=[""]), "schema.message_ids", "not empty"),
         (chat("a", "b", message_ids=["1", "1"]), "id.duplicate", "each message once"),
         (chat("a", lang=5), "schema.lang", "got integer 5"),
-        (chat("a", tree_id=5), "schema.message_tree_id", "got integer 5"),
+        (chat("a", "b", langs=["en"]), "schema.langs", "one for each of 2"),
+        (chat("a", langs=[5]), "schema.lang", "got integer 5"),
+        (chat("a", langs="en"), "schema.langs", "array"),
+        (chat("a", tree_id=5), "schema.tree_id", "got integer 5"),
     ],
 )
 def test_a_bad_row_is_rejected_with_its_line_and_a_reason(
@@ -136,6 +140,23 @@ def test_a_chat_of_100_000_messages_is_one_branch(tmp_path: Path) -> None:
     assert messages["depth"].to_list() == list(range(100_000))
 
 
+def test_each_message_keeps_its_language_and_a_row_has_that_of_its_last(tmp_path: Path) -> None:
+    turns = [("p", None, 0, "prompter", "en"), ("r", "p", 1, "assistant", "de"), ("s", "p", 1, "assistant", None)]
+    names = ("message_id", "parent_id", "depth", "role", "lang")
+    table = pl.DataFrame([dict(zip(names, turn, strict=True)) for turn in turns])
+    table = table.with_columns(message_tree_id=pl.lit("p"), text="message_id", sibling=pl.Series([0, 0, 1]),
+                               split=pl.lit("train"), rank=pl.lit(None, pl.Int32))  # fmt: skip
+    dialogues = Dialogues(tmp_path, Manifest("0" * 64, "dialogues", {}, {}, "0" * 64))
+    table.write_parquet(tmp_path / "dialogues.parquet")
+    (tmp_path / "rows").mkdir()
+    export(dialogues, tmp_path / "rows")
+    rows = [json.loads(line) for line in (tmp_path / "rows" / "train.jsonl").read_bytes().splitlines()]
+    assert [(row["lang"], row["langs"]) for row in rows] == [("de", ["en", "de"]), (None, ["en", None])]
+    counts, back, rejected = parsed(tmp_path / "back", tmp_path / "rows" / "train.jsonl")
+    assert back.select("message_id", "lang").rows() == [("p", "en"), ("s", None), ("r", "de")]
+    assert (counts["conflicts"], len(rejected)) == (0, 0)
+
+
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 @pytest.mark.skipif(not REAL.exists(), reason="the real trees (shared/data) are not here")
 def test_what_was_exported_comes_back_as_the_same_trees(tmp_path: Path, form: str) -> None:
@@ -147,7 +168,7 @@ def test_what_was_exported_comes_back_as_the_same_trees(tmp_path: Path, form: st
     export(dialogues, tmp_path / "rows")
     counts, back, rejected = parsed(tmp_path / "two", tmp_path / "rows" / f"train.{form}")
     assert rejected.is_empty()
-    columns = ["message_tree_id", "message_id", "parent_id", "depth", "text", "role"]
+    columns = ["message_tree_id", "message_id", "parent_id", "depth", "text", "role", "lang"]
     assert back.select(columns).sort("message_id").equals(published.select(columns).sort("message_id"))
     assert paths(back) == paths(published)
     assert (counts["conflicts"], counts["unknown_fields"]) == (0, {})
@@ -159,6 +180,36 @@ def test_chats_and_trees_may_come_together(tmp_path: Path) -> None:
     counts, messages, _ = parsed(tmp_path / "out", lines(tmp_path, tree, chat("q"), later))
     assert messages["text"].to_list() == ["q", "x", "y"]
     assert (counts["trees"], counts["trees_repeated"], counts["conflicts"]) == (2, 1, 0)
+
+
+def test_rows_of_one_tree_id_that_begin_otherwise_are_trees_of_their_own(tmp_path: Path) -> None:
+    rows = [chat(f"question {n}", f"answer {n}", tree_id="same") for n in range(1_000)]
+    counts, messages, rejected = parsed(
+        tmp_path / "out", lines(tmp_path, *rows, chat("question 7", "B", tree_id="same"))
+    )
+    assert (counts["trees"], counts["messages"], len(rejected)) == (1_000, 2_001, 0)
+    assert set(messages["text"]) == {message["content"] for row in rows for message in row["messages"]} | {"B"}
+    assert json.loads(messages["extra"][0]) == {"tree.tree_id": "same"}
+
+
+def test_rows_of_two_tree_ids_that_begin_alike_are_two_trees(tmp_path: Path) -> None:
+    rows = [chat("hello", "a", tree_id="one"), chat("hello", "b", tree_id="two"), chat("hello", "c", tree_id="two")]
+    counts, messages, rejected = parsed(tmp_path / "out", lines(tmp_path, *rows))
+    assert rejected.is_empty()
+    assert counts["trees"] == 2
+    assert sorted(messages["text"]) == ["a", "b", "c", "hello", "hello"]
+
+
+def test_a_tree_id_with_ids_of_another_first_message_is_refused_and_not_taken_for_a_later_version(
+    tmp_path: Path,
+) -> None:
+    rows = [chat(f"q{n}", f"a{n}", tree_id="same", message_ids=[f"q{n}", f"a{n}"]) for n in range(3)]
+    counts, messages, rejected = parsed(tmp_path / "out", lines(tmp_path, *rows), max_bad=1)
+    assert messages["text"].to_list() == ["q0", "a0"]
+    assert rejected.select("line", "code", "messages").rows() == [(2, "tree.root", 2), (3, "tree.root", 2)]
+    assert counts["messages_rejected"] == 4
+    with pytest.raises(InputError, match="2 of 3 trees cannot be used"):
+        parsed(tmp_path / "again", lines(tmp_path, *rows))
 
 
 def test_a_table_of_neither_form_is_refused_by_its_columns(tmp_path: Path) -> None:

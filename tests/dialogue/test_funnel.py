@@ -1,6 +1,7 @@
 """Laws of the funnel: it adds up, and strangers' words stay words."""
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -77,3 +78,10 @@ def test_whatever_stands_in_the_data_adds_nothing_to_the_page_but_text(text: str
 
     assert kinds(page(hostile)) == kinds(page(CURATION))
     assert "\x1b" not in page(hostile)
+
+
+@pytest.mark.parametrize("lang", ["http://evil.example", "https://evil.example/a", "www.evil.example", "WWW.e.example"])
+def test_a_language_tag_is_no_address_that_a_page_would_link_by_itself(lang: str) -> None:
+    told = copy.deepcopy(CURATION)
+    told["by_language"]["language"] = {lang: 1_000}
+    assert not re.search(r"https?:|www\.", page(told), re.IGNORECASE)

@@ -1,14 +1,19 @@
 """Laws of the cards: what comes from data is inert, and a server that is away costs nothing."""
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
 from flows import cards
+from flows.cards import safe
 from tasks.artifacts import Dialogues, Messages
 from tasks.dialogue.funnel import WAYS
+from tasks.dialogue.markdown import printable
 from tasks.step import Outcome
 from tasks.store.manifest import Manifest
 
@@ -30,6 +35,42 @@ def test_text_of_the_data_can_neither_make_html_nor_leave_its_cell(text: str) ->
     line = next(line for line in cards.counts_table({text: 1}).splitlines() if line.endswith("| 1 |"))
     assert line.count("|") == 3
     assert not set("<>`") & set(line)
+
+
+HOSTILE = (
+    "![px](http://evil.example/1.png)", "[click](http://evil.example)", "<http://evil.example>", "http://evil.example",
+    "www.evil.example", "me@evil.example", "**b** _i_ ~~s~~", "# head", "- item", "1. item", "> said", "    code",
+    "`code`", "<b>", "&lt;b&gt;", "a | b", "\\[x](y)", "---", "[x]: http://evil.example", "![x][y]", "a\n\n# b",
+)  # fmt: skip
+
+
+def pieces(page: str) -> Iterator[tuple[str, str]]:
+    """Kind and text of every piece of a page, as a parser that also links plain addresses sees it."""
+    found = MarkdownIt("gfm-like", {"linkify": False}).parse(page)
+    return ((piece.type, piece.content) for block in found for piece in (block, *(block.children or [])))
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_of_the_data_is_text_and_nothing_else_in_markdown(text: str) -> None:
+    shown = " ".join(printable(text).split())
+    found = list(pieces(safe(text)))
+    assert {kind for kind, _ in found} == {"paragraph_open", "inline", "text", "text_special", "paragraph_close"} & {
+        kind for kind, _ in found
+    }
+    assert " ".join("".join(content for kind, content in found if kind.startswith("text")).split()) == shown
+    assert not re.search(r"https?://|www\.|@", safe(text))  # what the UI would link by itself
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_count_of_a_card_makes_a_link_or_an_image(text: str) -> None:
+    counts = {"trees": 1, "unknown_fields": {text: 1}, text: {"a": 1}, "said": text}
+    kinds = {kind for kind, _ in pieces(cards.card(outcome(counts)))}
+    assert not kinds & {"link_open", "image", "html_inline", "html_block", "em_open", "strong_open", "bullet_list_open"}
+
+
+def test_control_and_direction_marks_are_spelled_out() -> None:
+    assert printable("\x1b[31m\x9b\u202e") == "\\x1b[31m\\x9b\\u202e"
+    assert safe("\x1b\u202e").isascii()
 
 
 def test_a_failure_to_publish_is_said_and_passed_over(caplog: pytest.LogCaptureFixture) -> None:

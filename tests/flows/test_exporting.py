@@ -112,7 +112,7 @@ def test_messages_are_the_paths_from_root_to_leaf(dialogues: Dialogues, tmp_path
     assert [row["message_ids"] for row in found] == [["a0", "a1", "a2"], ["a0", "a3"], ["b0", "b1", "b2"], ["b0", "b3"]]
     assert found[1] == {
         "id": "a3", "tree_id": "a", "split": "train", "lang": "en", "message_ids": ["a0", "a3"],
-        "messages": [
+        "langs": ["en", "en"], "messages": [
             {"role": "user", "content": "Text 0 of\u2028a …"}, {"role": "assistant", "content": "Text 3 of\u2028a …"},
         ],
     }  # fmt: skip

@@ -1,14 +1,17 @@
 """Laws of what the terminal shows."""
 
 import io
+import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from flows import commands
 from flows.__main__ import parser
-from flows.terminal import Bars, amount_of, brief
+from flows.terminal import Bars, amount_of, brief, json_text
 from tasks.progress import bar, listening, track
 from tasks.sources import ROOTS
 
@@ -60,3 +63,13 @@ def test_an_escape_in_the_data_never_reaches_the_terminal(
     assert "red" in shown
     assert "\x1b" not in shown
     assert "\x07" not in shown
+
+
+STRANGE = st.text(st.characters() | st.sampled_from('\x1b\x7f\x9b\u202e\u2066\u2028\\"\n'))
+
+
+@given(st.dictionaries(STRANGE, STRANGE))
+def test_json_on_a_terminal_holds_no_character_that_it_would_obey_and_reads_the_same(value: dict[str, str]) -> None:
+    said = json_text(value, on_terminal=True)
+    assert all(character == "\n" or " " <= character <= "~" for character in said)
+    assert json.loads(said) == value == json.loads(json_text(value, on_terminal=False))
