@@ -95,9 +95,12 @@ class CurateParams(Params, Limits, CopyLimits):
     _keyed: tuple[str, ...] = PrivateAttr(default=())  # so that a file that changes after keying is found out
 
     def keyed(self) -> dict[str, Any]:
-        """Return every setting, the content's hash in place of a path."""
+        """Return every setting; in place of a path how the file is read, and its content's hash."""
+        from tasks.dialogue.prompts import format_of
+
         self._keyed = tuple(sha256_file(allowed_file(path)) for path in self.prompt_files)
-        return {**super().keyed(), "prompt_files": [*self._keyed]}
+        files = zip(self.prompt_files, self._keyed, strict=True)
+        return {**super().keyed(), "prompt_files": [f"{format_of(path)} {digest}" for path, digest in files]}
 
     def prompts(self) -> Iterator[tuple[str, str]]:
         """Yield where each prompt stands and what it says.
