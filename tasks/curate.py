@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-    from tasks.dialogue.dedupe import Likeness, Twin
+    from tasks.dialogue.crossing import Compared
+    from tasks.dialogue.dedupe import Likeness
     from tasks.dialogue.near import Count, Prints, Through
     from tasks.dialogue.reading import Reader, Seen
     from tasks.dialogue.texts import Masks, Texts
@@ -73,11 +74,11 @@ class CurateParams(Params, Limits, CopyLimits):
     require_reply: bool = True
     """Whether prompts with no reply anywhere below them are dropped: there is nothing to train on."""
     dedupe: bool = True
-    """Whether exact copies are dropped: the same said after the same, up to case, width and white space."""
+    """Whether exact copies are dropped from the train split: the same said after the same."""
     near_dedupe: bool = True
-    """Whether near copies of a long reply are dropped, but for the best: by rank, then by quality."""
+    """Whether near copies of a long reply are dropped from the train split, but for the best: by rank, by quality."""
     repeat_prompts: bool = True
-    """Whether first prompts may repeat within a split, nearly or exactly, where their replies differ."""
+    """Whether first prompts may repeat in the train split, nearly or exactly, where their replies differ."""
     separate_splits: bool = True
     """Whether what two splits hold, nearly or exactly, goes from the less protected one: train, then val."""
     test_share: Share = 0.05
@@ -94,9 +95,12 @@ class CurateParams(Params, Limits, CopyLimits):
     _keyed: tuple[str, ...] = PrivateAttr(default=())  # so that a file that changes after keying is found out
 
     def keyed(self) -> dict[str, Any]:
-        """Return every setting, the content's hash in place of a path."""
+        """Return every setting; in place of a path how the file is read, and its content's hash."""
+        from tasks.dialogue.prompts import format_of
+
         self._keyed = tuple(sha256_file(allowed_file(path)) for path in self.prompt_files)
-        return {**super().keyed(), "prompt_files": [*self._keyed]}
+        files = zip(self.prompt_files, self._keyed, strict=True)
+        return {**super().keyed(), "prompt_files": [f"{format_of(path)} {digest}" for path, digest in files]}
 
     def prompts(self) -> Iterator[tuple[str, str]]:
         """Yield where each prompt stands and what it says.
@@ -119,7 +123,7 @@ class CurateRuntime(TextsRuntime):
     """How fast texts are read, never what is found in them."""
 
 
-@step("curate", version=3, makes=Dialogues)
+@step("curate", version=4, makes=Dialogues)
 def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRuntime) -> Counts:
     """Write `dialogues.parquet` and `dropped.parquet`, both in the order of the messages, and `curation.json`.
 
@@ -164,10 +168,11 @@ def decide(table: pl.DataFrame, texts: Texts, params: CurateParams) -> tuple[Ver
         One verdict a message, kept only if its parent is; what was seen in the texts; and how many messages the splits
         share, see `_shared`.
     """
-    from tasks.dialogue.dedupe import duplicates, leaks, likeness, near_duplicates, repeated_prompts
+    from tasks.dialogue.crossing import Compared
+    from tasks.dialogue.dedupe import likeness
     from tasks.dialogue.threads import parent_rows
 
-    parents, ids = parent_rows(table), table["message_id"]
+    parents = parent_rows(table)
     with progress.bar("curate", 5, "passes") as bar:
         verdicts = _filtered(table, texts, parents, params)
         bar.advance(note="filtered")
@@ -180,22 +185,75 @@ def decide(table: pl.DataFrame, texts: Texts, params: CurateParams) -> tuple[Ver
         bar.advance(note="read")
         prints = _prints(texts, filtered, params)
         alike = likeness(table, prints, texts.of, filtered, params, _remembering(params))
+        given = Compared((table["role"] == "assistant").to_numpy(), table["split"], prints, texts.of, params)
         bar.advance(note="compared")
-        if params.dedupe:
-            twins = duplicates(table, prints, parents, filtered)
-            verdicts.drop("duplicate", {row: ids[twin] for row, twin in twins.items()})
-        if not params.repeat_prompts:
-            verdicts.drop("near_duplicate", _named(repeated_prompts(table, alike, parents, verdicts.kept()), ids))
-            _settle(table, parents, verdicts, params)
-        if params.near_dedupe:
-            verdicts.drop("near_duplicate", _named(near_duplicates(table, alike, parents, verdicts.kept()), ids))
-            _settle(table, parents, verdicts, params)
-        bar.advance(note="deduplicated")
-        for yielding in PROTECTION[1:] if params.separate_splits else ():
-            verdicts.drop("leak", _named(leaks(table, alike, verdicts.kept(), yielding), ids))
-            _settle(table, parents, verdicts, params)
+        if params.separate_splits:
+            _separate(table, given, alike, parents, verdicts, params)
         bar.advance(note="splits separated")
-    return verdicts, seen, _shared(table, alike, filtered, verdicts.kept(), params)
+        _thin(table, given, alike, parents, verdicts, params)
+        _follow(table, given, parents, verdicts)
+        bar.advance(note="deduplicated")
+    return verdicts, seen, _shared(table, given, alike, filtered, verdicts.kept(), params)
+
+
+def _separate(
+    table: pl.DataFrame, given: Compared, alike: Likeness, parents: list[int], verdicts: Verdicts, params: CurateParams
+) -> None:
+    """Drop what two splits share from the less protected one; first, so that no copy goes for one that leaks."""
+    from tasks.dialogue.crossing import crossing
+    from tasks.dialogue.dedupe import leaks
+
+    ids = table["message_id"].to_list()
+    for yielding in PROTECTION[1:]:
+        verdicts.drop_copies("leak", leaks(table, alike, verdicts.kept(), yielding), ids)
+        if alike.crowded:
+            verdicts.drop_copies("leak", crossing(given, alike, verdicts.kept(), yielding), ids)
+        _settle(table, parents, verdicts, params)
+
+
+def _thin(
+    table: pl.DataFrame, given: Compared, alike: Likeness, parents: list[int], verdicts: Verdicts, params: CurateParams
+) -> None:
+    """Drop copies and near copies from the train split; where many are alike, until no more are found."""
+    from tasks.dialogue.dedupe import duplicates, likeness, near_duplicates, repeated_prompts
+
+    ids, prints = table["message_id"].to_list(), given.prints
+    if not params.repeat_prompts:
+        verdicts.drop_copies("near_duplicate", repeated_prompts(table, alike, parents, verdicts.kept()), ids)
+        _settle(table, parents, verdicts, params)
+    if params.dedupe:
+        twins = duplicates(table, prints, parents, verdicts.kept())
+        verdicts.drop_copies("duplicate", {row: (twin, 1.0) for row, twin in twins.items()}, ids)
+    while params.near_dedupe:
+        found = near_duplicates(table, alike, parents, verdicts.kept())
+        verdicts.drop_copies("near_duplicate", found, ids)
+        _settle(table, parents, verdicts, params)
+        if not found or not alike.crowded:
+            break
+        alike = likeness(table, prints, given.texts_of, verdicts.kept(), params, _remembering(params))
+
+
+def _follow(table: pl.DataFrame, given: Compared, parents: list[int], verdicts: Verdicts) -> None:
+    """Let evidence name messages that are kept: a twin may have gone for its own twin, or with what stood above it."""
+    import numpy as np
+
+    from tasks.dialogue.near import jaccard
+    from tasks.dialogue.threads import nearest_above
+
+    moved, ids = verdicts.outlived(), table["message_id"]
+    if not moved:
+        return
+    rows, ends = (np.array([*side], dtype=np.int64) for side in (moved.keys(), moved.values()))
+    similarity = jaccard(given.texts_of, given.limits.near_ngram, rows, ends).tolist()
+    above = nearest_above(parents, [not stays for stays in verdicts.kept()])
+    for (row, last), index in zip(moved.items(), similarity, strict=True):
+        if verdicts.reasons[last] is None:
+            told = "near_duplicate", near_evidence(ids[last], index)
+        elif above[row] >= 0:
+            told = "parent", ids[above[row]]
+        else:
+            continue
+        verdicts.reasons[row], verdicts.evidence[row] = told
 
 
 def _filtered(table: pl.DataFrame, texts: Texts, parents: list[int], params: CurateParams) -> Verdicts:
@@ -303,18 +361,21 @@ def _keep_whole(table: pl.DataFrame, parents: list[int], verdicts: Verdicts) -> 
     verdicts.drop("thread", {row: "no thread through it is whole" for row, whole in enumerate(held) if not whole})
 
 
-def _named(twins: Mapping[int, Twin], ids: pl.Series) -> dict[int, str]:
-    return {row: near_evidence(ids[twin], similarity) for row, (twin, similarity) in twins.items()}
-
-
 def _shared(
-    table: pl.DataFrame, alike: Likeness, filtered: list[bool], kept: list[bool], params: CurateParams
+    table: pl.DataFrame,
+    given: Compared,
+    alike: Likeness,
+    filtered: list[bool],
+    kept: list[bool],
+    params: CurateParams,
 ) -> dict[str, dict[str, int]]:
     """Count the first prompts and long replies of which a copy, or else a near copy, stands in another split.
 
-    `kept` is what is written, 0 if splits are separated. The others are what three ways to split would share of what
-    the filters left: by tree as here, by row at random, and by the order of the file.
+    `kept` is what is written, 0 if splits are separated: what is kept is compared once more, in every bucket, so that
+    this would find what separating missed. The others are what three ways to split would share of what the filters
+    left: by tree as here, by row at random, and by the order of the file.
     """
+    from tasks.dialogue.crossing import crossing
     from tasks.dialogue.dedupe import shared
     from tasks.dialogue.split import in_order, splits
 
@@ -326,8 +387,11 @@ def _shared(
         "by_row": (splits(table["message_id"], *shares).to_list(), filtered),
         "by_file_order": (in_order(len(table), *shares), filtered),
     }
-    exact = {way: shared(equal, *given) for way, given in ways.items()}
-    return {way: {"exact": exact[way], "near": shared(alike, *given) - exact[way]} for way, given in ways.items()}
+    exact = {way: len(shared(equal, *one)) for way, one in ways.items()}
+    near = {way: shared(alike, *one) for way, one in ways.items()}
+    for yielding in PROTECTION[1:]:
+        near["kept"] |= crossing(given, alike, kept, yielding).keys()
+    return {way: {"exact": exact[way], "near": len(near[way]) - exact[way]} for way in ways}
 
 
 def _settle(table: pl.DataFrame, parents: list[int], verdicts: Verdicts, params: CurateParams) -> None:
@@ -351,9 +415,9 @@ def stages(params: CurateParams) -> list[str]:
         "thread": params.whole_threads,
         "parent": True,
         "no_reply": params.require_reply,
+        "leak": params.separate_splits,
         "duplicate": params.dedupe,
         "near_duplicate": params.near_dedupe or not params.repeat_prompts,
-        "leak": params.separate_splits,
     }
     return [*params.rules, *(name for name, active in others.items() if active)]
 

@@ -178,7 +178,7 @@ def test_a_tree_has_one_split_and_it_is_the_hash_of_its_id(real: Messages, tmp_p
 def test_counts_are_plain_json(real: Messages, tmp_path: Path) -> None:
     _, counts = curated(real, tmp_path / "out", CurateParams())
     assert json.loads(json.dumps(counts)) == counts
-    assert list(counts["funnel"]) == [*RULES, "parent", "no_reply", "duplicate", "near_duplicate", "leak"]
+    assert list(counts["funnel"]) == [*RULES, "parent", "no_reply", "leak", "duplicate", "near_duplicate"]
 
 
 def test_188_real_trees_give_1176_messages(opened: Open, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_the_seeds_333_pairs_are_all_there_without_filters(opened: Open, tmp_pat
 
 
 def test_the_rules_find_what_was_planted_in_the_sample_and_nothing_else(opened: Open, tmp_path: Path) -> None:
-    made, counts = curated(opened(SAMPLE_NAME), tmp_path / "out", CurateParams())
+    made, counts = curated(opened(SAMPLE_NAME), tmp_path / "out", CurateParams(**ALL_TRAIN))
     funnel, known = counts["funnel"], planted()
     copies = made.dropped().filter(reason="near_duplicate").collect()
     assert len(copies.filter(role="assistant")) == known["near_duplicate"]
@@ -336,7 +336,8 @@ def test_as_data_grows_no_tree_moves_the_test_split_only_grows_and_nothing_is_sh
 ) -> None:
     rows: list[dict[str, Any]] = []
     before: dict[str, str] = {}
-    params = CurateParams(test_share=0.3, val_share=0.3, copy_chars=20, near_dedupe=False)
+    examined: set[str] = set()
+    params = CurateParams(test_share=0.3, val_share=0.3, copy_chars=20)
     for number, (words, of_prompt, rank) in enumerate([((1, 9, 20), False, 0), *drawn]):
         rows.append({"id": f"p{number}", "text": essay(*words) if of_prompt else f"prompt {number}"})
         rows.append({"id": f"r{number}", "parent": f"p{number}", "rank": rank})
@@ -346,9 +347,71 @@ def test_as_data_grows_no_tree_moves_the_test_split_only_grows_and_nothing_is_sh
         made, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", params)
         kept = dict(made.scan().select("message_tree_id", "split").collect().iter_rows())
         assert all(kept[tree] == split for tree, split in before.items() if tree in kept)
-        assert {tree for tree, split in before.items() if split == "test"} <= set(kept)
+        tested = set(made.scan().filter(pl.col("split") == "test").select("message_id").collect()["message_id"])
+        assert examined <= tested
+        examined = tested
         assert counts["shared_across_splits"]["kept"] == {"exact": 0, "near": 0}
         before |= kept
+
+
+def alike(count: int, long: int = 80) -> list[str]:
+    """Write texts that are alike but for their last word."""
+    return [" ".join([*(f"w{at}" for at in range(long)), f"name{number}"]) for number in range(count)]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05])
+def test_however_many_prompts_are_alike_no_two_splits_hold_any(tmp_path: Path, share: float) -> None:
+    rows: list[dict[str, Any]] = []
+    for number, text in enumerate(alike(1_500)):
+        rows += [{"id": f"q{number}", "text": text}, {"id": f"r{number}", "parent": f"q{number}"}]
+    params = CurateParams(test_share=share, val_share=share)
+    made, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", params)
+    splits = made.scan().filter(pl.col("parent_id").is_null()).collect()["split"].to_list()
+    assert splits == ["test"] * sum(split_of(f"q{number}", share, share) == "test" for number in range(1_500))
+    assert counts["shared_across_splits"]["kept"] == {"exact": 0, "near": 0}
+
+
+def test_what_separating_misses_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test, train = two_splits()
+    rows = [{"id": train, "text": "Hi"}, {"id": "b", "parent": train}, {"id": test, "text": "hi"}]
+    rows += [{"id": "d", "parent": test}]
+    monkeypatch.setattr("tasks.dialogue.dedupe.leaks", lambda *given: {})
+    monkeypatch.setattr("tasks.dialogue.dedupe.shared", lambda *given: set())
+    _, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", CurateParams(test_share=0.4))
+    assert counts["shared_across_splits"]["kept"]["near"] == 1
+
+
+def test_however_many_replies_are_alike_one_stays_and_every_other_names_it(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    for number, text in enumerate(alike(1_500)):
+        rows += [{"id": f"q{number}"}, {"id": f"r{number}", "parent": f"q{number}", "text": text}]
+    made, _ = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", CurateParams(**ALL_TRAIN))
+    (stays,) = made.scan().filter(pl.col("role") == "assistant").collect()["message_id"]
+    evidence = made.dropped().filter(pl.col("reason") == "near_duplicate").collect()["evidence"]
+    assert set(evidence.str.split(" ").list.first()) == {stays}
+    assert (evidence.str.split(" ").list.last().cast(pl.Float64) > 0.9).all()
+
+
+def test_a_better_twin_that_leaks_does_not_take_its_twin_with_it(tmp_path: Path) -> None:
+    test, train = two_splits()
+    other = next(name for name in map("other {}".format, range(99)) if split_of(name, 0.4, 0.2) == "train")
+    rows: list[dict[str, Any]] = [
+        {"id": test, "text": essay()}, {"id": "t", "parent": test},
+        {"id": train, "text": essay(29)}, {"id": "better", "parent": train, "text": essay(3, 9, 20), "rank": 0},
+        {"id": other}, {"id": "twin", "parent": other, "text": f"{essay(3, 9, 20)} more", "rank": 1},
+    ]  # fmt: skip
+    found = reasons(tmp_path, *rows, test_share=0.4, val_share=0.2, copy_chars=20)
+    assert found == {train: ("leak", f"{test} 0.931"), "better": ("parent", train)}
+
+
+def test_a_copy_of_what_goes_for_a_near_copy_names_the_one_that_stays(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"id": "a", "text": "Hi"}, {"id": "b", "parent": "a", "text": ESSAY, "rank": 1},
+        {"id": "c", "text": "hi"}, {"id": "d", "parent": "c", "text": ESSAY, "rank": 1},
+        {"id": "e"}, {"id": "f", "parent": "e", "text": f"{ESSAY} indeed", "rank": 0},
+    ]  # fmt: skip
+    found = reasons(tmp_path, *rows, copy_chars=50)
+    assert found["b"] == found["d"] == ("near_duplicate", "f 0.950")
 
 
 def test_a_conversation_of_5000_turns_is_curated(tmp_path: Path) -> None:
@@ -395,7 +458,8 @@ def test_whatever_the_trees_nothing_is_lost_and_nobody_outlives_an_ancestor(
     made, counts = curated(messages, tmp_path / "out", params)
     assert_whole(messages, made, counts)
     kept, dropped = made.scan().collect(), made.dropped().collect()
-    twins = dropped.filter(pl.col("reason").is_in(["leak", "near_duplicate"]))["evidence"].str.split(" ").list.first()
+    copies = dropped.filter(pl.col("reason").is_in(["leak", "duplicate", "near_duplicate"]))
+    twins = copies["evidence"].str.split(" ").list.first()
     assert set(twins) <= set(kept["message_id"])
     assert counts["shared_across_splits"]["kept"] == {"exact": 0, "near": 0}
     assert set(dropped.filter(reason="parent")["evidence"]) <= set(dropped["message_id"])
@@ -459,6 +523,8 @@ def test_files_of_prompts_are_read_and_keyed_by_their_content(tmp_path: Path, mo
         CurateParams(**ALL_TRAIN, prompt_files=(str(tmp_path / name),)) for name in ("exam.jsonl", "moved.jsonl")
     )
     assert params.keyed() == moved.keyed()
+    (tmp_path / "exam.txt").write_bytes((tmp_path / "exam.jsonl").read_bytes())
+    assert params.keyed() != CurateParams(**ALL_TRAIN, prompt_files=(str(tmp_path / "exam.txt"),)).keyed()
     rows = [*chain("a", "b"), {"id": "c", "parent": "a"}]
     made, _ = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", params)
     dropped = made.dropped().select("message_id", "reason", "evidence").collect().rows()
@@ -494,9 +560,25 @@ def test_what_a_report_says_of_the_data_adds_up(opened: Open, tmp_path: Path) ->
     }
     dropped = made.dropped().collect()
     for rule, cases in told["cases"].items():
-        first = dropped.filter(reason=rule).head(3)
+        own = dropped.filter(reason=rule).with_columns(pl.col("lang").fill_null("unknown"))
+        often = own.group_by("lang").len().sort("len", "lang", descending=[True, False])["lang"].head(6)
+        first = pl.concat([own.filter(lang=lang).head(3) for lang in often])
         assert [case["message_id"] for case in cases] == first["message_id"].to_list()
         assert [case["evidence"] for case in cases] == first["evidence"].to_list()
+
+
+def test_no_personal_data_stand_in_what_a_report_shows_of_any_rule(tmp_path: Path) -> None:
+    late = " ".join(["word"] * 14)
+    rows = [
+        *chain("a", "b", b={"text": MAIL}), {"id": "c", "parent": "a", "text": MAIL.replace("jane.doe", "joe")},
+        {"id": "lone", "text": "My card is 4111 1111 1111 1111, ask me@example.org"},
+        *chain("d", "e", e={"text": f"{late} {MAIL}", "deleted": True}),
+    ]  # fmt: skip
+    for pii in ("mask", "off"):
+        made, _ = curated(messages_of(tmp_path / "in", *rows), tmp_path / pii, CurateParams(**ALL_TRAIN, pii=pii))
+        shown = json.dumps(made.curation()["cases"])
+        assert not any(part in shown for part in ("@", "4111", "0123", "jane"))
+        assert all(mask in shown for mask in ("[e-mail]", "[card number]"))
 
 
 def test_settings_that_leave_nothing_to_train_on_are_refused() -> None:

@@ -3,6 +3,9 @@
 Two messages are exact twins where everything said up to and including them is the same: the path from the root, role by
 role and text by text. So the same answer to another question is no duplicate, and a prompt asked twice is one.
 
+What is in the test or the val split never goes for a copy, or these would lose messages as the data grows; only
+`leaks` takes from val what test holds, too.
+
 By their own text, wherever they stand, only first prompts and long replies are compared: a short reply ("Paris.")
 rightly answers many questions, and what a later prompt means depends on what stands above it.
 """
@@ -23,6 +26,7 @@ from tasks.dialogue.record import PROTECTION, CopyLimits, Split
 from tasks.dialogue.threads import holds
 
 Twin = tuple[int, float]  # row of the message that stays, and how similar the two are: 1 for equal texts
+_TRAIN = PROTECTION.index("train")
 Bools = NDArray[np.bool_]
 I64 = NDArray[np.int64]
 
@@ -45,7 +49,7 @@ def duplicates(messages: pl.DataFrame, prints: Prints, parents: Sequence[int], k
     best_of: dict[int, int] = {}
     for rows in twins:  # in the order of their first rows, so after their parents: the best of these is known by then
         best = min(rows, key=lambda row: (worth[row][0], parents[row] in best_of, worth[row]))
-        best_of.update((row, best) for row in rows if row != best)
+        best_of.update((row, best) for row in rows if row != best and worth[row][0] == _TRAIN)
     if not best_of:
         return {}
     needed = holds(parents, [stays and row not in best_of for row, stays in enumerate(kept)])
@@ -76,10 +80,12 @@ class Likeness:
     Attributes:
         said: (N,) number of each row's text, -1 where it is not compared; equal texts of a role have one number.
         near: Number -> the numbers of texts alike but not equal, with their similarity, the most similar first.
+        crowded: Whether so many were candidates for each other that not all were compared.
     """
 
     said: I64
     near: Mapping[int, Sequence[tuple[int, float]]]
+    crowded: bool = False
 
     def around(self, text: int) -> list[tuple[int, float]]:
         """Return the texts like one with their similarity: itself, then others, the most similar first."""
@@ -121,7 +127,7 @@ def likeness(
     replies = (messages["role"] == "assistant").to_numpy()
     compared = np.where(replies, prints.chars >= limits.copy_chars, messages["parent_id"].is_null().to_numpy())
     compared &= np.array(kept, dtype=np.bool_)
-    first = 0
+    first, crowded = 0, False
     for side in (False, True):
         rows = np.flatnonzero(compared & (replies == side))
         number, one_of = numbered(prints, rows)
@@ -131,9 +137,9 @@ def likeness(
         for one, other, similarity in zip(*(column.tolist() for column in columns), strict=True):
             near[one].append((other, similarity))
             near[other].append((one, similarity))
-        first += len(one_of)
+        first, crowded = first + len(one_of), crowded or found.crowded
     ordered = {text: sorted(others, key=lambda one: (-one[1], one[0])) for text, others in near.items()}
-    return Likeness(said, ordered)
+    return Likeness(said, ordered, crowded)
 
 
 def _places(texts_of: TextsOf, rows: I64) -> TextsOf:
@@ -171,11 +177,14 @@ def near_duplicates(
     own[[*found]] = False
     needed = holds(parents, own.tolist())
     roots = compared[~replies[compared]].tolist()
+    yields = dict(zip(roots, (messages["split"].gather(roots) == "train").to_list(), strict=True))
     answered: dict[int, int] = {}
     for row in roots:
         if needed[row]:
             answered.setdefault(int(alike.said[row]), row)
-    left = {row: _first(alike.around(int(alike.said[row])), answered) for row in roots if not needed[row]}
+    left = {
+        row: _first(alike.around(int(alike.said[row])), answered) for row in roots if yields[row] and not needed[row]
+    }
     gone = {row: twin for row, twin in found.items() if not needed[row]}
     return gone | {row: twin for row, twin in left.items() if twin}
 
@@ -208,18 +217,18 @@ def leaks(messages: pl.DataFrame, alike: Likeness, kept: Sequence[bool], yieldin
     return {row: twin for row, twin in found.items() if twin}
 
 
-def shared(alike: Likeness, splits: Sequence[str], kept: Sequence[bool]) -> int:
-    """Count the compared messages of which a copy or a near copy stands in another split."""
+def shared(alike: Likeness, splits: Sequence[str], kept: Sequence[bool]) -> set[int]:
+    """Return the compared rows of which a copy or a near copy stands in another split."""
     where: dict[int, set[str]] = defaultdict(set)
     rows = alike.related(alike.rows(np.array(kept, dtype=np.bool_)))
     said = list(zip(rows.tolist(), alike.said[rows].tolist(), strict=True))
     for row, text in said:
         where[text].add(splits[row])
-    return sum(any(where.get(near, set()) - {splits[row]} for near, _ in alike.around(text)) for row, text in said)
+    return {row for row, text in said if any(where.get(near, set()) - {splits[row]} for near, _ in alike.around(text))}
 
 
 def _worse(messages: pl.DataFrame, alike: Likeness, parents: Sequence[int], rows: I64) -> dict[int, Twin]:
-    """Go through rows, the best first: each goes if one like it stays; of equals the one with the lesser id stays."""
+    """Go through rows, the best first: of train, each goes if one like it stays; of equals the lesser id stays."""
     related = alike.related(rows)  # others neither go nor make others go
     chosen = related.tolist()
     worth = _worth(messages, chosen)
@@ -230,7 +239,7 @@ def _worse(messages: pl.DataFrame, alike: Likeness, parents: Sequence[int], rows
     found: dict[int, Twin] = {}
     for row in sorted(chosen, key=lambda row: (worth[row][:3], ids[row], trees[row])):
         own = int(alike.said[row])
-        for text, similarity in alike.around(own):
+        for text, similarity in alike.around(own) if worth[row][0] == _TRAIN else ():
             near = [beside[text, parents[row]]] if (text, parents[row]) in beside else []
             near += [other for other in stays[text] if trees[other] != trees[row]]
             if near:

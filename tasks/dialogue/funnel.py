@@ -8,9 +8,9 @@ from typing import Any
 
 from tasks.dialogue.markdown import fenced, named, printable, table
 
-CASES = 3  # shown of each rule
+CASES = 3  # shown of each rule and language
 HEAD = 80  # characters of a case's text
-COLUMNS = 6  # languages that have a column of their own
+COLUMNS = 6  # languages that have a column of their own, and cases of a rule
 
 WAYS = {  # name in counts["shared_across_splits"] -> what a reader is told
     "kept": "what was written",
@@ -29,13 +29,16 @@ def summed(reasons: Sequence[str | None], langs: Sequence[str | None]) -> dict[s
     return {reason: dict(sorted(by.items(), key=lambda one: (-one[1], one[0]))) for reason, by in found.items()}
 
 
-def cases(reasons: Sequence[str | None]) -> dict[str, list[int]]:
-    """Return the first rows that each rule dropped."""
-    found: dict[str, list[int]] = defaultdict(list)
-    for row, reason in enumerate(reasons):
-        if reason is not None and len(found[reason]) < CASES:
-            found[reason].append(row)
-    return dict(found)
+def cases(reasons: Sequence[str | None], langs: Sequence[str | None]) -> dict[str, list[int]]:
+    """Return the first rows that each rule dropped of each of its most frequent languages, the most frequent first."""
+    found: dict[str, dict[str, list[int]]] = {
+        rule: {lang: [] for lang in [*by][:COLUMNS]} for rule, by in summed(reasons, langs).items()
+    }
+    for row, (reason, lang) in enumerate(zip(reasons, langs, strict=True)):
+        rows = found[reason].get(lang or "unknown") if reason is not None else None
+        if rows is not None and len(rows) < CASES:
+            rows.append(row)
+    return {rule: [row for rows in by.values() for row in rows] for rule, by in found.items()}
 
 
 def render(curation: Mapping[str, Any], heads: bool, picture: str) -> Iterator[str]:
@@ -80,7 +83,8 @@ def _shared(shared: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     """Tell how many first prompts and long replies stand in two splits, under each way to split."""
     yield (
         "First prompts and long replies of which a copy, or else a near copy, stands in another split, as written here,"
-        " and as three ways to split what the filters left would share them:"
+        " and as three ways to split what the filters left would share them. Copies within a split go from train"
+        " alone, so the test split only grows as data does:"
     )
     rows = [(told, *(f"{shared[way][kind]:,}" for kind in ("exact", "near"))) for way, told in WAYS.items()]
     yield table(("split", "exact", "near"), rows)
@@ -100,8 +104,9 @@ def _cases(found: Mapping[str, Sequence[Mapping[str, str]]], heads: bool) -> Ite
     for rule, shown in found.items():
         lines.append(named(rule))
         for case in shown:
-            said = [case["message_id"], case["evidence"], *([case["head"]] if heads else [])]
+            said = [case["lang"], case["message_id"], case["evidence"], *([case["head"]] if heads else [])]
             lines.append("  " + "  ".join(" ".join(printable(part).split()) for part in said))
     if lines:
-        yield f"The first {CASES} cases of each rule{', with the beginning of each text' if heads else ''}:"
+        beginning = ", with the beginning of each text, personal data masked" if heads else ""
+        yield f"The first {CASES} cases of each rule in each of its {COLUMNS} most frequent languages{beginning}:"
         yield fenced("\n".join(lines))

@@ -27,8 +27,8 @@ Count = Callable[[I64], F64]  # places in a list of pairs, in order, each once -
 Through = Callable[[U64, Count], F64]  # (P, 4) digests of pairs, the lesser first; what counts -> all their indices
 TextsOf = Callable[[I64], pa.Array]  # rows, in order, each once -> their texts
 
-_PART = 1 << 20  # n-grams of pairs that are counted at once
 _WINDOW = 64  # neighbours in a bucket that a text is compared with: a bucket of thousands would cost their square
+_PART = 1 << 20  # n-grams of pairs that are counted at once
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
@@ -71,11 +71,13 @@ class Pairs:
         left: (P,) texts.
         right: (P,) the later text of each pair.
         similarity: (P,) their Jaccard index.
+        crowded: Whether a bucket held more texts than are looked through, so that pairs may be missing.
     """
 
     left: I64
     right: I64
     similarity: F64
+    crowded: bool
 
 
 def counted(names: U64, count: Count) -> F64:
@@ -109,11 +111,11 @@ def pairs(prints: Prints, texts_of: TextsOf, ngram: int, threshold: float, throu
         threshold: Jaccard index from which on texts are alike, over 0 and up to 1.
         through: Counts what it does not remember of an earlier call with the same `ngram`.
     """
-    left, right = _candidates(prints.keys)
+    left, right, crowded = _candidates(prints.keys)
     names = np.concatenate((prints.digests[left], prints.digests[right]), axis=1)
-    similarity = through(names, lambda places: _jaccard(texts_of, ngram, left[places], right[places]))
+    similarity = through(names, lambda places: jaccard(texts_of, ngram, left[places], right[places]))
     alike = similarity >= threshold
-    return Pairs(left[alike], right[alike], similarity[alike])
+    return Pairs(left[alike], right[alike], similarity[alike], crowded)
 
 
 def _bytes(column: pa.ChunkedArray) -> bytes:
@@ -123,9 +125,9 @@ def _bytes(column: pa.ChunkedArray) -> bytes:
     return b"".join(part.buffers()[1][part.offset * width : (part.offset + len(part)) * width] for part in parts)
 
 
-def _candidates(keys: U32) -> tuple[I64, I64]:
-    """Return pairs of texts that agree in a band, each once, in order: (P,) texts and (P,) later texts."""
-    found = [np.empty(0, dtype=np.uint64)]
+def _candidates(keys: U32) -> tuple[I64, I64, bool]:
+    """Return pairs of texts that agree in a band, each once, in order, (P,) twice, and whether some are missing."""
+    found, crowded = [np.empty(0, dtype=np.uint64)], False
     for band in np.ascontiguousarray(keys.T):
         rows = _crowded(band)
         packed = band[rows].astype(np.uint64)
@@ -139,8 +141,9 @@ def _candidates(keys: U32) -> tuple[I64, I64]:
             found.append((packed[at] << _HALF) | (packed[at + distance] & _LOW))
             at = at[: np.searchsorted(at, len(packed) - distance - 1)]  # what is equal further apart is so closer, too
             at = at[(packed[at] ^ packed[at + distance + 1]) <= _LOW]
+        crowded |= len(at) > 0
     unique = _distinct(np.concatenate(found))
-    return (unique >> _HALF).astype(np.int64), (unique & _LOW).astype(np.int64)
+    return (unique >> _HALF).astype(np.int64), (unique & _LOW).astype(np.int64), crowded
 
 
 def _crowded(keys: U32) -> I64:
@@ -149,14 +152,14 @@ def _crowded(keys: U32) -> I64:
     return np.flatnonzero(np.bincount(slots)[slots] > 1)
 
 
-def _jaccard(texts_of: TextsOf, ngram: int, left: I64, right: I64) -> F64:
+def jaccard(texts_of: TextsOf, ngram: int, left: I64, right: I64) -> F64:
     """Count what pairs of texts share: (P,) the Jaccard index of their sets of n-grams."""
     similarity = np.empty(len(left), dtype=np.float64)
     if not len(left):
         return similarity
     chosen = np.sort(np.concatenate((left, right)))
     chosen = chosen[np.concatenate(([True], chosen[1:] != chosen[:-1]))]
-    hashes, offsets = _ngrams(texts_of(chosen), ngram)
+    hashes, offsets = ngrams_of(texts_of(chosen), ngram)
     first, second = np.searchsorted(chosen, left), np.searchsorted(chosen, right)
     sizes = np.diff(offsets)
     part = np.cumsum(sizes[first] + sizes[second]) // _PART
@@ -166,7 +169,7 @@ def _jaccard(texts_of: TextsOf, ngram: int, left: I64, right: I64) -> F64:
     return similarity
 
 
-def _ngrams(texts: pa.Array, ngram: int) -> tuple[U64, I64]:
+def ngrams_of(texts: pa.Array, ngram: int) -> tuple[U64, I64]:
     """Return the n-grams of each text: (S,) hashes, and where each text's begin."""
     made = [ngrams(block.data, block.ends, ngram) for block in blocks(texts)]
     sizes = np.concatenate([np.diff(offsets) for _, offsets in made])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
@@ -13,20 +13,24 @@ from tasks.errors import InputError
 FIELDS = ("prompt", "question", "instruction", "input", "text", "problem", "ctx")
 
 
+def format_of(name: str) -> Literal["json", "text"]:
+    """Return how a file is read, which its name decides: `.jsonl`, `.ndjson` and `.json` hold JSON lines."""
+    return "json" if name.lower().endswith((".jsonl", ".ndjson", ".json")) else "text"
+
+
 def read_prompts(name: str, content: bytes) -> Iterator[tuple[int, str]]:
     """Yield the prompts of a file with the numbers of their lines, from 1; empty lines are passed over.
 
-    A file named `.jsonl`, `.ndjson` or `.json` holds JSON lines: texts, objects with one of FIELDS, or chats as
-    `messages`, of which the user's are prompts. In any other, a line is a prompt.
+    A file of JSON lines, by its name, holds texts, objects with one of FIELDS, or chats as `messages`, of which the
+    user's are prompts. In any other, a line is a prompt.
 
     Raises:
         InputError: For a line that is none of that.
     """
-    as_json = name.lower().endswith((".jsonl", ".ndjson", ".json"))
     for number, line in enumerate(content.split(b"\n"), 1):
         where = f"{name} line {number}"
         if line.strip():
-            found = _of_json(line, where) if as_json else [_decoded(line, where)]
+            found = _of_json(line, where) if format_of(name) == "json" else [_decoded(line, where)]
             yield from ((number, text) for text in found if text.strip())
 
 

@@ -5,8 +5,8 @@ Importing this module loads neither polars nor numpy, because the settings of a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -115,10 +115,12 @@ class Verdicts:
     Attributes:
         reasons: (N,) name of the rule.
         evidence: (N,) what the rule saw.
+        twins: Row -> the row that it was dropped for, where it was dropped as a copy.
     """
 
     reasons: list[str | None]
     evidence: list[str | None]
+    twins: dict[int, int] = field(default_factory=dict)
 
     def kept(self) -> list[bool]:
         """Return whether each message is kept so far: (N,)."""
@@ -129,3 +131,23 @@ class Verdicts:
         for row, seen in found.items():
             if self.reasons[row] is None:
                 self.reasons[row], self.evidence[row] = reason, seen
+
+    def drop_copies(self, reason: str, found: Mapping[int, tuple[int, float]], ids: Sequence[str]) -> None:
+        """Drop the rows of `found`, row -> its twin and their similarity, unless an earlier rule did."""
+        self.twins.update((row, twin) for row, (twin, _) in found.items() if self.reasons[row] is None)
+        exact = reason == "duplicate"
+        self.drop(reason, {
+            row: ids[twin] if exact else near_evidence(ids[twin], similarity)
+            for row, (twin, similarity) in found.items()
+        })  # fmt: skip
+
+    def outlived(self) -> dict[int, int]:
+        """Return what was dropped for a twin that went later: row -> the last twin of the chain."""
+        found = {}
+        for row, twin in self.twins.items():
+            last = twin
+            while last in self.twins:
+                last = self.twins[last]
+            if last != twin or self.reasons[last] is not None:
+                found[row] = last
+        return found

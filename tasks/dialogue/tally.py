@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 
 from tasks.dialogue.funnel import HEAD, cases, summed
+from tasks.dialogue.pii import masked
 from tasks.dialogue.record import PROTECTION, Verdicts
 from tasks.dialogue.texts import Texts
 
@@ -68,19 +69,27 @@ def told(table: pl.DataFrame, verdicts: Verdicts, found: pl.DataFrame) -> int:
 
 
 def curation(table: pl.DataFrame, texts: Texts, verdicts: Verdicts, counts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return curation.json: the counts, the funnel by language, and the first cases of each rule."""
-    first = cases(verdicts.reasons)
+    """Return curation.json: the counts, the funnel by language, and the first cases of each rule, in each language.
+
+    What is personal is masked in the beginnings of texts, also of what went before it was looked for, because a report
+    is passed on.
+    """
+    langs = table["lang"].to_list()
+    first = cases(verdicts.reasons, langs)
     shown = sorted({row for rows in first.values() for row in rows})
     heads = {
-        row: " ".join(text.as_py()[: 4 * HEAD].split())[:HEAD]
+        row: " ".join(masked(text.as_py())[0][: 4 * HEAD].split())[:HEAD]
         for row, text in zip(shown, texts.of(np.array(shown, dtype=np.int64)), strict=True)
     }
     ids, evidence = table["message_id"], verdicts.evidence
     found = {
-        rule: [{"message_id": ids[row], "evidence": evidence[row], "head": heads[row]} for row in rows]
+        rule: [
+            {"lang": langs[row] or "unknown", "message_id": ids[row], "evidence": evidence[row], "head": heads[row]}
+            for row in rows
+        ]
         for rule, rows in first.items()
     }
-    by_language = summed(verdicts.reasons, table["lang"].to_list())
+    by_language = summed(verdicts.reasons, langs)
     order = [rule for rule in counts["funnel"] if rule in found]
     return {
         "counts": counts,

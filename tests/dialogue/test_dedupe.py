@@ -122,7 +122,19 @@ def test_a_reply_said_twice_stays_twice_where_its_followers_differ() -> None:
 def test_of_twins_in_two_splits_the_more_protected_stays() -> None:
     best = {"rank": 0, "split": "train"}
     messages = table(("a", None, "Hi", best), ("b", None, "Hi", {"split": "val"}), ("c", None, "Hi", {"split": "test"}))
-    assert gone(messages) == {"a": "c", "b": "c"}
+    assert gone(messages) == {"a": "c"}
+
+
+def test_nothing_goes_from_test_or_val_for_a_copy() -> None:
+    for split in ("val", "test"):
+        other = {"split": split}
+        messages = table(
+            ("a", None, "Hi", other), ("b", "a", LONG, other), ("c", None, "hi", other), ("d", "c", LONG, other),
+            ("e", None, NEAR, other), ("f", "e", NEAR, other), ("g", None, NEAR, other),
+        )  # fmt: skip
+        assert gone(messages) == {}
+        assert nearly_gone(messages) == {}
+        assert not repeated_prompts(messages, compared(messages), parent_rows(messages), [True] * len(messages))
 
 
 @st.composite
@@ -226,8 +238,8 @@ def test_a_near_copy_in_two_splits_goes_from_the_less_protected() -> None:
         ("c", None, NEAR, {"split": "test"}), ("d", "c", f"{FAR} now", {"split": "test"}),
     )  # fmt: skip
     assert leaked(messages, "train") == {"a": "c", "b": "d"}
-    assert shared(compared(messages), messages["split"].to_list(), [True] * 4) == 4
-    assert shared(compared(messages), messages["split"].to_list(), [True, True, False, False]) == 0
+    assert shared(compared(messages), messages["split"].to_list(), [True] * 4) == {0, 1, 2, 3}
+    assert shared(compared(messages), messages["split"].to_list(), [True, True, False, False]) == set()
 
 
 @settings(max_examples=30, deadline=None)

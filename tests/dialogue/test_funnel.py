@@ -20,7 +20,7 @@ CURATION: dict[str, Any] = {
         },
     },
     "by_language": {"language": {"de": 600, "es": 400}, "contaminated": {"en": 50}},
-    "cases": {"language": [{"message_id": "m1", "evidence": "lang de is not en", "head": "Guten Tag"}]},
+    "cases": {"language": [{"lang": "de", "message_id": "m1", "evidence": "lang de is not en", "head": "Guten Tag"}]},
 }  # fmt: skip
 
 
@@ -31,8 +31,15 @@ def page(curation: dict[str, Any], heads: bool = True) -> str:
 def test_rules_and_languages_are_counted_and_the_first_rows_kept() -> None:
     reasons, langs = ["a", None, "b", "a", "a", "a"], ["en", "en", None, "de", "de", "en"]
     assert summed(reasons, langs) == {"a": {"de": 2, "en": 2}, "b": {"unknown": 1}}
-    assert cases(reasons) == {"a": [0, 3, 4], "b": [2]}
-    assert (summed([], []), cases([])) == ({}, {})
+    assert cases(reasons, langs) == {"a": [3, 4, 0, 5], "b": [2]}
+    assert (summed([], []), cases([], [])) == ({}, {})
+
+
+def test_cases_are_the_first_three_of_each_of_a_rules_six_most_frequent_languages() -> None:
+    langs = [f"l{number}" for number in range(9) for _ in range(9 - number)]
+    found = cases(["a"] * len(langs), langs)["a"]
+    assert [langs[row] for row in found] == [f"l{number}" for number in range(6) for _ in range(3)]
+    assert found[:6] == [0, 1, 2, 9, 10, 11]
 
 
 def test_the_page_tells_every_rule_that_dropped_something_by_language() -> None:
@@ -43,7 +50,7 @@ def test_the_page_tells_every_rule_that_dropped_something_by_language() -> None:
     assert not any("spam" in line for line in told)
     assert "| in the order of the file | 30 | 3 |" in told
     assert "| what was written | 0 | 0 |" in told
-    assert "m1 lang de is not en Guten Tag" in told
+    assert "de m1 lang de is not en Guten Tag" in told
     assert "9 are told in the train" in page(CURATION)
 
 

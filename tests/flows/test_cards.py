@@ -93,7 +93,7 @@ def test_the_card_of_dialogues_shows_the_funnel_with_ids_and_evidence_but_no_tex
         "label_coverage": {"labels": 1.0, "detoxify": 1.0}, "facts": {},
         "shared_across_splits": {way: {"exact": 0, "near": 0} for way in WAYS},
     }  # fmt: skip
-    case = {"message_id": "m1", "evidence": "label_spam 0.9 > 0.5", "head": "BUY <b>NOW</b>"}
+    case = {"lang": "en", "message_id": "m1", "evidence": "label_spam 0.9 > 0.5", "head": "BUY <b>NOW</b>"}
     told = {"counts": counts, "by_language": {"spam": {"en": 2}}, "cases": {"spam": [case]}}
     (tmp_path / "curation.json").write_text(json.dumps(told))
     made = Dialogues(tmp_path, Manifest("f" * 64, "dialogues", {"step": "curate"}, {}, "0" * 64, counts))
