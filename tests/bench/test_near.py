@@ -14,6 +14,7 @@ import random
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -84,7 +85,7 @@ def compared(prints: Prints, texts: pa.Array, through: Through = counted) -> tup
     """Return of each row the first row of the same text, and pairs of such rows that are alike."""
     number, first = numbered(prints, np.arange(len(texts)))
     found = pairs(prints.take(first), lambda at: texts.take(pa.array(first[at])), NGRAM, THRESHOLD, through)
-    return first[number], Pairs(first[found.left], first[found.right], found.similarity)
+    return first[number], replace(found, left=first[found.left], right=first[found.right])
 
 
 def ours(texts: list[str]) -> Links:
