@@ -339,7 +339,7 @@ def _reader(params: CurateParams) -> Reader:
     return Reader(
         params,
         partial(_rows_of, PerText("language", 1, {"chars": chars}, partial(language.detect, chars=chars))),
-        partial(_rows_of, PerText("personal", 1, {}, pii.scan)),
+        partial(_rows_of, PerText("personal", 2, {}, pii.scan)),
         Index([Asked(where, text) for where, text in params.prompts()], params.overlap_words),
         Facts(told),
     )

@@ -2,7 +2,8 @@
 
 A shape alone is cheap to imitate, so each is checked further: card numbers by their prefix, length and Luhn's sum,
 phone numbers by how numbers are written, addresses by what they may hold. What can be nobody's is left alone: addresses
-of one's own machine, network masks, versions of programs.
+of one's own machine, network masks, versions of programs. So four small numbers (8.8.8.8) are taken for a version, and
+ten digits without a gap or a plus for a number of anything.
 
 All patterns are bounded, so a text of a megabyte takes time in proportion.
 """
@@ -20,16 +21,17 @@ import pyarrow as pa
 SCHEMA = pa.schema([("personal", pa.string()), ("masked", pa.string())])
 
 _EMAIL = re.compile(
-    r"(?i)(?<![\w.%+-])[\w%+-](?:[\w.%+-]{0,62}[\w%+-])?@(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.){1,8}[a-z]{2,24}"
+    r"(?i)(?<![\w.%+-])[\w%+-](?:[\w.%+-]{0,62}[\w%+-])?@(?:[^\W_](?:(?:[^\W_]|-){0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}"
     r"(?![\w@-])"
 )
-_CARD = re.compile(r"(?<![\w.,$€£#/=+-])(?<!\d )\d(?:[ -]?\d){12,18}(?![ -]?\d|[\w/]|[.,]\d)")
+_CARD = re.compile(r"(?<![\w.,$€£#/+-])(?<!\d )\d(?:[ -]?\d){12,18}(?![ -]?\d|[\w/]|[.,]\d)")
 _PHONE = re.compile(
     r"""(?x) (?<![\w.,/#&?+-])(?<!\d[ ])(?:
       \+[1-9]\d{0,2}(?:[ .-]?\(0?\d{1,4}\))?(?:[ .-]?\d{2,5}){2,5}             # +44 20 7946 0958
     | 00[1-9]\d{0,2}[ .-]\d{1,4}(?:[ .-]?\d{2,5}){1,4}                         # 0044 20 7946 0958
     | (?:1[ .-])?\(\d{3}\)[ ]?\d{3}[ .-]\d{4}                                  # (415) 555-0123
     | (?:1[ .-])?(?:\d{3}-\d{3}-|[2-9]\d\d(?P<gap>[ .])[2-9]\d\d(?P=gap))\d{4} # 415-555-0123
+    | 0[1-9]\d{1,3}[ ]?/[ ]?\d{5,8}                                            # 030/1234567
     ) (?![\w]|[.,:/=-]\d|[ ]\d)"""
 )
 _IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\w|/\d)")  # with a mask it is a network
@@ -54,7 +56,7 @@ def _is_card(text: str, before: str) -> bool:
 
 def _is_phone(text: str, before: str) -> bool:
     digits = re.sub(r"\D", "", text)
-    least = 7 if re.search(r"[ .()-]", text) else 10  # after a plus, a sum could stand as well
+    least = 7 if re.search(r"[ .()/-]", text) else 10  # after a plus, a sum could stand as well
     return least + text.startswith("00") * 2 <= len(digits) <= 15 and len({*digits}) > 2
 
 
@@ -83,7 +85,7 @@ _HINTS = {
     "card number": r"\d(?:[ -]?\d){12}",
     "IP address": r"\d\.\d{1,3}\.\d{1,3}\.\d",
     "IPv6 address": r"[0-9A-Fa-f]:[0-9A-Fa-f:]*:",
-    "phone": r"\+[1-9][\d .()-]{6}|00[1-9]\d{0,2}[ .-]\d|\d{3}[ .-]\d{4}",
+    "phone": r"\+[1-9][\d .()-]{6}|00[1-9]\d{0,2}[ .-]\d|\d{3}[ .-]\d{4}|0\d{2,4} ?/ ?\d{5}",
 }
 
 

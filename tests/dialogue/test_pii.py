@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from tasks.dialogue.pii import KINDS, SCHEMA, luhn, masked, scan, spans
 
 PLANTED = {
-    "e-mail": ["jane.doe@example.com", "a@b.io", "first+tag@mail.example.co.uk", "x_y-z%1@sub-domain.museum"],
+    "e-mail": ["jane.doe@example.com", "a@b.io", "first+tag@mail.example.co.uk", "x_y-z%1@sub-domain.museum",
+               "joe@münchen.de", "анна@почта.рф"],
     "phone": ["+44 20 7946 0958", "+1-415-555-0123", "(415) 555-0123", "415-555-0123", "415.555.0123", "1-800-273-8255",
-              "+49 (0)30 901820", "0049 30 901820", "+4930901820123", "(123) 456-7890", "123-456-7890"],
+              "+49 (0)30 901820", "0049 30 901820", "+4930901820123", "(123) 456-7890", "123-456-7890", "030/1234567",
+              "0171 / 5551234"],
     "IP address": ["203.0.113.7", "192.168.1.10", "10.0.0.1", "8.8.44.210"],
     "IPv6 address": ["2001:db8::8a2e:370:7334", "2001:0db8:85a3:0000:0000:8a2e:0370:7334", "fe80::1ff:fe23:4567:890a"],
     "card number": ["4111 1111 1111 1111", "4111-1111-1111-1111", "5500005555555559", "3782 822463 10005",
@@ -31,7 +33,8 @@ INNOCENT = [
     "a@b", "@someone", "user@localhost", "getty@tty1.service", "x = y@z", "100 200 3000", "555-1234", "+1", "+100 -200",
     "1000000000", "978-3-16-148410-0", "ISBN 0-306-40615-2", "call 911", "$1,000,000 - 2,000,000",
     "1 2 3 4 5 6 7 8 9 10",
-    "id=4155550123", "2+2=4", "550e8400-e29b-41d4-a716-446655440000", "1/2/2023", "+1000000000000",
+    "8.8.8.8", "4155550123", "01/2023", "1920/1080", "id=4155550123",
+    "id=4111111111111112", "2+2=4", "550e8400-e29b-41d4-a716-446655440000", "1/2/2023", "+1000000000000",
 ]  # fmt: skip
 
 
@@ -49,6 +52,10 @@ def test_what_was_planted_is_found_and_masked(kind: str, text: str, around: str)
 def test_what_only_looks_like_it_stays(text: str) -> None:
     for around in ("{}", "It is {} here.", "({})"):
         assert masked(around.format(text)) == (around.format(text), "")
+
+
+def test_a_card_number_that_a_form_or_an_address_gives_is_found() -> None:
+    assert masked("?card=4111111111111111&x=1") == ("?card=[card number]&x=1", "card number 1")
 
 
 def test_planted_cases_are_found_in_real_texts_and_nothing_else_is_changed(shared: Path) -> None:
