@@ -578,7 +578,7 @@ def test_a_text_four_times_as_long_costs_about_four_times_as_much(tmp_path: Path
 def test_of_a_key_that_stands_twice_in_an_object_the_last_is_taken_as_python_does(
     tmp_path: Path, quick: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No reader here sees that a key was there before; to look for it would cost a tenth of parse's time."""
+    """No reader here sees that a key was there before; to look for it would cost a tenth of parse, or more."""
     if not quick:
         monkeypatch.setattr("tasks.oasst.dump.read", lambda raws, _: [None] * len(raws))
     reply = json.dumps(message("b"))

@@ -1,6 +1,8 @@
 """Versions of a tree become one tree: message by message the later one wins, and what only the earlier had stays.
 
 A message that a later file has in another tree moves there; what replied to it does not move along, and is lost.
+A tree of flat messages is of the file where its first message stood, whatever others add to it: should one of its
+messages have moved between two such trees, the second is refused.
 
 A tree may come again in the same file, in another one, or in a later revision of the dataset. Here is decided what its
 rows become; nothing is read or written.
