@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 U64 = NDArray[np.uint64]
 
+_APOSTROPHE = "['’ʼ`]"
 _SPACELESS = (
     r"([\u{e00}-\u{109f}\u{1780}-\u{17ff}\u{3040}-\u{30ff}\u{3400}-\u{4dbf}\u{4e00}-\u{9fff}\u{f900}-\u{faff}"
     r"\u{20000}-\u{3ffff}])"
@@ -44,11 +45,12 @@ class Told:
 
 def words(texts: pl.Series) -> pl.Series:
     """Return the words of each text in lower case, one space apart, without punctuation: (N,)."""
+    apart = pl.col("text").str.to_lowercase().str.replace_all(_APOSTROPHE, "")
+    wide = pl.col("text").str.normalize("NFKC").str.to_lowercase().str.replace_all(_APOSTROPHE, "")
     plain = texts.to_frame("text").select(
         pl.when(pl.col("text").str.contains(r"[^\x00-\x7f]"))
-        .then(pl.col("text").str.normalize("NFKC").str.to_lowercase().str.normalize("NFKC"))
-        .otherwise(pl.col("text").str.to_lowercase())
-        .str.replace_all(r"['’ʼ`]", "")
+        .then(wide.str.normalize("NFKC"))  # only now: without its apostrophe a mark may join the letter before it
+        .otherwise(apart)
         .str.replace_all(_SPACELESS, " $1 ")
         .str.replace_all(r"[^\p{L}\p{M}\p{N}]+", " ")
         .str.strip_chars(" ")

@@ -4,7 +4,7 @@ import re
 from itertools import pairwise
 
 import polars as pl
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tasks.dialogue.contamination import Asked, Facts, Index, Told, words
@@ -76,6 +76,7 @@ def test_it_finds_what_comparing_all_runs_one_by_one_finds(prompts: list[list[st
 
 
 @given(st.text(), st.text(alphabet=st.sampled_from("aB é\u0301'’.-\n漢字")))
+@example("", "a'\u0301")
 def test_words_are_one_space_apart_and_stay_when_taken_again(one: str, other: str) -> None:
     for text in (one, other):
         said = words(pl.Series([text]))[0]
