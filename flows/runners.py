@@ -22,7 +22,7 @@ from tasks.rows import mapping
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from tasks.rows import Compute
+    from tasks.remembered import Compute
 
 Runner = Literal["threads", "dask", "ray"]
 ADDRESS = {"dask": "TREELINE_DASK_SCHEDULER", "ray": "TREELINE_RAY_ADDRESS"}

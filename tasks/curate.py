@@ -39,7 +39,8 @@ from tasks.dialogue.record import (
     near_evidence,
 )  # fmt: skip
 from tasks.errors import InputError, SourceChanged
-from tasks.rows import Function, PerText, per_name, per_text
+from tasks.remembered import UNICODE, PerText, Remembered
+from tasks.rows import per_name, per_text
 from tasks.sources import LocalPath, allowed_file
 from tasks.step import Params, TextsRuntime, step
 from tasks.store.canonical import sha256_file
@@ -57,6 +58,11 @@ if TYPE_CHECKING:
     from tasks.dialogue.texts import Masks, Texts
 
 ROWS = 16_384  # of a row group: some 10 MB of text, so memory stays flat and readers can skip
+# What it asks of each text alone, and of two.
+LANGUAGE = Remembered("language", 1, "tasks.dialogue.language", ("pycld2", "polars"))
+PERSONAL = Remembered("personal", 2, "tasks.dialogue.pii", ("polars", UNICODE))
+NEAR_FINGERPRINT = Remembered("near-fingerprint", 1, "tasks.dialogue.fingerprint", ("polars", UNICODE))
+NEAR_PAIRS = Remembered("near-pairs", 1, "tasks.dialogue.near", ("polars", UNICODE))
 SCORES = {"labels": [f"label_{name}" for name in LABELS], "detoxify": [f"detoxify_{name}" for name in DETOXIFY]}
 
 
@@ -276,7 +282,7 @@ def _prints(texts: Texts, kept: list[bool], params: CurateParams) -> Prints:
     """Return the fingerprints of the kept messages' texts; zeros stand for those of the others."""
     import numpy as np
 
-    from tasks.dialogue.fingerprint import VERSION, bands, compute
+    from tasks.dialogue.fingerprint import bands, compute
     from tasks.dialogue.near import Prints
 
     rows = np.flatnonzero(kept)
@@ -289,7 +295,7 @@ def _prints(texts: Texts, kept: list[bool], params: CurateParams) -> Prints:
     settings: dict[str, Any] = {
         name: getattr(params, f"near_{name}") for name in ("ngram", "permutations", "threshold")
     }
-    function, done = PerText("near-fingerprint", VERSION, settings, partial(compute, **settings)), 0
+    function, done = NEAR_FINGERPRINT.of(partial(compute, **settings), settings), 0
     for part, within in texts.parts(rows):
         found = Prints.of(per_text(function, part.gather(within)))
         own = rows[done : done + len(within)]
@@ -302,9 +308,7 @@ def _remembering(params: CurateParams) -> Through:
     """Return what counts of pairs of texts only those that were never counted."""
     import pyarrow as pa
 
-    from tasks.dialogue.fingerprint import VERSION
-
-    function = Function("near-pairs", VERSION, {"ngram": params.near_ngram})
+    function = NEAR_PAIRS.named({"ngram": params.near_ngram})
 
     def through(names: NDArray[np.uint64], count: Count) -> NDArray[np.float64]:
         made = per_name(function, names, lambda places: pa.record_batch({"similarity": count(places)}))
@@ -338,8 +342,8 @@ def _reader(params: CurateParams) -> Reader:
     ]
     return Reader(
         params,
-        partial(_rows_of, PerText("language", 1, {"chars": chars}, partial(language.detect, chars=chars))),
-        partial(_rows_of, PerText("personal", 2, {}, pii.scan)),
+        partial(_rows_of, LANGUAGE.of(partial(language.detect, chars=chars), {"chars": chars})),
+        partial(_rows_of, PERSONAL.of(pii.scan, {})),
         Index([Asked(where, text) for where, text in params.prompts()], params.overlap_words),
         Facts(told),
     )

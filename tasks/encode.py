@@ -23,7 +23,8 @@ from tasks.artifacts import (
 )
 from tasks.errors import InputError
 from tasks.progress import bar, track
-from tasks.rows import PerText, per_text
+from tasks.remembered import PerText, Remembered
+from tasks.rows import per_text
 from tasks.step import Params, TextsRuntime, step
 from tasks.store.canonical import sha256_file
 from tasks.store.manifest import Manifest
@@ -46,6 +47,10 @@ FEW = ("role", "split")  # columns that hold few values
 WINDOW = 1 << 16  # rows whose texts are in memory at a time: 40 MB
 CHUNK = 256  # sequences laid at a time: 2 MB an array at a block of 1,024, which caches hold
 GROUP = 1 << 17  # rows of a row group of the index: 10 MB
+# What it asks of each text alone.
+GPT2_IDS = Remembered("gpt2-ids", 1, "tasks.text.bpe", ("tiktoken",))
+TRAINED_IDS = Remembered("trained-ids", 1, "tasks.text.bpe", ("tiktoken",))
+EXPORTED_IDS = Remembered("exported-ids", 1, "tasks.text.gate", ("tokenizers",))
 
 
 class EncodeParams(Params):
@@ -165,9 +170,10 @@ def _ids_of(vocabulary: Vocabulary, params: EncodeParams) -> PerText:
     """Return what gives the ids of a text; a run remembers them for the next one."""
     from tasks.text.bpe import gpt2_ids, ids_of
 
-    known = params.tokenizer == "gpt2"
-    compute = partial(gpt2_ids, vocabulary.apart) if known else partial(ids_of, vocabulary)
-    return PerText(f"{params.tokenizer}-ids", 1, {"vocabulary": vocabulary.digest}, compute)
+    settings = {"vocabulary": vocabulary.digest}
+    if params.tokenizer == "gpt2":
+        return GPT2_IDS.of(partial(gpt2_ids, vocabulary.apart), settings)
+    return TRAINED_IDS.of(partial(ids_of, vocabulary), settings)
 
 
 @dataclass(frozen=True)
@@ -426,5 +432,5 @@ def _gate(out: Path, dialogues: Dialogues) -> int:
     written = Written(ids, mask, positions, ends, index, encoding.splits, once)
     tokenizer = (out / "tokenizer.json").read_text(encoding="utf-8")
     settings = {"tokenizer": sha256_file(out / "tokenizer.json")}
-    again = PerText("exported-ids", 1, settings, partial(ids_again, tokenizer))
+    again = EXPORTED_IDS.of(partial(ids_again, tokenizer), settings)
     return check(written, load_dialect(out), dialogues.scan().select(SAID).with_columns(few), partial(per_text, again))

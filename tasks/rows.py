@@ -1,6 +1,6 @@
 """Functions of one text: computed in chunks, side by side, and remembered by the hash of the text.
 
-A noun gives the pure function, in Arrow and out of it; a step binds it to a `PerText` and asks `per_text`. What is a
+A noun gives the pure function, in Arrow and out of it; a step declares it (`Remembered`) and asks `per_text`. What is a
 function of something else (of a pair of texts) is remembered by a name of that, with `per_name`. While a step builds,
 `remembering` says where rows are kept; without it, and in a forced build, everything is computed. The rows are the same
 in any case, so none of this enters a key.
@@ -11,14 +11,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tasks.store.parts import FOLDER, name_of
 
@@ -28,41 +28,14 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
+    from tasks.remembered import Compute, Function, PerText
     from tasks.store.memo import Keys, Memo
 
-    Compute = Callable[[pa.StringArray], pa.RecordBatch]
     ComputeAt = Callable[[NDArray[np.int64]], pa.RecordBatch]  # places, in order, each once -> their rows
 
 log = logging.getLogger("treeline.rows")
 WINDOW_ROWS, WINDOW_BYTES = 1 << 16, 64 << 20  # of text looked up at a time, and remembered as one batch
 CHUNK_ROWS, CHUNK_BYTES = 1 << 14, 1 << 23  # of text computed at a time: enough for a call to cost nothing
-
-
-@dataclass(frozen=True)
-class Function:
-    """A pure function whose results are worth remembering.
-
-    Attributes:
-        name: Such as "gpt2-ids"; letters, digits and hyphens.
-        version: Raised by a person when it gives something else.
-        settings: JSON values that it depends on.
-    """
-
-    name: str
-    version: int
-    settings: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class PerText(Function):
-    """A pure function of one text.
-
-    Attributes:
-        compute: N texts -> N rows in the same order, whatever else is in the chunk; 0 texts -> 0 rows. It can be
-            pickled: a function of a module, or a `functools.partial` of one.
-    """
-
-    compute: Compute
 
 
 @dataclass

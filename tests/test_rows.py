@@ -14,7 +14,8 @@ import pyarrow as pa
 import pytest
 
 from tasks import rows
-from tasks.rows import Function, PerText, Tally, keys_of, mapping, per_name, per_text, remembering
+from tasks.remembered import Function, PerText
+from tasks.rows import Tally, keys_of, mapping, per_name, per_text, remembering
 from tasks.store.parts import parts
 
 

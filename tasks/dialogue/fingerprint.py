@@ -27,7 +27,6 @@ U32 = NDArray[np.uint32]
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 
-VERSION = 1  # raised when any text gets another fingerprint
 _LANE = 8  # bytes of a word that are hashed at once
 _LONG = (
     64  # bytes from which on a word is hashed on its own: a word of a megabyte would take as many turns as it has lanes

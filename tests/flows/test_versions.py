@@ -1,5 +1,6 @@
 """Laws of the version guard: code that changed is named, comments and layout are not code."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def project(tmp_path: Path) -> Path:
 def state(project: Path, version: int = 1) -> dict[str, object]:
     modules = versions.modules_of("tasks.parse", project)
     digests = {name: versions.digest(project / f"{name.replace('.', '/')}.py") for name in modules}
-    return {"parse": {"version": version, "modules": digests}}
+    return {"parse": {"makes": "files", "version": version, "modules": digests}}
 
 
 def test_an_import_inside_a_function_is_followed(project: Path) -> None:
@@ -39,6 +40,19 @@ def test_a_changed_helper_is_named(project: Path) -> None:
     assert line.startswith(
         "parse: tasks.oasst.tree changed since version 1 was locked. Other files now? Raise version."
     )
+
+
+def test_a_function_whose_rows_are_remembered_is_guarded_like_a_step() -> None:
+    now = versions.current(chain.STEPS)
+    assert {name for name, entry in now.items() if entry["makes"] == "rows"} == {
+        "language", "personal", "near-fingerprint", "near-pairs", "gpt2-ids", "trained-ids", "exported-ids",
+    }  # fmt: skip
+    before = copy.deepcopy(now)
+    before["near-fingerprint"]["modules"]["tasks.dialogue.fold"] = "another"
+    assert versions.stale(now, before) == [
+        "near-fingerprint: tasks.dialogue.fold changed since version 1 was locked. Other rows now? Raise version. "
+        "Then python -m flows lock"
+    ]
 
 
 def test_comments_docstrings_and_layout_are_not_code(project: Path) -> None:
