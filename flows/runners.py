@@ -1,6 +1,6 @@
 """Task runners: where the texts of a step are worked on, on threads here or on the workers of a cluster.
 
-On a cluster each task run of Prefect gets a few chunks of texts and sends rows back; the step that asked lays them out,
+On a cluster each task run of Prefect gets some thousand texts and sends rows back; the step that asked lays them out,
 so its files are the same wherever they were worked on. Workers need this checkout and its packages, and no store.
 
 A cluster is named by the environment, not by a setting: whoever may fill in a form must not choose whose code we trust.
@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from tasks.errors import ParameterError
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 Runner = Literal["threads", "dask", "ray"]
 ADDRESS = {"dask": "TREELINE_DASK_SCHEDULER", "ray": "TREELINE_RAY_ADDRESS"}
 _running: ContextVar[bool] = ContextVar("treeline_runner", default=False)
-TOGETHER = 4  # chunks of a task run: a few MB of text, some seconds of work, so that Prefect's share is small
+ROWS = 1 << 11  # texts of a task run: a step asks for 16,384 or more at a time, so that many workers have some
 
 
 @contextmanager
@@ -44,7 +43,7 @@ def on(runner: Runner) -> Iterator[None]:
         return
     token = _running.set(True)
     try:
-        with ExitStack() as stack, mapping(_Cluster(runner, stack)):
+        with ExitStack() as stack, mapping(_Cluster(runner, stack), ROWS):
             yield
     finally:
         _running.reset(token)
@@ -65,11 +64,8 @@ class _Cluster:
 
         self.started = self.started or self.stack.enter_context(self.make())
         work = task(name="texts", cache_policy=NO_CACHE, persist_result=False)(_work)
-        waiting = iter(chunks)
-        futures = []
-        while some := list(islice(waiting, TOGETHER)):
-            futures.append(self.started.submit(work, parameters={"compute": _Sealed(compute), "texts": _packed(some)}))
-        for future in futures:
+        given = [{"compute": _Sealed(compute), "texts": _packed([chunk])} for chunk in chunks]
+        for future in [self.started.submit(work, parameters=one) for one in given]:
             yield from _unpacked(future.result())
 
 

@@ -2,8 +2,8 @@
 
 A noun gives the pure function, in Arrow and out of it; a step declares it (`Remembered`) and asks `per_text`. What is a
 function of something else (of a pair of texts) is remembered by a name of that, with `per_name`. While a step builds,
-`remembering` says where rows are kept; without it, and in a forced build, everything is computed. The rows are the same
-in any case, so none of this enters a key.
+`remembering` says where rows are kept; without it, and in a forced build, everything is computed, and what a forced
+build finds remembered otherwise is replaced. The rows are the same in any case, so none of this enters a key.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from tasks.store.parts import FOLDER, name_of
+from tasks.store.parts import FOLDER, name_of, united
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,11 +31,15 @@ if TYPE_CHECKING:
     from tasks.remembered import Compute, Function, PerText
     from tasks.store.memo import Keys, Memo
 
-    ComputeAt = Callable[[NDArray[np.int64]], pa.RecordBatch]  # places, in order, each once -> their rows
+    Places = NDArray[np.int64]
+    ComputeAt = Callable[[Places], pa.RecordBatch]  # places, in order, each once -> their rows
+    Making = Callable[[Places], Iterator[pa.RecordBatch]]
 
 log = logging.getLogger("treeline.rows")
-WINDOW_ROWS, WINDOW_BYTES = 1 << 16, 64 << 20  # of text looked up at a time, and remembered as one batch
+COLUMN_BYTES = 512 << 20  # of text looked up at a time, so that no offset of its rows outgrows 32 bits
+WINDOW_ROWS, WINDOW_BYTES = 1 << 16, 64 << 20  # of rows remembered as one batch
 CHUNK_ROWS, CHUNK_BYTES = 1 << 14, 1 << 23  # of text computed at a time: enough for a call to cost nothing
+LEAST_ROWS = 1 << 10  # of a chunk that is made smaller so that every worker has one
 
 
 @dataclass
@@ -62,14 +66,18 @@ class Desk:
         root: The store; None: nothing is remembered.
         workers: Threads that compute; 0: as many as there are cores.
         hold: Called with the name of each memo that is opened, so that nobody collects it meanwhile.
+        fresh: Whether everything is computed; what is remembered is held against it, and mended.
         tallies: By name of the memo.
+        agreed: Memos whose columns were found to be those of the function.
     """
 
     root: Path | None = None
     workers: int = 0
     hold: Callable[[str], None] = lambda name: None
+    fresh: bool = False
     tallies: dict[str, Tally] = field(default_factory=dict)
     memos: dict[str, Memo] = field(default_factory=dict)
+    agreed: set[str] = field(default_factory=set)
 
     def memo(self, function: Function) -> Memo | None:
         """Return the function's memo, opened once."""
@@ -99,13 +107,13 @@ class Desk:
 
 
 _desk: ContextVar[Desk] = ContextVar("treeline_desk")
-_mapper: ContextVar[Mapper] = ContextVar("treeline_mapper")
+_mapper: ContextVar[tuple[Mapper, int]] = ContextVar("treeline_mapper")
 
 
 @contextmanager
-def remembering(root: Path | None, workers: int, hold: Callable[[str], None]) -> Iterator[Desk]:
+def remembering(root: Path | None, workers: int, hold: Callable[[str], None], fresh: bool = False) -> Iterator[Desk]:
     """Keep rows in the store while the block runs; what was computed stays, even if the block fails."""
-    desk = Desk(root, workers, hold)
+    desk = Desk(root, workers, hold, fresh)
     token = _desk.set(desk)
     try:
         yield desk
@@ -115,9 +123,9 @@ def remembering(root: Path | None, workers: int, hold: Callable[[str], None]) ->
 
 
 @contextmanager
-def mapping(mapper: Mapper) -> Iterator[None]:
-    """Let another executor compute the chunks of the block: it gets a function and Arrow arrays, which pickle."""
-    token = _mapper.set(mapper)
+def mapping(mapper: Mapper, rows: int) -> Iterator[None]:
+    """Let another executor compute the block's texts, so many at a time: it gets a function and Arrow arrays."""
+    token = _mapper.set((mapper, rows))
     try:
         yield
     finally:
@@ -157,7 +165,8 @@ def per_text(function: PerText, texts: pl.Series) -> pa.Table:
         raise ValueError(f"{function.name}: a text is null")
     desk = _desk.get(None) or Desk()
     column = texts.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.large_string())
-    batches = [_rows_of(function, column[first:last], desk) for first, last in _cuts(column, WINDOW_ROWS, WINDOW_BYTES)]
+    cuts = _cuts(column, len(column), COLUMN_BYTES)
+    batches = [_rows_of(function, column[first:last], desk) for first, last in cuts]
     return pa.Table.from_batches(batches or [function.compute(pa.array([], pa.string()))])
 
 
@@ -176,49 +185,81 @@ def per_name(function: Function, names: NDArray[np.uint64], compute: ComputeAt) 
     desk = _desk.get(None) or Desk()
     edges = range(0, names.nbytes + 1, names.nbytes // len(names))
     keys = _hashed(memoryview(names.tobytes()), edges)
-    return _looked_up(function, keys, compute, desk)
+
+    def made(places: Places) -> Iterator[pa.RecordBatch]:
+        yield _checked(function, compute(places), len(places))
+
+    return _looked_up(function, keys, made, lambda: compute(np.arange(0)), desk)
 
 
 def _rows_of(function: PerText, texts: pa.LargeStringArray, desk: Desk) -> pa.RecordBatch:
-    """Return the rows of a window of texts."""
+    """Return the rows of a column of texts."""
     import pyarrow as pa
 
-    def compute(places: NDArray[np.int64]) -> pa.RecordBatch:
+    def made(places: Places) -> Iterator[pa.RecordBatch]:
         asked = texts if len(places) == len(texts) else texts.take(pa.array(places))
-        return _computed(function.compute, asked, desk.workers)
+        return united(_computed(function, asked, desk.workers), WINDOW_ROWS, WINDOW_BYTES)
 
-    return _looked_up(function, keys_of(texts), compute, desk)
+    return _looked_up(function, keys_of(texts), made, lambda: function.compute(pa.array([], pa.string())), desk)
 
 
-def _looked_up(function: Function, keys: Keys, compute: ComputeAt, desk: Desk) -> pa.RecordBatch:
-    """Return the rows of keys: those known, and those computed now."""
+def _looked_up(
+    function: Function, keys: Keys, compute: Making, none: Callable[[], pa.RecordBatch], desk: Desk
+) -> pa.RecordBatch:
+    """Return the rows of keys: those known, and those computed now.
+
+    Args:
+        function: What is asked.
+        keys: Of all that it is asked of.
+        compute: Places -> their rows, in order, a batch at a time, each remembered as it comes.
+        none: Gives the rows of nothing, which have the columns that any have.
+        desk: Where rows are kept.
+    """
     import numpy as np
 
     from tasks.store.memo import first_places
 
     first, which = first_places(keys)
     memo, tally = desk.memo(function), desk.tally(function)
-    found = _known(memo, keys[first])
+    found = [] if desk.fresh else _known(memo, keys[first])
+    if memo is not None and found and memo.name not in desk.agreed:
+        schema = none().schema
+        if any(rows.schema != schema for _, rows in found):
+            log.warning("rows.schema: what is remembered of %s has other columns; raise its version", function.name)
+            return _looked_up(function, keys, compute, none, Desk(None, desk.workers))
+        desk.agreed.add(memo.name)
     missing = np.ones(len(first), np.bool_)
     for places, _ in found:
         missing[places] = False
-    unseen = np.flatnonzero(missing)
-    if len(unseen):
-        made = compute(first[unseen])
-        if len(made) != len(unseen):
-            raise ValueError(f"{function.name} gave {len(made):,} rows for {len(unseen):,}")
-        if found and found[0][1].schema != made.schema:
-            log.warning("rows.schema: what is remembered of %s has other columns; raise its version", function.name)
-            return _looked_up(function, keys, compute, Desk(None, desk.workers))
+    unseen, done = np.flatnonzero(missing), 0
+    for made in compute(first[unseen]) if len(unseen) else ():
+        places = unseen[done : done + len(made)]
         if memo is not None:
-            memo.add(keys[first[unseen]], made)
-        found.append((unseen, made))
+            _remember(memo, keys[first[places]], made, desk.fresh)
+        found.append((places, made))
+        done += len(made)
     tally.asked, tally.computed = tally.asked + len(first), tally.computed + len(unseen)
     tally.remembered = tally.asked - tally.computed
     return _in_order(found, which)
 
 
-def _known(memo: Memo | None, keys: Keys) -> list[tuple[NDArray[np.int64], pa.RecordBatch]]:
+def _remember(memo: Memo, keys: Keys, made: pa.RecordBatch, fresh: bool) -> None:
+    """Add rows to a memo; hold what it may know of them against what was made, and trust it no more if any differ."""
+    import numpy as np
+    import pyarrow as pa
+
+    new = np.ones(len(keys), np.bool_)
+    for places, rows in _known(memo, keys) if fresh else ():
+        if not rows.equals(made.take(pa.array(places))):
+            log.warning("store.memo: %s holds rows that its function does not give; they are made anew", memo.name)
+            memo.forget()
+            new[:] = True
+            break
+        new[places] = False
+    memo.add(keys[new], made if new.all() else made.filter(pa.array(new)))
+
+
+def _known(memo: Memo | None, keys: Keys) -> list[tuple[Places, pa.RecordBatch]]:
     """Return what is remembered of keys; nothing, where the memo cannot be read."""
     import pyarrow as pa
 
@@ -231,15 +272,25 @@ def _known(memo: Memo | None, keys: Keys) -> list[tuple[NDArray[np.int64], pa.Re
         return []
 
 
-def _computed(compute: Compute, texts: pa.LargeStringArray, workers: int) -> pa.RecordBatch:
+def _computed(function: PerText, texts: pa.LargeStringArray, workers: int) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of texts, a chunk at a time."""
     import pyarrow as pa
 
-    over = _mapper.get(None) or threads(workers)
-    chunks = (texts[first:last].cast(pa.string()) for first, last in _cuts(texts, CHUNK_ROWS, CHUNK_BYTES))
-    return pa.concat_batches(over(compute, chunks))
+    fair = max(LEAST_ROWS, -(-len(texts) // (workers or _cores())))
+    over, rows = _mapper.get((threads(workers), fair))
+    cuts = list(_cuts(texts, min(rows, CHUNK_ROWS), CHUNK_BYTES))
+    chunks = (texts[first:last].cast(pa.string()) for first, last in cuts)
+    for (first, last), made in zip(cuts, over(function.compute, chunks), strict=True):
+        yield _checked(function, made, last - first)
 
 
-def _in_order(found: list[tuple[NDArray[np.int64], pa.RecordBatch]], which: NDArray[np.int64]) -> pa.RecordBatch:
+def _checked(function: Function, made: pa.RecordBatch, rows: int) -> pa.RecordBatch:
+    if len(made) != rows:
+        raise ValueError(f"{function.name} gave {len(made):,} rows for {rows:,}")
+    return made
+
+
+def _in_order(found: list[tuple[Places, pa.RecordBatch]], which: Places) -> pa.RecordBatch:
     """Put rows of distinct texts where these are asked for."""
     import numpy as np
     import pyarrow as pa

@@ -269,10 +269,10 @@ class _Call:
             return self.store.publish(out, manifest, replace=self.forced)[1]
 
     def remembering(self) -> AbstractContextManager[Desk]:
-        """Open the memos of functions of one text; a forced build trusts nothing that is remembered."""
-        root = None if self.forced else self.store.root
+        """Open the memos of functions of one text; a forced build trusts nothing that is remembered, and mends it."""
         hold = self.run.lease.hold if self.run.lease else lambda name: None
-        return remembering(root, getattr(self.bound.get(self.step.runtime_name), "workers", 0), hold)
+        workers = getattr(self.bound.get(self.step.runtime_name), "workers", 0)
+        return remembering(self.store.root, workers, hold, fresh=self.forced)
 
 
 def _origin(recipe: str, runtime: Runtime | None) -> dict[str, Any]:

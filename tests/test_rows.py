@@ -16,6 +16,7 @@ import pytest
 from tasks import rows
 from tasks.remembered import Function, PerText
 from tasks.rows import Tally, keys_of, mapping, per_name, per_text, remembering
+from tasks.store import memo
 from tasks.store.parts import parts
 
 
@@ -111,9 +112,9 @@ def test_a_store_that_cannot_be_written_fails_nothing(tmp_path: Path) -> None:
 def test_a_memo_that_goes_away_while_it_is_used_fails_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     asked(tmp_path, ["a", "b"])
     with remembering(tmp_path, 1, lambda name: None) as desk:
-        memo = desk.memo(counted())
-        assert memo is not None
-        for part in parts(memo.folder):
+        kept = desk.memo(counted())
+        assert kept is not None
+        for part in parts(kept.folder):
             part.write_bytes(b"")  # the same file, emptied under the open reader
         found = per_text(counted(), pl.Series(["a", "b"])).to_pylist()
     assert found == expected(["a", "b"])
@@ -128,6 +129,59 @@ def test_columns_that_changed_without_a_version_are_said_and_computed(
     assert "raise its version" in caplog.text
 
 
+def test_columns_that_changed_are_said_even_if_no_text_is_new(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    asked(tmp_path, ["a"])
+    assert asked(tmp_path, ["a"], PerText("lengths", 1, {"factor": 2}, only_size))[0] == [{"size": 1}]
+    assert "raise its version" in caplog.text
+
+
+def test_a_fresh_desk_computes_and_mends_what_is_remembered_wrong(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = ["a", "bb", "ccc"]
+    wrong = PerText("lengths", 1, {"factor": 2}, partial(lengths, 3))
+    assert asked(tmp_path, texts, wrong)[0] == expected(texts, 3)
+    assert asked(tmp_path, texts)[0] == expected(texts, 3)  # nobody raised its version
+    for said in (True, False):
+        caplog.clear()
+        with remembering(tmp_path, 1, lambda name: None, fresh=True) as desk:
+            assert per_text(counted(), pl.Series([*texts, "new"])).to_pylist() == expected([*texts, "new"])
+            assert [tally.computed for tally in desk.tallies.values()] == [4]
+        assert ("does not give" in caplog.text) == said
+    assert asked(tmp_path, [*texts, "new"]) == (expected([*texts, "new"]), Tally(4, 4, 0))
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_every_worker_has_a_chunk(workers: int) -> None:
+    sizes: list[int] = []
+
+    def size(texts: pa.StringArray) -> pa.RecordBatch:
+        sizes.append(len(texts))
+        return only_size(texts)
+
+    with remembering(None, workers, lambda name: None):
+        per_text(PerText("sizes", 1, {}, size), pl.Series(map(str, range(rows.CHUNK_ROWS))))
+    assert len(sizes) == workers
+    assert max(sizes) - min(sizes) < workers
+
+
+@pytest.mark.usefixtures("small")
+def test_a_batch_is_read_once_for_a_column_however_it_is_sorted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, numbers = memo._read, list[int]()
+
+    def counting(reader: Any, number: int) -> pa.RecordBatch:
+        numbers.append(number)
+        return read(reader, number)
+
+    monkeypatch.setattr(memo, "_read", counting)
+    texts = [str(number) for number in range(1_000)]
+    asked(tmp_path, texts)
+    assert asked(tmp_path, np.random.default_rng(0).permutation(texts).tolist())[1] == Tally(1_000, 1_000, 0)
+    assert len(numbers) == len(set(numbers)) > 20
+
+
 def only_size(texts: pa.StringArray) -> pa.RecordBatch:
     return lengths(1, texts).select(["size"])
 
@@ -140,7 +194,7 @@ def test_another_executor_gets_what_can_be_pickled_and_gives_the_same_rows(tmp_p
             function, there = pickle.loads(pickle.dumps((compute, chunk)))
             yield pickle.loads(pickle.dumps(function(there)))
 
-    with mapping(elsewhere):
+    with mapping(elsewhere, 10):
         assert asked(tmp_path, texts)[0] == expected(texts)
     assert asked(tmp_path, texts) == (expected(texts), Tally(len(set(texts)), len(set(texts)), 0))
 
@@ -178,4 +232,4 @@ def test_what_has_a_name_is_computed_once_wherever_it_stands(tmp_path: Path) -> 
     for order, tally in ((names[:40], Tally(40, 0, 40)), (names[::-1], Tally(50, 40, 10)), (names, Tally(50, 50, 0))):
         assert asked(order) == (order.astype(np.float64).sum(axis=1).tolist(), tally)
     assert asked(names[:0]) == ([], Tally())
-    assert computed == [40, 10, 0]
+    assert [count for count in computed if count] == [40, 10]  # none is asked for the columns alone

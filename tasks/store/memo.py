@@ -23,12 +23,13 @@ from tasks.store.canonical import canonical, sha256_file
 from tasks.store.check import identity, recall, remember_files
 from tasks.store.folders import SHORT, sync, write_whole
 from tasks.store.owner import is_alive, mark
-from tasks.store.parts import ABOUT, FOLDER, described, fault, memory_of, name_of, parts
+from tasks.store.parts import ABOUT, FOLDER, described, fault, memory_of, name_of, parts, united
 
 log = logging.getLogger("treeline.store")
 KEY = "key"  # the column of keys in a part
 KEY_BYTES = 16  # of a hash: two of 10^9 texts share one with a chance of 10^-21
 PART_BYTES = 32 << 20  # of rows that wait in memory to become a part
+BATCH_ROWS, BATCH_BYTES = 1 << 16, 32 << 20  # of small batches that a merge unites
 MOST = 32  # parts of a memo, each an open file; more are merged
 KEPT = 8  # of them, the largest, which a merge leaves alone: most rows are not copied again and again
 
@@ -112,6 +113,13 @@ class Memo:
             if sum(batch.nbytes for _, batch in self._new) >= PART_BYTES:
                 self._flush()
 
+    def forget(self) -> None:
+        """Move all that is on the disk aside: some of it is not what the function gives."""
+        for name in self._parts:
+            self._set_aside(self.folder / name, "is not what its function gives")
+        self._parts = {}
+        self._note()
+
     def close(self) -> None:
         """Write what is not written, and merge small parts where there are too many."""
         self._flush()
@@ -159,7 +167,8 @@ class Memo:
         """Copy the rows of all but the largest parts into one, each key once; then the parts may go."""
         sizes = {name: (self.folder / name).stat().st_size for name in self._parts}
         small = sorted(sizes, key=sizes.__getitem__)[: len(sizes) - KEPT]
-        made = self._publish(_once([rows for name in small for rows in self._parts[name]]))
+        rows = _once([rows for name in small for rows in self._parts[name]])
+        made = self._publish(united(rows, BATCH_ROWS, BATCH_BYTES))
         for name in small:
             if name != made:
                 del self._parts[name]  # a process that reads it has it open
@@ -198,12 +207,16 @@ class Memo:
 
 
 def _opened(path: Path) -> list[_Rows]:
-    """Index the batches of a part. It stays open: one that is merged away meanwhile can still be read."""
-    reader = pa.ipc.open_file(pa.OSFile(str(path), "r"))  # read, not mapped: a file cut under a map kills the process
-    return [
-        _rows(_keys_in(reader.get_batch(number)), partial(_read, reader, number))
-        for number in range(reader.num_record_batches)
-    ]
+    """Index the batches of a part, of which only the keys are read.
+
+    It stays open: one that is merged away meanwhile can still be read.
+    """
+    file = pa.OSFile(str(path), "r")  # read, not mapped: a file cut under a map kills the process
+    whole = pa.ipc.open_file(file)
+    only = pa.ipc.IpcReadOptions(included_fields=[whole.schema.get_field_index(KEY)])
+    keys = pa.ipc.open_file(file, options=only)
+    numbers = range(whole.num_record_batches)
+    return [_rows(_keys_in(keys.get_batch(number)), partial(_read, whole, number)) for number in numbers]
 
 
 def _read(reader: Any, number: int) -> pa.RecordBatch:

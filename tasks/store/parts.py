@@ -11,14 +11,17 @@ from __future__ import annotations
 import json
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks.store.canonical import sha256_file, sha256_of
 from tasks.store.check import identity
 from tasks.store.folders import SHORT
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 FOLDER = ".memo"
 ABOUT = "about.json"
@@ -75,3 +78,18 @@ def about(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / "about.json").read_bytes())
         return found if isinstance(found, dict) else {}
     return {}
+
+
+def united(batches: Iterable[pa.RecordBatch], rows: int, size: int) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of small batches in larger ones, of at most so many rows and bytes if no single one has more."""
+    import pyarrow as pa
+
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        together = [*waiting, batch]
+        if waiting and (sum(map(len, together)) > rows or sum(one.nbytes for one in together) > size):
+            yield pa.concat_batches(waiting)
+            waiting = []
+        waiting.append(batch)
+    if waiting:
+        yield pa.concat_batches(waiting)

@@ -131,6 +131,29 @@ def test_many_parts_are_merged_and_nothing_is_lost(tmp_path: Path) -> None:
     assert known(memo, *everything) == right(*everything)
 
 
+def test_a_merge_unites_small_batches(tmp_path: Path) -> None:
+    for number in range(memos.MOST + 1):
+        remember(tmp_path, number)
+    memo = opened(tmp_path)
+    assert len(parts(memo.folder)) == memos.KEPT + 1
+    assert [len(batches) for batches in memo._parts.values()] == [1] * (memos.KEPT + 1)
+
+
+def test_opening_reads_keys_and_not_rows(tmp_path: Path) -> None:
+    wide = pa.record_batch({"text": pa.array(["x" * 1_000] * 5_000)})
+    memo = opened(tmp_path)
+    memo.add(keys(*range(5_000)), wide)
+    memo.close()
+    before = bytes_read()
+    opened(tmp_path)
+    assert bytes_read() - before < wide.nbytes / 10
+
+
+def bytes_read() -> int:
+    """Return what this process has read from files, ever, in bytes."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
 def test_a_merge_does_not_disturb_a_reader(tmp_path: Path) -> None:
     for number in range(memos.MOST):
         remember(tmp_path, number)
