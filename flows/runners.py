@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal
 
-from tasks.errors import ParameterError
+from tasks.errors import ParameterError, UnavailableError
 from tasks.rows import mapping
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class _Cluster:
     """Maps chunks over a task runner, which starts when the first one comes."""
 
     def __init__(self, runner: Runner, stack: ExitStack) -> None:
-        self.make = _made(runner)
+        self.runner, self.make = runner, _made(runner)
         self.stack = stack
         self.started: Any = None
 
@@ -62,11 +62,27 @@ class _Cluster:
         from prefect import task
         from prefect.cache_policies import NO_CACHE
 
-        self.started = self.started or self.stack.enter_context(self.make())
+        self.started = self.started or self._start()
         work = task(name="texts", cache_policy=NO_CACHE, persist_result=False)(_work)
         given = [{"compute": _Sealed(compute), "texts": _packed([chunk])} for chunk in chunks]
         for future in [self.started.submit(work, parameters=one) for one in given]:
             yield from _unpacked(future.result())
+
+    def _start(self) -> Any:
+        """Start the task runner.
+
+        Raises:
+            UnavailableError: If its cluster does not answer.
+        """
+        try:
+            return self.stack.enter_context(self.make())
+        except (OSError, TimeoutError, RuntimeError, ConnectionError) as error:
+            variable = ADDRESS[self.runner]
+            where = os.environ.get(variable) or "a cluster of this machine"
+            do = f"Start it, mend ${variable}, or set runtime.runner to threads"
+            raise UnavailableError(
+                f"the {self.runner} cluster does not answer: {error}", where, do, "runner"
+            ) from error
 
 
 class _Sealed:
