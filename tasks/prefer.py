@@ -6,7 +6,6 @@ Source: Rafailov et al. 2023, "Direct Preference Optimization", arXiv:2305.18290
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,9 +13,8 @@ from pydantic import Field
 
 from tasks.artifacts import Contests, Counts, Model, References
 from tasks.errors import InputError
-from tasks.signals import kept_signals
 from tasks.step import step
-from tasks.tuning import TuningParams, TuningRuntime, refuse_strangers, split_of, write_json
+from tasks.tuning import TuningParams, TuningRuntime, refuse_strangers, split_of, tune, write_json
 
 if TYPE_CHECKING:
     from tasks.gpt.preference import Side
@@ -52,35 +50,14 @@ def prefer(
         ParameterError: If the model speaks another language than the contests.
         InputError: If the references are of other contests.
     """
-    from tasks.gpt.device import device_of, threads
-    from tasks.gpt.interrupt import Interrupt
-    from tasks.gpt.loop import fit
-    from tasks.gpt.planning import memory_named, planned
     from tasks.gpt.preference import EachPair
-    from tasks.gpt.run import Machine
-    from tasks.gpt.weights import export, load_model, parameter_count, set_dropout
+    from tasks.gpt.weights import export, load_model, parameter_count
 
     refuse_strangers(model, contests)
     fitted, held = (_side(contests, references, name) for name in ("train", "val"))
     aim = EachPair(fitted, held, params.beta)
     tuned, encoding = load_model(model.path), contests.encoding()
-    set_dropout(tuned, params.dropout)
-    settings = params.settings(encoding.length, aim.train.supervised())
-    device, interrupt = device_of(run.device), Interrupt()
-    with threads(run.threads, tuned.config.n_embd):
-        size = planned(tuned, (aim.train, aim.val), settings, device, run.micro_batch, time.monotonic)
-    machine = Machine(
-        device,
-        time.monotonic,
-        micro_batch=size,
-        yielding=run.micro_batch == "auto",
-        compile=run.compile,
-        checkpoint_seconds=run.checkpoint_seconds,
-        keep=run.keep_checkpoints,
-        interrupt=interrupt,
-    )
-    with threads(run.threads, tuned.config.n_embd), kept_signals(interrupt.ask), memory_named(machine, encoding.length):
-        progress = fit(tuned, aim.train, aim.val, settings=settings, machine=machine, workplace=out, objective=aim)
+    progress = tune(tuned, (aim.train, aim.val), params, run, out, objective=aim)
     export(tuned, out, stop=encoding.stop, pad=encoding.pad)
     for name in KEPT:
         shutil.copyfile(model.path / name, out / name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,11 +12,10 @@ from pydantic import model_validator
 from tasks.artifacts import Counts, Encoding, Model, Tokens
 from tasks.errors import InputError, ParameterError
 from tasks.gpt.folder import CONFIG, WEIGHTS, digests
-from tasks.signals import kept_signals
 from tasks.sources import MODELS
 from tasks.start import FOLDER, SCRATCH, allowed_folder, fetch_published
 from tasks.step import Params, step
-from tasks.tuning import Count, TuningParams, TuningRuntime, split_of, write_json, write_tokenizer
+from tasks.tuning import Count, TuningParams, TuningRuntime, split_of, tune, write_json, write_tokenizer
 
 if TYPE_CHECKING:
     from tasks.gpt.batches import Split
@@ -70,38 +68,16 @@ class TrainRuntime(TuningRuntime):
 @step("train", version=2, makes=Model, resumable=True)
 def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> Counts:
     """Write the tuned model, its tokenizer and chat template, and how training went."""
-    from tasks.gpt.device import device_of, threads
-    from tasks.gpt.interrupt import Interrupt
-    from tasks.gpt.loop import fit
-    from tasks.gpt.planning import memory_named, planned
-    from tasks.gpt.run import Machine
-    from tasks.gpt.weights import build_start, export, parameter_count, set_dropout
+    from tasks.gpt.weights import build_start, export, parameter_count
 
     encoding = tokens.encoding()
     folder = fetch_start(params)
     spec = start_of(params, folder, encoding)
-    splits = [split_of(tokens, name) for name in ("train", "val")]
+    splits = split_of(tokens, "train"), split_of(tokens, "val")
     refuse_unfit(spec, *splits)
     refuse_foreign(params.start, tokens.path / "tokenizer.json")
     model = build_start(spec, folder)
-    set_dropout(model, params.dropout)
-    settings = params.settings(encoding.length, splits[0].supervised())
-    interrupt, device = Interrupt(), device_of(run.device)
-    with threads(run.threads, model.config.n_embd):
-        size = planned(model, splits, settings, device, run.micro_batch, time.monotonic)
-    machine = Machine(
-        device,
-        time.monotonic,
-        micro_batch=size,
-        yielding=run.micro_batch == "auto",
-        compile=run.compile,
-        checkpoint_seconds=run.checkpoint_seconds,
-        keep=run.keep_checkpoints,
-        interrupt=interrupt,
-        named=lambda rows: name_messages(tokens, rows),
-    )
-    with threads(run.threads, model.config.n_embd), kept_signals(interrupt.ask), memory_named(machine, encoding.length):
-        progress = fit(model, *splits, settings=settings, machine=machine, workplace=out)
+    progress = tune(model, splits, params, run, out, named=lambda rows: name_messages(tokens, rows))
     export(model, out, stop=encoding.stop, pad=encoding.pad)
     write_tokenizer(out, tokens.path, encoding, spec["positions"])
     write_json(out / "start.json", spec)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,11 +14,15 @@ from pydantic import Field
 
 from tasks.artifacts import Encoding, Model, Sequences
 from tasks.errors import ParameterError
+from tasks.signals import kept_signals
 from tasks.step import Params, Runtime
 
 if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
     from tasks.gpt.batches import Split
-    from tasks.gpt.run import Settings
+    from tasks.gpt.objective import Objective
+    from tasks.gpt.run import Progress, Settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -87,6 +93,53 @@ class TuningRuntime(Runtime):
     """Seconds between checkpoints, from which a killed run goes on; more where saving is slow. 0: after each step."""
     keep_checkpoints: Count = 2
     """Checkpoints kept. With one, a disk that spoils it costs the run so far. The best weights are in each."""
+
+
+def tune(
+    model: GPT2LMHeadModel,
+    splits: tuple[Split, Split],
+    params: TuningParams,
+    run: TuningRuntime,
+    workplace: Path,
+    *,
+    named: Callable[[Sequence[int]], str] | None = None,
+    objective: Objective | None = None,
+) -> Progress:
+    """Plan a run, then go through it; asked to stop, it saves first.
+
+    Args:
+        model: At its starting weights; dropout is set here.
+        splits: To train and to validate on.
+        params: What decides the outcome.
+        run: Where and how fast.
+        workplace: Gets the log and the checkpoints.
+        named: Says where training sequences, given by row, come from: for errors.
+        objective: What is made small. None: the loss of each supervised token.
+    """
+    from tasks.gpt.device import device_of, threads
+    from tasks.gpt.interrupt import Interrupt
+    from tasks.gpt.loop import fit
+    from tasks.gpt.planning import memory_named, planned
+    from tasks.gpt.run import Machine
+    from tasks.gpt.weights import set_dropout
+
+    set_dropout(model, params.dropout)
+    settings = params.settings(splits[0].block, splits[0].supervised())
+    interrupt, device = Interrupt(), device_of(run.device)
+    with threads(run.threads, model.config.n_embd), kept_signals(interrupt.ask):
+        machine = Machine(
+            device,
+            time.monotonic,
+            micro_batch=planned(model, splits, settings, device, run.micro_batch, time.monotonic),
+            yielding=run.micro_batch == "auto",
+            compile=run.compile,
+            checkpoint_seconds=run.checkpoint_seconds,
+            keep=run.keep_checkpoints,
+            interrupt=interrupt,
+            **({"named": named} if named else {}),
+        )
+        with memory_named(machine, splits[0].block):
+            return fit(model, *splits, settings=settings, machine=machine, workplace=workplace, objective=objective)
 
 
 def split_of(tokens: Sequences, name: str | None) -> Split:

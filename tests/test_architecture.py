@@ -73,7 +73,7 @@ def test_heavy_libraries_stay_in_their_rooms(path: Path) -> None:
     roots = {found.split(".")[0] for found in imports(path)}
     if not (me.startswith("flows.") or me == "tasks.step"):
         assert "prefect" not in roots
-    if not (me.startswith("tasks.gpt.") or me in {"tasks.train", "tasks.evaluate"}):
+    if not (me.startswith("tasks.gpt.") or me in {"tasks.train", "tasks.tuning", "tasks.evaluate"}):
         assert not roots & {"torch", "transformers"}
 
 
