@@ -15,6 +15,7 @@ from tasks.gpt.folder import CONFIG, WEIGHTS, digests
 from tasks.sources import MODELS
 from tasks.start import FOLDER, SCRATCH, allowed_folder, fetch_published
 from tasks.step import Params, step
+from tasks.together import together
 from tasks.tuning import Count, TuningParams, TuningRuntime, split_of, tune, write_json, write_tokenizer
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     splits = split_of(tokens, "train"), split_of(tokens, "val")
     refuse_unfit(spec, *splits)
     refuse_foreign(params.start, tokens.path / "tokenizer.json")
+    if (counts := together("train", out, {"tokens": tokens}, params, run)) is not None:
+        return counts
     model = build_start(spec, folder)
     progress = tune(model, splits, params, run, out, named=lambda rows: name_messages(tokens, rows))
     export(model, out, stop=encoding.stop, pad=encoding.pad)

@@ -93,7 +93,7 @@ class _Run:
         self.pending: dict[str, Any] | None = {}  # measured in a step whose evaluation and entry are still to come
         self.kept = -1  # step of the last checkpoint
         self.best: dict[str, Tensor] = {}
-        self.log = Logbook(workplace / "log.jsonl" if self.world.first else None)
+        self.log = Logbook(workplace / "log.jsonl", self.world.first)
         self.checkpoints = workplace / "checkpoints"
         self.started = self.saved = machine.clock()
         self.saving = 0.0

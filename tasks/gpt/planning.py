@@ -18,6 +18,7 @@ from tasks.gpt.device import free_memory, product_rate
 from tasks.gpt.loss import supervised_nats
 from tasks.gpt.run import Machine, Settings
 from tasks.gpt.weights import parameter_count
+from tasks.gpt.world import ALONE, World
 
 log = logging.getLogger("treeline.train")
 BRIEF = 1.0  # seconds of a micro-batch by the formula, below which one is tried
@@ -31,6 +32,7 @@ def planned(
     device: torch.device,
     asked: int | Literal["auto"] | None,
     clock: Callable[[], float],
+    world: World = ALONE,
 ) -> int:
     """Return the sequences to take at once; say what the run needs, and warn where that is not there.
 
@@ -41,6 +43,7 @@ def planned(
         device: Where it will run.
         clock: Seconds since whenever.
         asked: So many; None: as many as hold 8,192 tokens; auto: of these, as many as fit.
+        world: Who shares the work; what one of them has memory for, all take.
     """
     (train, val), config = splits, model.config
     half = settings.precision == "bfloat16"
@@ -68,10 +71,11 @@ def planned(
     formula = need.seconds(shape, size * train.block, 0, supervised, rate)
     if formula < BRIEF:  # then calls cost more than their work, which no formula knows
         took *= max(1.0, _timed(model, train, size, half, device, clock) / formula)
+    took /= world.size
     log.info("train.plan: %s", need.said(shape, size, free, took))
     if free is not None and need.memory(shape, size) > free:
         log.warning("train.plan: that is more than is free; set train.micro_batch to auto, or lower encode.block")
-    return size
+    return world.least(size)
 
 
 def _timed(

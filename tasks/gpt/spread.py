@@ -21,9 +21,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2LMHeadModel
 
+from tasks.gpt.device import free_memory
+from tasks.gpt.weights import parameter_count
 from tasks.gpt.world import World
 
 T = TypeVar("T")
+HELD = 16  # bytes that training holds for a number: weight, gradient and two means, each float32
 
 
 class Spread:
@@ -37,7 +40,7 @@ class Spread:
     def __init__(self, model: GPT2LMHeadModel, world: World, device: torch.device, sharded: bool = False) -> None:
         self.given, self.world, self.device = model, world, device
         self.sharded = sharded and not world.alone
-        self.model: GPT2LMHeadModel = (copy.deepcopy(model) if self.sharded else model).to(device)  # type: ignore[arg-type]
+        self.model: GPT2LMHeadModel = (copy.deepcopy(model) if self.sharded else model).to(device)
         self.module: Any = (
             None if world.alone else _sharded(self.model, world, device) if self.sharded else _whole(self.model)
         )
@@ -89,7 +92,7 @@ class Spread:
         weights, places = dict(self.model.named_parameters()), {}
         for name, shape in self.world.told({name: list(one.shape) for name, one in saved.items()}).items():
             weight = weights[name.partition("/")[2]]
-            # Counters of steps are no tensors of the weight's shape: they stay on the CPU, unless the optimizer is fused.
+            # A weight's count of updates has a shape of its own.
             places[name] = (
                 torch.zeros_like(weight) if shape == list(weight.shape) else torch.zeros(shape, device=self.device)
             )
@@ -102,6 +105,14 @@ class Spread:
         if self.world.first:
             for name, weight in self.given.named_parameters():
                 weight.copy_(weights[name])
+
+
+def parted(model: GPT2LMHeadModel, device: torch.device, asked: str, world: World) -> bool:
+    """Tell whether each rank is to hold a part of the model: if asked to, or, for auto, if it would fill half a GPU."""
+    if asked != "auto" or world.alone:
+        return asked == "full"
+    free = free_memory(device) if device.type == "cuda" else None
+    return world.any(free is not None and HELD * parameter_count(model) > free / 2)
 
 
 def number(tensor: Tensor) -> float:
@@ -140,7 +151,7 @@ def _whole(model: GPT2LMHeadModel) -> DistributedDataParallel:
     return copied
 
 
-def _summed(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _summed(bucket: Any) -> torch.futures.Future[Tensor]:
     """Add up a bucket of gradients; by itself, DDP would average."""
     added = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return added.then(lambda done: done.value()[0])  # type: ignore[no-any-return]

@@ -25,7 +25,7 @@ IDLE = timedelta(days=7)  # a rank that waits for an order does so while rank 0 
 
 
 class Done(BaseException):
-    """A rank has done its part, the first one goes on alone; not an `Exception`, so that nobody takes it for a failure."""
+    """A rank has done its part, and rank 0 goes on alone; not an `Exception`, so that nobody takes it for a failure."""
 
 
 class World:

@@ -65,13 +65,13 @@ def lonely_sharded(folder: Path, world: World) -> Told:
 
 def preferred(folder: Path, world: World) -> Told:
     """Two replies to each of some prompts, the first one better."""
-    sides = []
+    sides: list[Side] = []
     for rows in (21, 5):
         given = replace(test_loop.split(rows), mask=np.tile(np.arange(12) % 6 > 0, (rows, 1)))
         twice = np.arange(rows).repeat(2)
         replies = Replies(twice, np.full(2 * rows, 5), twice, np.tile([0, 1], rows))
         sides.append(Side(given, replies, np.full(2 * rows, -16, np.float32)))
-    aim = EachPair(*sides, 0.1)
+    aim = EachPair(sides[0], sides[1], 0.1)
     return trained(folder, world, train=aim.train, objective=aim)
 
 
