@@ -22,6 +22,7 @@ from tasks.step import Step, home, session
 from tasks.store import collect, parts
 from tasks.store.check import Fault, examine
 from tasks.store.folders import SHORT, Store
+from tasks.together import in_torchrun
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ def _wanted(asked: argparse.Namespace) -> _Wanted:
 
 def run(asked: argparse.Namespace) -> int:
     """Run a recipe; its last line on standard output is the id of what it ends with."""
+    with in_torchrun() as leads:  # as all but rank 0 of torchrun's processes, nothing is left to do afterwards
+        return _run(asked) if leads else 0
+
+
+def _run(asked: argparse.Namespace) -> int:
     from flows.terminal import asked_of_texts, console, summary_table
 
     wanted, started = _wanted(asked), time.monotonic()
@@ -77,6 +83,11 @@ def run(asked: argparse.Namespace) -> int:
 
 def sweep(asked: argparse.Namespace) -> int:
     """Run the arms of a sweep, and print the table that compares them."""
+    with in_torchrun() as leads:
+        return _sweep(asked) if leads else 0
+
+
+def _sweep(asked: argparse.Namespace) -> int:
     from flows import sweep as sweeps
     from flows.terminal import console, table
 

@@ -65,14 +65,12 @@ def together(step: str, out: Path, inputs: Mapping[str, Artifact], params: Param
 
 def processes(run: TuningRuntime) -> int:
     """Return how many processes a runtime asks for."""
-    import torch
+    from tasks.gpt.device import count_of, device_of
 
-    from tasks.gpt.device import device_of
-
-    on_gpu = device_of(run.device).type == "cuda"
-    there = torch.cuda.device_count() if on_gpu else 1
+    device = device_of(run.device)
+    there = count_of(device)
     size = there if run.processes == "auto" else run.processes
-    if on_gpu and size > there:
+    if device.type != "cpu" and size > there:
         raise ParameterError(
             f"expected at most {there} processes, one a GPU, found {size}",
             "processes",

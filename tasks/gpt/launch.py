@@ -274,7 +274,7 @@ def _started(
 
 def error_said(error: Exception) -> dict[str, Any]:
     """Return an error as JSON values."""
-    said: dict[str, Any] = {"at": time.time(), "what": f"{type(error).__name__}: {error}"}
+    said: dict[str, Any] = {"at": time.time(), "what": f"{type(error).__name__}: {error}".splitlines()[0][:500]}
     if isinstance(error, TreelineError):
         said |= {"kind": type(error).__name__, "parts": [error.what, error.where, error.do, error.code]}
     elif isinstance(error, OSError) and error.errno:

@@ -72,7 +72,8 @@ def planned(
     if formula < BRIEF:  # then calls cost more than their work, which no formula knows
         took *= max(1.0, _timed(model, train, size, half, device, clock) / formula)
     took /= world.size
-    log.info("train.plan: %s", need.said(shape, size, free, took))
+    if world.first:
+        log.info("train.plan: %s", need.said(shape, size, free, took))
     if free is not None and need.memory(shape, size) > free:
         log.warning("train.plan: that is more than is free; set train.micro_batch to auto, or lower encode.block")
     return world.least(size)

@@ -50,6 +50,8 @@ class Spread:
         if self.module is None or not (self.sharded or torch.is_grad_enabled()):
             return work()
         done: T = self.module(work)
+        if self.sharded and not torch.is_grad_enabled():
+            self.module.reshard()  # else done by the backward pass
         return done
 
     def adding(self, last: bool) -> AbstractContextManager[None]:
