@@ -66,8 +66,8 @@ class Worth:
     @cached_property
     def _sums(self) -> NDArray[np.float64]:
         """(S,) what the supervised tokens of each sequence weigh together; the last ones may be left out."""
-        sums: NDArray[np.float64] = np.bincount(self.sequence, weights=self.trained * self.weight.astype(np.float64))
-        return sums
+        sums = np.bincount(self.sequence, self.trained * self.weight.astype(np.float64))
+        return np.asarray(sums, np.float64)
 
     def total(self, rows: Ints) -> float:
         """Return what the supervised tokens of some sequences weigh together."""
