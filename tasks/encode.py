@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from tasks.text.layout import Conversation, Forest
 
 PAD = "<|endoftext|>"
-NAMES = ("message_id", "message_tree_id", "role", "split")  # what the index says of a row
+NAMES = ("message_id", "message_tree_id", "role", "split")  # what the index says of a row, besides its rank
 FEW = ("role", "split")  # columns that hold few values
 GROUP = 1 << 17  # rows of a row group of the index: 10 MB
 # What the gate asks of each text alone.
@@ -89,7 +89,7 @@ class EncodeRuntime(TextsRuntime):
     """How fast texts become ids, never which."""
 
 
-@step("encode", version=2, makes=Tokens)
+@step("encode", version=3, makes=Tokens)
 def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRuntime) -> Counts:
     """Write the memmaps, their index, the tokenizer and the encoding; nothing is published that the gate refuses.
 
@@ -280,7 +280,7 @@ def _write(out: Path, dialogues: Dialogues, talks: _Talks, params: EncodeParams,
     write_arrays(out, placed, talks.texts, talks.tags, params.length, pad)
     talks.texts.ids.clear()  # of ten times OASST2, half a GB, which Arrow would keep for itself
     pa.default_memory_pool().release_unused()
-    _write_index(out / "index.parquet", _read(dialogues, *NAMES), placed)
+    _write_index(out / "index.parquet", _read(dialogues, *NAMES, "rank"), placed)
     written, first = {}, 0
     for split, sequences in packed.items():
         here = placed.of(first, first + len(sequences))
@@ -332,6 +332,7 @@ def _write_index(path: Path, rows: pl.DataFrame, placed: Turns) -> None:
             columns["parent"] = pa.array(placed.parent[here], pa.int64(), mask=placed.opens[here])
             for name in NAMES:
                 columns[name] = named[name].cast(pl.String).to_arrow().cast(pa.string())
+            columns["rank"] = named["rank"].to_arrow()
             writer.write_table(pa.table([columns[name] for name in INDEX_COLUMNS], schema=schema))
 
 

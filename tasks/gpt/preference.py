@@ -24,7 +24,7 @@ from transformers import GPT2LMHeadModel
 from tasks.gpt.batches import Array, Batch, Split
 from tasks.gpt.loss import CHUNK, predictors
 from tasks.gpt.trunk import Trunk, hidden_states
-from tasks.gpt.world import World
+from tasks.gpt.world import ALONE, World
 from tasks.progress import track
 
 Ints = NDArray[np.int64]
@@ -191,13 +191,17 @@ class EachPair:
         replies = self.fitted.replies
         return len(replies.pairs(replies.of(rows))[0])
 
+    def weight(self, rows: Array) -> float:
+        """Count them again: each weighs 1."""
+        return self.units(rows)
+
     def loss(self, model: GPT2LMHeadModel, rows: Array, share: float, device: torch.device, trunk: Trunk) -> Tensor:
         """Return the summed loss of the pairs of some training sequences, times `share`."""
         return self.fitted.judge(model, rows, self.beta, device, trunk).loss.sum() * share
 
     @torch.no_grad()
     def measure(
-        self, model: GPT2LMHeadModel, at_once: int, device: torch.device, trunk: Trunk, world: World
+        self, model: GPT2LMHeadModel, at_once: int, device: torch.device, trunk: Trunk, world: World = ALONE
     ) -> dict[str, float] | None:
         """Return means over the validation pairs: loss, share told right, margin, log-probability of the better."""
         names = ("val_nll", "accuracy", "margin", "chosen", "count")

@@ -21,6 +21,7 @@ ORDERS = [
     "2:plain:two",
     "3:plain:three",
     "2:sharded:parts",
+    "2:recomputed:again",
     "1:lonely:one-lonely",
     "2:lonely:two-lonely",
     "2:lonely_sharded:parts-lonely",
@@ -68,6 +69,7 @@ def weights(ranks: list[dict[str, Any]]) -> Any:
 
 SAME = [
     ("2:plain:two", "1:plain:one"), ("3:plain:three", "1:plain:one"), ("2:sharded:parts", "1:plain:one"),
+    ("2:recomputed:again", "1:plain:one"),
     ("2:lonely:two-lonely", "1:lonely:one-lonely"), ("2:lonely_sharded:parts-lonely", "1:lonely:one-lonely"),
     ("2:preferred:two-preferred", "1:preferred:one-preferred"),
     ("1:plain:shrunk", "1:plain:one"), ("2:plain:grown", "1:plain:one"),

@@ -54,6 +54,11 @@ def sharded(folder: Path, world: World) -> Told:
     return trained(folder, world, machine=replace(MACHINE, sharded=True))
 
 
+def recomputed(folder: Path, world: World) -> Told:
+    """Parts of the model, and blocks that are computed again on the way back."""
+    return trained(folder, world, machine=replace(MACHINE, sharded=True, recompute=True))
+
+
 def lonely(folder: Path, world: World) -> Told:
     """One sequence in the last step: the other ranks have none."""
     return trained(folder, world, rows=17)
@@ -102,12 +107,12 @@ class Asking(EachToken):
         super().__init__(test_loop.split(21), test_loop.split(5, seed=1))
         object.__setattr__(self, "asks", (machine.interrupt, world, []))
 
-    def units(self, rows: Array) -> int:
+    def weight(self, rows: Array) -> float:
         interrupt, world, steps = self.asks  # type: ignore[attr-defined]
         steps.append(rows)
         if len(steps) == 4 and world.rank == world.size - 1:
             interrupt.ask()
-        return super().units(rows)
+        return super().weight(rows)
 
 
 class Poisoned(EachToken):
