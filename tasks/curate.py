@@ -22,8 +22,10 @@ from tasks.artifacts import (
     DETOXIFY,
     DIALOGUE_COLUMNS,
     DROPPED_COLUMNS,
+    FAST,
     LABELS,
     MESSAGE_COLUMNS,
+    MESSAGE_DISTINCT,
     Counts,
     Dialogues,
     Messages,
@@ -54,6 +56,7 @@ ROWS = 16_384  # of a row group: some 10 MB of text, so memory stays flat and re
 # What it asks of each text alone, and of two.
 LANGUAGE = Remembered("language", 1, "tasks.dialogue.language", ("pycld2", "polars"))
 PERSONAL = Remembered("personal", 2, "tasks.dialogue.pii", ("polars", UNICODE))
+ASKED = Remembered("asked", 1, "tasks.dialogue.contamination", ("polars",))
 NEAR_FINGERPRINT = Remembered("near-fingerprint", 1, "tasks.dialogue.fingerprint", ("polars", UNICODE))
 NEAR_PAIRS = Remembered("near-pairs", 1, "tasks.dialogue.near", ("polars", UNICODE))
 SCORES = {"labels": [f"label_{name}" for name in LABELS], "detoxify": [f"detoxify_{name}" for name in DETOXIFY]}
@@ -114,7 +117,7 @@ class CurateRuntime(TextsRuntime):
     """How fast texts are read, never what is found in them."""
 
 
-@step("curate", version=4, makes=Dialogues)
+@step("curate", version=5, makes=Dialogues)
 def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRuntime) -> Counts:
     """Write `dialogues.parquet` and `dropped.parquet`, both in the order of the messages, and `curation.json`.
 
@@ -219,21 +222,26 @@ def _read(table: pl.DataFrame, texts: Texts, parents: list[int], verdicts: Verdi
 
 
 def _reader(params: CurateParams) -> Reader:
-    from tasks.dialogue import language, pii
-    from tasks.dialogue.contamination import Asked, Facts, Index, Told
+    from tasks.dialogue import contamination, language, pii
+    from tasks.dialogue.contamination import Asked, Facts, Told
     from tasks.dialogue.reading import Reader
     from tasks.oasst.facts import facts_of
 
     chars = params.text_language_chars
-    told = [
+    told = tuple(
         Told(f"{fact.family} of {fact.subject}", fact.subject, (fact.answer, *fact.aliases))
         for fact in facts_of(params.facts or ())
-    ]
+    )
+    prompts = tuple(Asked(where, text) for where, text in params.prompts())
+    if "contaminated" not in params.rules:
+        prompts = ()
+    sought = prompts, params.overlap_words, told
+    asked = ASKED.of(partial(contamination.scan, *sought), {"sought": sha256(repr(sought).encode()).hexdigest()})
     return Reader(
         params,
         partial(_rows_of, LANGUAGE.of(partial(language.detect, chars=chars), {"chars": chars})),
         partial(_rows_of, PERSONAL.of(pii.scan, {})),
-        Index([Asked(where, text) for where, text in params.prompts()], params.overlap_words),
+        partial(_rows_of, asked) if prompts or told else None,
         Facts(told),
     )
 
@@ -313,8 +321,8 @@ def _write(out: Path, messages: pl.LazyFrame, splits: pl.Series, verdicts: Verdi
         .scatter([*stay], pl.Series([what for _, what in stay.values()], dtype=pl.String))
     )
     with (
-        parquet_writer(out / "dialogues.parquet", DIALOGUE_COLUMNS) as kept,
-        parquet_writer(out / "dropped.parquet", DROPPED_COLUMNS) as dropped,
+        parquet_writer(out / "dialogues.parquet", DIALOGUE_COLUMNS, FAST, MESSAGE_DISTINCT) as kept,
+        parquet_writer(out / "dropped.parquet", DROPPED_COLUMNS, FAST, MESSAGE_DISTINCT) as dropped,
         progress.bar("curate: write", len(verdict), "messages") as bar,
     ):
         for start in range(0, len(verdict), ROWS):

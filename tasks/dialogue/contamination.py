@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 from numpy.typing import NDArray
 
 U64 = NDArray[np.uint64]
+SCHEMA = pa.schema([("overlap", pa.string()), ("names", pa.list_(pa.string()))])
 
 _APOSTROPHE = "['’ʼ`]"
 _SPACELESS = (
@@ -52,6 +55,34 @@ class Told:
     name: str
     subject: str
     answers: tuple[str, ...]
+
+
+def scan(prompts: tuple[Asked, ...], ngram: int, facts: tuple[Told, ...], texts: pa.StringArray) -> pa.RecordBatch:
+    """Find what an evaluation asks, and what its facts are about.
+
+    Args:
+        prompts: What is asked.
+        ngram: Words in a row that a text may not share with a prompt that has as many.
+        facts: What wants to be known.
+        texts: (N,) any texts.
+
+    Returns:
+        (N,) `overlap`: which prompt a text holds, and how, null where it holds none; and `names`: the subjects and
+        answers of facts that it names.
+    """
+    index, known = _sought(prompts, ngram, facts)
+    said = words(pl.Series(texts, dtype=pl.String))
+    overlap = index.found(said) if index else [None] * len(said)
+    named = known.named(said, range(len(said)))
+    ends = np.cumsum(np.bincount(named["row"].to_numpy(), minlength=len(said)))
+    offsets = pa.array(np.concatenate(([0], ends)).astype(np.int32))
+    names = pa.ListArray.from_arrays(offsets, named["name"].to_arrow().cast(pa.string()))
+    return pa.RecordBatch.from_arrays([pa.array(overlap, pa.string()), names], schema=SCHEMA)
+
+
+@lru_cache(maxsize=2)
+def _sought(prompts: tuple[Asked, ...], ngram: int, facts: tuple[Told, ...]) -> tuple[Index, Facts]:
+    return Index(prompts, ngram), Facts(facts)
 
 
 def words(texts: pl.Series) -> pl.Series:
