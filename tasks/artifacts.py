@@ -92,6 +92,7 @@ INDEX_COLUMNS: Mapping[str, str] = {
     "role": "string!",
     "split": "string!",
     "trained": "int32!",  # supervised tokens in the range
+    "rank": "int32",  # 0 = best among siblings; null: unranked
 }
 
 REPLY_COLUMNS: Mapping[str, str] = {

@@ -28,6 +28,7 @@ def supervised_nats(
     positions: Tensor,
     ends: Tensor,
     *,
+    weights: Tensor | None = None,
     share: float = 1.0,
     chunk: int = CHUNK,
     trunk: Trunk = hidden_states,
@@ -40,8 +41,9 @@ def supervised_nats(
         mask: (B, T) bool, True where the token is a target; it is predicted from the token before it.
         positions: (B, T) int64, place in the conversation.
         ends: (B, T) int64, token q sees token k when `k <= q < ends[k]`.
-        share: What the sum is multiplied by: one over the N of the whole optimizer step. Given here, it spares a pass
-            over the table's gradient.
+        weights: (B, T) float32, what each target counts. None: 1.
+        share: What the sum is multiplied by: one over what all targets of the optimizer step weigh. Given here, it
+            spares a pass over the table's gradient.
         chunk: Rows that reach the head at once; changes memory and speed, not the result beyond rounding.
         trunk: `hidden_states`, or what was compiled of it.
 
@@ -49,7 +51,8 @@ def supervised_nats(
         () float32, nats summed over the N targets, times `share`.
     """
     hidden, targets = predictors(model, ids, mask, positions, ends, trunk)
-    nats: Tensor = _ChunkedNats.apply(hidden, model.lm_head.weight, targets, share, chunk)  # type: ignore[no-untyped-call]
+    worth = None if weights is None else weights[:, 1:][mask[:, 1:]]  # (N,)
+    nats: Tensor = _ChunkedNats.apply(hidden, model.lm_head.weight, targets, worth, share, chunk)  # type: ignore[no-untyped-call]
     return nats
 
 
@@ -116,7 +119,9 @@ class _ChunkedNats(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, share: float, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, worth: Tensor | None, share: float, chunk: int
+    ) -> Tensor:
         """Sum the loss over (N, D) hidden states and (N,) targets, keeping the gradients of both inputs."""
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -130,6 +135,9 @@ class _ChunkedNats(torch.autograd.Function):
                 rows = hidden[first : first + chunk].to(dtype)  # (C, D)
                 logits = torch.mm(rows, table.T, out=room[: len(rows)]).float()  # (C, V)
                 nats, slopes = _slopes(logits, targets[first : first + chunk])  # (C,), (C, V)
+                if worth is not None:
+                    counts = worth[first : first + chunk]  # (C,)
+                    nats, slopes = nats * counts, slopes.mul_(counts[:, None])
                 total += nats.sum()
                 slopes = slopes.to(dtype)
                 to_hidden[first : first + chunk] = (slopes @ table).mul_(share)
@@ -142,10 +150,10 @@ class _ChunkedNats(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         """Hand over the gradients that were found on the way forward, scaled; they are there once."""
         to_hidden, to_weight = ctx.found
         del ctx.found
         if scale.device.type != "cpu" or scale.item() != 1.0:  # a GPU is faster than the question
             to_hidden, to_weight = to_hidden.mul_(scale), to_weight.mul_(scale)
-        return to_hidden, to_weight, None, None, None
+        return to_hidden, to_weight, None, None, None, None

@@ -190,6 +190,10 @@ class EachPair:
         replies = self.fitted.replies
         return len(replies.pairs(replies.of(rows))[0])
 
+    def weight(self, rows: Array) -> float:
+        """Count them again: each weighs 1."""
+        return self.units(rows)
+
     def loss(self, model: GPT2LMHeadModel, rows: Array, share: float, device: torch.device, trunk: Trunk) -> Tensor:
         """Return the summed loss of the pairs of some training sequences, times `share`."""
         return self.fitted.judge(model, rows, self.beta, device, trunk).loss.sum() * share
