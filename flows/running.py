@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -115,6 +116,8 @@ def _prefect(verbose: bool) -> None:
 
     for name in ("PREFECT_LOGGING_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL"):
         os.environ.setdefault(name, "INFO" if verbose else "CRITICAL")
+    if verbose:  # Prefect's own handler then prints what we log, too
+        logging.getLogger("treeline").handlers.clear()
     configure(os.environ)
     print("starting Prefect (the first time, its database takes half a minute) ...", file=sys.stderr)
 

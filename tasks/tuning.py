@@ -86,6 +86,8 @@ class TuningRuntime(Runtime):
     """Where to train; auto takes a GPU where there is one."""
     micro_batch: Count | Literal["auto"] | None = None
     """Sequences that go through the model at once; lower it where memory runs out. None: as many as hold 8,192 tokens; auto: of these, as many as fit into the memory that is free."""  # noqa: E501
+    recompute: bool | Literal["auto"] = "auto"
+    """Keep only what enters each block and compute the block again on the way back: far less memory for a quarter to a third more time, the same gradients. auto: where memory would run out."""  # noqa: E501
     compile: bool = False
     """Compile the model; pays on a GPU, in runs longer than a few minutes."""
     attention: Literal["auto", "sdpa", "flex"] = "auto"
@@ -120,7 +122,7 @@ def tune(
         objective: What is made small. None: the loss of each supervised token.
     """
     from tasks.gpt.attention import by_blocks, set_blocks
-    from tasks.gpt.device import device_of, fast_products, keep_compiled, threads
+    from tasks.gpt.device import device_of, fast_products, keep_compiled, spare_memory, threads
     from tasks.gpt.interrupt import Interrupt
     from tasks.gpt.loop import fit
     from tasks.gpt.planning import memory_named, planned
@@ -134,10 +136,16 @@ def tune(
     if run.compile:
         keep_compiled(home() / COMPILED)
     with threads(run.threads, model.config.n_embd), fast_products(device), kept_signals(interrupt.ask):
+        micro_batch, recompute = planned(
+            model, splits, settings, device, run.micro_batch, time.monotonic, run.recompute
+        )
+        if recompute and device.type == "cpu":
+            spare_memory()
         machine = Machine(
             device,
             time.monotonic,
-            micro_batch=planned(model, splits, settings, device, run.micro_batch, time.monotonic),
+            micro_batch=micro_batch,
+            recompute=recompute,
             yielding=run.micro_batch == "auto",
             compile=run.compile,
             checkpoint_seconds=run.checkpoint_seconds,

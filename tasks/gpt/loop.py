@@ -33,7 +33,7 @@ from tasks.gpt.objective import EachToken, Objective
 from tasks.gpt.optim import adamw, moments, set_moments, set_rate
 from tasks.gpt.run import Machine, Progress, Settings
 from tasks.gpt.schedule import learning_rate
-from tasks.gpt.trunk import Trunk, hidden_states
+from tasks.gpt.trunk import Trunk, hidden_states, recomputing
 from tasks.progress import bar
 
 SAVING_SHARE = 0.1  # of the time at most: a large model on a slow disk is saved less often than asked for
@@ -93,9 +93,9 @@ class _Run:
         self.checkpoints = workplace / "checkpoints"
         self.started = self.saved = machine.clock()
         self.saving = 0.0
-        self.trunk: Trunk = hidden_states
+        self.trunk: Trunk = recomputing if machine.recompute else hidden_states
         if machine.compile:
-            self.trunk = torch.compile(hidden_states)
+            self.trunk = torch.compile(self.trunk)
 
     def to_the_end(self) -> Progress:
         """Go through all steps, or until patience ends."""

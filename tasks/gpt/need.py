@@ -8,7 +8,7 @@ counted, but nobody has compared it yet.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 AT_ONCE = 8_192  # tokens of a micro-batch at most, where it is chosen for the user: more gain nothing
 CHUNK = 512  # rows that reach the head at once, as in `loss`
@@ -31,6 +31,7 @@ class Shape:
         dropout: Whether any: attention then keeps its T x T weights.
         half: Whether products are in 16 bits.
         keeps_best: Whether a copy of the best weights is held.
+        recompute: Whether blocks keep only what enters them, and are computed again on the way back.
     """
 
     layers: int
@@ -42,6 +43,7 @@ class Shape:
     dropout: bool
     half: bool
     keeps_best: bool
+    recompute: bool = False
 
 
 def memory(shape: Shape, micro_batch: int) -> int:
@@ -64,7 +66,8 @@ def _sequence(shape: Shape) -> int:
     back = 10 * 4 * shape.width + shape.dropout * 4 * number * shape.heads * shape.block  # through one block
     ends = 6 * 4 * shape.width  # embeddings, the last norm, the states that reach the head, and their gradients
     mask = 4 * shape.block
-    return shape.block * (shape.layers * kept + back + ends + mask)
+    held = shape.layers * 4 * shape.width + kept if shape.recompute else shape.layers * kept
+    return shape.block * (held + back + ends + mask)
 
 
 def _head(shape: Shape, micro_batch: int) -> int:
@@ -94,7 +97,7 @@ def flops(shape: Shape, supervised: float) -> float:
     """
     blocks = 12 * shape.layers * shape.width**2
     attention = 2 * shape.layers * shape.width * shape.block
-    return 6 * (blocks + attention + supervised * shape.vocab * shape.width)
+    return (6 + 2 * shape.recompute) * (blocks + attention) + 6 * supervised * shape.vocab * shape.width
 
 
 def seconds(shape: Shape, tokens: float, evaluated: float, supervised: float, rate: float) -> float:
@@ -107,11 +110,13 @@ def seconds(shape: Shape, tokens: float, evaluated: float, supervised: float, ra
         supervised: Share of them that reach the head.
         rate: Operations a second that a plain product of matrices reaches.
     """
-    return flops(shape, supervised) * (tokens + evaluated / 3) / (EFFICIENCY * rate)
+    forth = flops(replace(shape, recompute=False), supervised) / 3
+    return (flops(shape, supervised) * tokens + forth * evaluated) / (EFFICIENCY * rate)
 
 
 def said(shape: Shape, micro_batch: int, free: int | None, took: float) -> str:
     """Return the plan in words."""
     room = "" if free is None else f" of {free / 1e9:.1f} GB free"
     minutes = f"{took / 60:.0f} minutes" if took >= 90 else f"{math.ceil(took)} s"
-    return f"about {memory(shape, micro_batch) / 1e9:.2f} GB{room}, {minutes}; micro_batch {micro_batch}"
+    blocks = ", blocks computed again on the way back" if shape.recompute else ""
+    return f"about {memory(shape, micro_batch) / 1e9:.2f} GB{room}, {minutes}; micro_batch {micro_batch}{blocks}"

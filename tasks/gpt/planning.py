@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -17,9 +18,11 @@ from tasks.gpt.batches import Plan, Split
 from tasks.gpt.device import free_memory, product_rate
 from tasks.gpt.loss import supervised_nats
 from tasks.gpt.run import Machine, Settings
+from tasks.gpt.trunk import Trunk, hidden_states, recomputing
 from tasks.gpt.weights import parameter_count
 
 log = logging.getLogger("treeline.train")
+LESS = "lower encode.pack or block, or take a smaller model"
 BRIEF = 1.0  # seconds of a micro-batch by the formula, below which one is tried
 _SHORT = re.compile("out of memory|can't allocate|not enough memory", re.IGNORECASE)
 
@@ -31,8 +34,11 @@ def planned(
     device: torch.device,
     asked: int | Literal["auto"] | None,
     clock: Callable[[], float],
-) -> int:
-    """Return the sequences to take at once; say what the run needs, and warn where that is not there.
+    recompute: bool | Literal["auto"] = False,
+) -> tuple[int, bool]:
+    """Return the sequences to take at once, and whether to compute blocks again on the way back.
+
+    What the run needs is said, with a warning where that is not there.
 
     Args:
         model: With its dropout set.
@@ -41,6 +47,7 @@ def planned(
         device: Where it will run.
         clock: Seconds since whenever.
         asked: So many; None: as many as hold 8,192 tokens; auto: of these, as many as fit.
+        recompute: auto: only where what is asked, or for auto a single sequence, does not fit without.
     """
     (train, val), config = splits, model.config
     half = settings.precision == "bfloat16"
@@ -56,26 +63,51 @@ def planned(
         keeps_best=bool(len(val)),
     )
     free = free_memory(device)
-    auto = need.largest_micro_batch(shape, free or 1 << 62, settings.sequences)
-    most = max(1, min(settings.sequences, need.AT_ONCE // train.block))
-    size = auto if asked == "auto" else min(asked or most, settings.sequences)
+    size, shape = _fitted(shape, free or 1 << 62, settings.sequences, asked, recompute)
     plan = Plan(len(train), settings.sequences, settings.epochs, settings.seed)
     evaluated = len(plan.evaluations(settings.evals_per_epoch)) * len(val) * train.block
     supervised = train.supervised() / max(1, len(train) * train.block)
     tokens = settings.epochs * len(train) * train.block
     rate = product_rate(device, half, clock)
+    trunk = recomputing if shape.recompute else hidden_states
     took = need.seconds(shape, tokens, evaluated, supervised, rate)
     formula = need.seconds(shape, size * train.block, 0, supervised, rate)
     if formula < BRIEF:  # then calls cost more than their work, which no formula knows
-        took *= max(1.0, _timed(model, train, size, half, device, clock) / formula)
+        took *= max(1.0, _timed(model, train, size, half, device, clock, trunk) / formula)
     log.info("train.plan: %s", need.said(shape, size, free, took))
     if free is not None and need.memory(shape, size) > free:
         log.warning("train.plan: that is more than is free; set train.micro_batch to auto, or lower encode.block")
-    return size
+    return size, shape.recompute
+
+
+def _fitted(
+    shape: need.Shape,
+    free: int,
+    sequences: int,
+    asked: int | Literal["auto"] | None,
+    recompute: bool | Literal["auto"],
+) -> tuple[int, need.Shape]:
+    """Return the sequences to take at once, and the shape with what was decided on recomputing."""
+    most = max(1, min(sequences, need.AT_ONCE // shape.block))
+
+    def size_of(shape: need.Shape) -> int:
+        return need.largest_micro_batch(shape, free, sequences) if asked == "auto" else min(asked or most, sequences)
+
+    size = size_of(shape)
+    if recompute is False or (recompute == "auto" and need.memory(shape, size) <= free):
+        return size, shape
+    saving = replace(shape, recompute=True)
+    return size_of(saving), saving
 
 
 def _timed(
-    model: GPT2LMHeadModel, train: Split, size: int, half: bool, device: torch.device, clock: Callable[[], float]
+    model: GPT2LMHeadModel,
+    train: Split,
+    size: int,
+    half: bool,
+    device: torch.device,
+    clock: Callable[[], float],
+    trunk: Trunk,
 ) -> float:
     """Return the seconds of one micro-batch forth and back, the second of two; the model is as it was."""
     model.to(device).train()
@@ -84,7 +116,7 @@ def _timed(
         for _ in range(2):
             began = clock()
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-                loss = supervised_nats(model, *batch, share=1 / max(1, int(batch.mask.sum())))
+                loss = supervised_nats(model, *batch, share=1 / max(1, int(batch.mask.sum())), trunk=trunk)
             loss.backward()  # type: ignore[no-untyped-call]
             loss.item()  # waits for the device
             took = clock() - began
@@ -101,5 +133,6 @@ def memory_named(machine: Machine, block: int) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not _SHORT.search(str(error)):
             raise
         told = f"{machine.micro_batch} sequences of {block:,} tokens at once"
-        do = "Set train.micro_batch to auto, or to less; at 1, lower encode.pack or block, or take a smaller model"
+        first = "Set train.micro_batch to auto, or to less; at 1, "
+        do = first + ("" if machine.recompute else "set train.recompute to true, ") + LESS
         raise TrainingError(f"out of memory with {told}", str(machine.device), do, "train.memory") from error

@@ -60,6 +60,7 @@ class Machine:
         micro_batch: Sequences at once. None: as many as hold 8,192 tokens.
         yielding: A resumed run keeps the micro-batch that it began with: another one rounds otherwise.
         compile: Compile the transformer's blocks.
+        recompute: Keep only what enters each block, and compute the block again on the way back.
         checkpoint_seconds: Between two checkpoints, more where saving is slow; 0: after each step.
         keep: Checkpoints kept, at least 1; the best weights are in each of them.
         interrupt: Asked to stop, the run saves a checkpoint and raises `Interrupted`.
@@ -71,6 +72,7 @@ class Machine:
     micro_batch: int | None = None
     yielding: bool = False
     compile: bool = False
+    recompute: bool = False
     checkpoint_seconds: float = 120.0
     keep: int = 2
     interrupt: Interrupt = field(default_factory=Interrupt)

@@ -10,11 +10,13 @@ Legend: B sequences, T tokens in a sequence, D width, H heads, K = D / H.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2LMHeadModel
 
 # layer, queries, keys, values, each (B, H, T, K) -> (B, H, T, K)
@@ -22,7 +24,9 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Trunk = Callable[[GPT2LMHeadModel, Tensor, Tensor, Attend], Tensor]  # `hidden_states`, or what was compiled of it
 
 
-def hidden_states(model: GPT2LMHeadModel, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+def hidden_states(
+    model: GPT2LMHeadModel, ids: Tensor, positions: Tensor, attend: Attend, *, recompute: bool = False
+) -> Tensor:
     """Return the states that the head reads.
 
     Args:
@@ -30,6 +34,7 @@ def hidden_states(model: GPT2LMHeadModel, ids: Tensor, positions: Tensor, attend
         ids: (B, T) int64, token ids.
         positions: (B, T) int64, place in the conversation.
         attend: Mixes the values of a layer's tokens.
+        recompute: Keep only what enters each block, and compute the block again on the way back.
 
     Returns:
         (B, T, D).
@@ -40,13 +45,30 @@ def hidden_states(model: GPT2LMHeadModel, ids: Tensor, positions: Tensor, attend
     sparse = eager and ids.device.type == "cpu" and model.config.tie_word_embeddings
     states = embedding(ids, gpt.wte.weight, sparse=sparse) + gpt.wpe(positions)  # (B, T, D)
     states = gpt.drop(states)
+    through = _again if recompute and torch.is_grad_enabled() else _through
     for layer, block in enumerate(gpt.h):
-        states = states + _mixed(block, layer, states, attend)
-        states = states + block.mlp(block.ln_2(states))
+        states = through(block, layer, states, attend)
         if eager and states.requires_grad:
-            states.register_hook(_breathe)
+            states.register_hook(_breathe)  # type: ignore[no-untyped-call]
     final: Tensor = gpt.ln_f(states)
     return final
+
+
+recomputing: Trunk = partial(hidden_states, recompute=True)
+
+
+def _through(block: Any, layer: int, states: Tensor, attend: Attend) -> Tensor:
+    """Return what leaves a block: (B, T, D)."""
+    states = states + _mixed(block, layer, states, attend)
+    left: Tensor = states + block.mlp(block.ln_2(states))
+    return left
+
+
+def _again(block: Any, layer: int, states: Tensor, attend: Attend) -> Tensor:
+    """Return what leaves a block, and forget what its way back needs: (B, T, D)."""
+    drawn = block.attn.resid_dropout.p > 0  # to draw the same again, the generators are read: a GPU is waited for
+    left: Tensor = checkpoint(_through, block, layer, states, attend, use_reentrant=False, preserve_rng_state=drawn)
+    return left
 
 
 def _mixed(block: Any, layer: int, states: Tensor, attend: Attend) -> Tensor:

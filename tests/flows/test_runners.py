@@ -57,6 +57,26 @@ def digests(folder: Path) -> dict[str, str]:
     return {manifest.kind: manifest.digest for _, manifest in Store(folder).manifests()}
 
 
+def run_on(runner: str, folder: Path, given: list[str], **named: str) -> None:
+    """Run the data half of the tiny recipe, into a store of its own in the folder."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TREELINE_"))}
+    named |= {"TREELINE_ARTIFACTS": str(folder / runner), "HOME": str(folder), "TREELINE_SOURCE_ROOTS": str(folder)}
+    settings = [word for one in (f"runtime.runner={runner}", *given) for word in ("--set", one)]
+    asked = [sys.executable, "-m", "flows", "run", TINY, "--until", "encode", *settings]
+    done = subprocess.run(asked, cwd=ROOT, env={**kept, **named}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_ray_makes_the_bytes_that_threads_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("prefect_ray", reason="Ray comes with the extra `ray` only")
+    monkeypatch.setenv("TREELINE_ARTIFACTS", str(tmp_path / "threads"))
+    chain.run(recipe.load(TINY), chain.DATA)
+    run_on("ray", tmp_path, [])
+    assert digests(tmp_path / "ray") == digests(tmp_path / "threads")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_two_workers_of_a_cluster_make_the_bytes_that_threads_make(
@@ -68,14 +88,8 @@ def test_two_workers_of_a_cluster_make_the_bytes_that_threads_make(
     given = ["download.source=file", f"download.path={source}", "parse.max_trees=100000", "curate.languages=[]"]
     given += ["encode.block=256"]
     chain.run(recipe.load(TINY, given), chain.DATA)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TREELINE_"))}
-    named = {"TREELINE_ARTIFACTS": str(tmp_path / "dask"), "HOME": str(tmp_path), "TREELINE_DASK_SCHEDULER": scheduler}
-    named["TREELINE_SOURCE_ROOTS"] = str(tmp_path)
-    settings = [word for one in ("runtime.runner=dask", *given) for word in ("--set", one)]
-    asked = [sys.executable, "-m", "flows", "run", TINY, "--until", "encode", *settings]
     before = work_done(scheduler)
-    done = subprocess.run(asked, cwd=ROOT, env={**kept, **named}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on("dask", tmp_path, given, TREELINE_DASK_SCHEDULER=scheduler)
     after = work_done(scheduler)
     assert len(after) == 2
     assert all(after[worker] > before[worker] for worker in after), "both workers had texts"

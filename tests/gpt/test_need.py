@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tasks.gpt.batches import Split
-from tasks.gpt.device import hold_memory
+from tasks.gpt.device import hold_memory, spare_memory
 from tasks.gpt.loop import fit
 from tasks.gpt.need import Shape, memory
 from tasks.gpt.run import Machine
@@ -28,8 +28,8 @@ from tests.gpt.test_loop import MACHINE, SETTINGS
 from dataclasses import replace
 torch.set_num_threads(1)
 layers, heads, width, vocab, block, size = map(int, sys.argv[1:7])
-dropout = float(sys.argv[7])
-hold_memory()
+dropout, recompute = float(sys.argv[7]), bool(int(sys.argv[8]))
+(spare_memory if recompute else hold_memory)()
 model = build_start(scratch_spec(layers=layers, heads=heads, width=width, positions=block, vocab_size=vocab, seed=0))
 set_dropout(model, dropout)
 ids = np.random.default_rng(0).integers(0, vocab, (4 * size, block))
@@ -37,12 +37,12 @@ one = np.ones_like(ids)
 split = Split(ids, one, np.cumsum(one, 1) - 1, np.full_like(ids, block) - (np.arange(block) < block // 2) * block // 2)
 resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 with tempfile.TemporaryDirectory() as folder:
-    machine = replace(MACHINE, micro_batch=size, checkpoint_seconds=0.0)
+    machine = replace(MACHINE, micro_batch=size, checkpoint_seconds=0.0, recompute=recompute)
     settings = replace(SETTINGS, epochs=1, sequences=2 * size)
     fit(model, split, split, settings=settings, machine=machine, workplace=Path(folder))
 status = Path("/proc/self/status").read_text().splitlines()  # `ru_maxrss` would begin with the peak of the parent
 (peak,) = [int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")]
-shape = Shape(layers, heads, width, vocab, parameter_count(model), block, dropout > 0, False, True)
+shape = Shape(layers, heads, width, vocab, parameter_count(model), block, dropout > 0, False, True, recompute)
 print(json.dumps([resident + memory(shape, size), peak]))
 """
 
@@ -51,8 +51,14 @@ print(json.dumps([resident + memory(shape, size), peak]))
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     "shape",
-    [(3, 4, 128, 1024, 128, 8, 0.0), (6, 6, 384, 50_304, 128, 2, 0.0), (4, 4, 256, 1024, 512, 4, 0.1)],
-    ids=["narrow", "small", "dropout"],
+    [
+        (3, 4, 128, 1024, 128, 8, 0.0, 0),
+        (6, 6, 384, 50_304, 128, 2, 0.0, 0),
+        (4, 4, 256, 1024, 512, 4, 0.1, 0),
+        (8, 4, 256, 1024, 512, 8, 0.0, 1),
+        (8, 4, 256, 1024, 512, 4, 0.1, 1),
+    ],
+    ids=["narrow", "small", "dropout", "recomputed", "recomputed dropout"],
 )
 def test_the_plan_is_wrong_by_a_fifth_at_most(shape: tuple[float, ...]) -> None:
     done = subprocess.run(
@@ -82,4 +88,11 @@ def test_work_grows_with_what_is_done() -> None:
     once = seconds(GPT2, 1e6, 0, 0.9, 1e11)
     assert seconds(GPT2, 2e6, 0, 0.9, 1e11) == pytest.approx(2 * once)
     assert seconds(GPT2, 1e6, 3e6, 0.9, 1e11) == pytest.approx(2 * once)
-    assert memory(replace(GPT2, half=True), 4) < memory(GPT2, 4) < memory(replace(GPT2, dropout=True), 4)
+    again = replace(GPT2, recompute=True)
+    assert flops(GPT2, 1.0) < flops(again, 1.0) < 4 / 3 * flops(GPT2, 1.0)
+    assert (
+        memory(again, 4)
+        < memory(replace(GPT2, half=True), 4)
+        < memory(GPT2, 4)
+        < memory(replace(GPT2, dropout=True), 4)
+    )

@@ -12,7 +12,11 @@ from tests.gpt.test_loop import CPU, MACHINE, SETTINGS, killed, run, split, star
 
 
 def plan(asked: object = None) -> int:
-    return planned(start(), [split(), split(6)], SETTINGS, CPU, asked, iter(range(99)).__next__)  # type: ignore[arg-type]
+    return choice(asked)[0]
+
+
+def choice(asked: object = None, recompute: object = False) -> tuple[int, bool]:
+    return planned(start(), [split(), split(6)], SETTINGS, CPU, asked, iter(range(99)).__next__, recompute)  # type: ignore[arg-type]
 
 
 def test_what_is_asked_is_taken_but_never_more_than_a_step(caplog: pytest.LogCaptureFixture) -> None:
@@ -31,6 +35,13 @@ def test_little_memory_makes_auto_take_less_and_others_are_warned(
     assert "more than is free; set train.micro_batch to auto, or lower encode.block" in caplog.text
 
 
+def test_blocks_are_computed_again_where_asked_or_where_memory_would_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choice(3, True) == (3, True)
+    assert choice(3, "auto") == (3, False)
+    monkeypatch.setattr(planning, "free_memory", lambda device: 1)
+    assert (choice(3, "auto"), choice(3, False), choice("auto", "auto")) == ((3, True), (3, False), (1, True))
+
+
 @pytest.mark.parametrize(
     "error",
     [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: you tried")],
@@ -38,6 +49,13 @@ def test_little_memory_makes_auto_take_less_and_others_are_warned(
 def test_out_of_memory_names_what_to_lower(error: BaseException) -> None:
     with pytest.raises(TrainingError, match=r"3 sequences of 12 tokens at once.*micro_batch to auto"):
         fail(error)
+
+
+def test_out_of_memory_offers_to_compute_again_what_is_not_so_yet() -> None:
+    for recompute in (False, True):
+        with pytest.raises(TrainingError) as caught, memory_named(replace(MACHINE, recompute=recompute), 12):
+            raise MemoryError
+        assert ("train.recompute to true" in str(caught.value)) is not recompute
 
 
 def test_another_failure_stays_what_it_is() -> None:
