@@ -104,6 +104,8 @@ class _Run:
     def to_the_end(self) -> Progress:
         """Go through all steps, or until patience ends."""
         self.resume()
+        if self.machine.compile:
+            self.objective = self.objective.filled(self.at_once)
         try:
             self.go_on()
         except Interrupted:

@@ -38,7 +38,8 @@ def supervised_nats(
     Args:
         model: The model; its mode (dropout or not) is the caller's business.
         ids: (B, T) int64, token ids.
-        mask: (B, T) bool, True where the token is a target; it is predicted from the token before it.
+        mask: (B, T) bool, True where the token is a target; it is predicted from the token before it. Where the rest
+            is on a GPU, it should not be: the places of its targets are wanted at once.
         positions: (B, T) int64, place in the conversation.
         ends: (B, T) int64, token q sees token k when `k <= q < ends[k]`.
         weights: (B, T) float32, what each target counts. None: 1.
@@ -51,7 +52,7 @@ def supervised_nats(
         () float32, nats summed over the N targets, times `share`.
     """
     hidden, targets = predictors(model, ids, mask, positions, ends, trunk)
-    worth = None if weights is None else weights[:, 1:][mask[:, 1:]]  # (N,)
+    worth = None if weights is None else _picked(weights[:, 1:, None], mask[:, 1:]).squeeze(1)  # (N,)
     nats: Tensor = _ChunkedNats.apply(hidden, model.lm_head.weight, targets, worth, share, chunk)  # type: ignore[no-untyped-call]
     return nats
 
@@ -85,9 +86,20 @@ def predictors(
 ) -> tuple[Tensor, Tensor]:
     """Return the hidden states that predict a supervised token, (N, D), and those tokens, (N,) int64."""
     wanted = mask[:, 1:]  # (B, T - 1); a sequence's first token has nothing before it to be predicted from
-    # The last token predicts nothing here and nobody looks back at it: it need not go through the model.
-    states = trunk(model, ids[:, :-1], positions[:, :-1], by_ends(model, ends[:, :-1]))  # (B, T - 1, D)
-    return states[wanted], ids[:, 1:][wanted]
+    # The last token predicts nothing here and nobody looks back at it: it need not go through the model. A GPU does
+    # 128 tokens at once, and would rather have it.
+    last = -1 if ids.device.type == "cpu" else None
+    given = ids[:, :last], positions[:, :last], by_ends(model, ends[:, :last])
+    states = trunk(model, *given)[:, : wanted.shape[1]]  # (B, T - 1, D)
+    return _picked(states, wanted), _picked(ids[:, 1:, None], wanted).squeeze(1)
+
+
+def _picked(values: Tensor, wanted: Tensor) -> Tensor:
+    """Return the rows (N, D) of values (B, T, D) where `wanted` (B, T) is True, without asking a GPU how many."""
+    if values.device == wanted.device:
+        return values[wanted]
+    places = wanted.flatten().nonzero().squeeze(1).to(values.device, non_blocking=True)  # (N,)
+    return values.flatten(0, 1).index_select(0, places)
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:

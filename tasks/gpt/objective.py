@@ -5,7 +5,7 @@ Legend: S sequences of a split, B of a batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -45,6 +45,9 @@ class Objective(Protocol):
     def loss(self, model: GPT2LMHeadModel, rows: Array, share: float, device: torch.device, trunk: Trunk) -> Tensor:
         """Return the loss of some training sequences, summed over units, times `share`; ready for `backward`."""
 
+    def filled(self, size: int) -> Objective:
+        """Return the same over batches that are filled up to so many sequences, with empty ones."""
+
     def measure(
         self, model: GPT2LMHeadModel, at_once: int, device: torch.device, trunk: Trunk, world: World = ALONE
     ) -> dict[str, float] | None:
@@ -78,10 +81,14 @@ class EachToken:
 
     def loss(self, model: GPT2LMHeadModel, rows: Array, share: float, device: torch.device, trunk: Trunk) -> Tensor:
         """Return the summed loss of some training sequences, times `share`."""
-        weights = None
+        batch, weights = self.train.batch(rows, device), None
         if self.worth is not None:
-            weights = torch.from_numpy(self.worth.spread(rows, self.train.block)).to(device)
-        return supervised_nats(model, *self.train.batch(rows, device), weights=weights, share=share, trunk=trunk)
+            weights = torch.from_numpy(self.worth.spread(rows, batch.ids.shape)).to(device)
+        return supervised_nats(model, *batch, weights=weights, share=share, trunk=trunk)
+
+    def filled(self, size: int) -> EachToken:
+        """Return the same over filled batches."""
+        return replace(self, train=replace(self.train, fill=size), val=replace(self.val, fill=size))
 
     @torch.no_grad()
     def measure(

@@ -73,9 +73,9 @@ class Worth:
         """Return what the supervised tokens of some sequences weigh together."""
         return float(self._sums[rows[rows < len(self._sums)]].sum())
 
-    def spread(self, rows: Ints, length: int) -> Floats:
-        """Return what each token of some sequences weighs: (B, T), 0 where nothing is trained."""
-        made = np.zeros((len(rows), length), np.float32)
+    def spread(self, rows: Ints, shape: tuple[int, ...]) -> Floats:
+        """Return what each token of some sequences weighs, in a batch of at least so many: (B, T), elsewhere 0."""
+        made = np.zeros(shape, np.float32)
         low, high = np.searchsorted(self.sequence, [rows, rows + 1])
         for row, (first, last) in enumerate(zip(low.tolist(), high.tolist(), strict=True)):
             for message in range(first, last):

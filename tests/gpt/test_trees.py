@@ -16,12 +16,13 @@ from transformers import GPT2LMHeadModel
 from tasks.artifacts import DIALOGUE_COLUMNS, Dialogues, Tokens, arrow_schema, parquet_writer
 from tasks.encode import EncodeParams, EncodeRuntime, encode
 from tasks.gpt.attention import visible
+from tasks.gpt.blocks import BLOCK, block_mask
 from tasks.gpt.loss import supervised_nats
 from tasks.gpt.weights import build_start, scratch_spec
 from tasks.store.manifest import Manifest
 from tasks.train import TrainParams, worth_of
 
-BLOCK, PACK, TREES = 256, 300, 12  # so that most trees are cut, and ancestors repeated
+PATH, PACK, TREES = 256, 300, 12  # so that most trees are cut, and ancestors repeated
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -55,7 +56,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
         writer.write_table(pa.Table.from_pylist(rows_of(found, TREES), schema=arrow_schema(DIALOGUE_COLUMNS)))
     manifest = Manifest("0" * 64, "", {}, {}, "0" * 64)
     (folder / "tokens").mkdir()
-    params = EncodeParams(tokenizer="trained", vocab_size=512, block=BLOCK, pack=PACK)
+    params = EncodeParams(tokenizer="trained", vocab_size=512, block=PATH, pack=PACK)
     counts = encode.function(folder / "tokens", Dialogues(folder, manifest), params, EncodeRuntime())
     return Tokens(folder / "tokens", Manifest("0" * 64, "", {}, {}, "0" * 64, counts))
 
@@ -63,7 +64,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
 @pytest.fixture(scope="module")
 def model(tokens: Tokens) -> GPT2LMHeadModel:
     size = tokens.encoding().vocab_size
-    return build_start(scratch_spec(layers=2, heads=2, width=16, positions=BLOCK, vocab_size=size, seed=3)).eval()
+    return build_start(scratch_spec(layers=2, heads=2, width=16, positions=PATH, vocab_size=size, seed=3)).eval()
 
 
 def packed(tokens: Tokens, rows: slice = slice(None)) -> Batch:
@@ -123,7 +124,7 @@ def test_a_weighed_tree_has_the_weighed_loss_and_gradients_of_its_paths_each_mes
     worth = worth_of(tokens, TrainParams(siblings=siblings, rank_decay=decay))
     assert worth is not None
     rows, each = np.arange(len(tokens.ids())), paths(tokens)
-    spread = torch.from_numpy(worth.spread(rows, PACK))
+    spread = torch.from_numpy(worth.spread(rows, (len(rows), PACK)))
     weights = [
         torch.full(mask.shape, float(weight)) for (_, mask, _, _), weight in zip(each, worth.weight, strict=True)
     ]
@@ -150,6 +151,19 @@ def test_siblings_share_a_weight_of_1_though_a_cut_parts_them(tokens: Tokens) ->
     pairs = better.join(worse, on="prompt")
     assert len(pairs) > 10
     assert (pairs["weight"] / pairs["weight_right"]).to_list() == pytest.approx([2.0] * len(pairs))
+
+
+def test_both_ways_to_attend_see_the_same_in_real_trees(tokens: Tokens) -> None:
+    _, _, _, ends = packed(tokens)
+    seen, found, at = visible(ends), block_mask(ends), torch.arange(PACK)
+    assert found.mask_mod is not None
+    each = found.mask_mod(torch.arange(len(ends))[:, None, None], torch.tensor(0), at[:, None], at[None, :])
+    assert torch.equal(each, seen[:, 0])
+    whole = torch.nn.functional.pad(seen, (0, -PACK % BLOCK, 0, -PACK % BLOCK))
+    blocks = whole.unflatten(2, (-1, BLOCK)).unflatten(4, (-1, BLOCK)).sum(dim=(3, 5))  # type: ignore[no-untyped-call]
+    assert torch.equal(found.to_dense(), (blocks > 0).int())
+    assert found.full_kv_num_blocks is not None
+    assert torch.equal(found.full_kv_num_blocks, (blocks == BLOCK**2).sum(dim=3).int())
 
 
 def test_every_supervised_token_is_trained_exactly_once_an_epoch(tokens: Tokens) -> None:

@@ -68,14 +68,14 @@ SPLIT = Split(IDS, MASK, np.tile(np.arange(6), (4, 1)), np.full((4, 6), 6))
 
 
 def test_a_message_weighs_at_each_of_its_tokens_whatever_the_order_of_the_batch() -> None:
-    spread = HELD.spread(np.array([2, 1, 0]), 6)
+    spread = HELD.spread(np.array([2, 1, 0]), (3, 6))
     assert spread.tolist() == [[2, 2, 2, 2, 2, 0], [0] * 6, [0, 0.5, 0.5, 0.5, 0.25, 0.25]]
 
 
 def test_the_total_is_the_sum_over_supervised_tokens() -> None:
     for rows in ([0], [2, 0], [1, 3], [3, 2, 1, 0], []):
         chosen = np.array(rows, np.int64)
-        assert HELD.total(chosen) == pytest.approx((HELD.spread(chosen, 6) * MASK[chosen]).sum())
+        assert HELD.total(chosen) == pytest.approx((HELD.spread(chosen, (len(rows), 6)) * MASK[chosen]).sum())
 
 
 def test_the_objective_weighs_the_loss_in_training_and_never_in_validation() -> None:
