@@ -6,14 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flows import running
 from tasks.artifacts import Tokens
 from tasks.errors import ParameterError
 from tasks.progress import listening
@@ -33,9 +35,13 @@ from pathlib import Path
 from tasks.artifacts import Tokens
 from tasks.store.manifest import read_manifest
 from tasks.train import TrainParams, TrainRuntime, train
+from tasks.together import in_torchrun
 out, tokens, params, run = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
-train.function(out, Tokens(tokens, read_manifest(tokens)), TrainParams(**params), TrainRuntime(**run))
+with in_torchrun() as leads:
+    if leads:
+        train.function(out, Tokens(tokens, read_manifest(tokens)), TrainParams(**params), TrainRuntime(**run))
 """
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +70,11 @@ def losses(log: list[dict[str, Any]]) -> list[float]:
 
 
 def ranks_of(parent: int) -> list[int]:
-    """The processes `python -m tasks.rank` that a process has started."""
+    """The processes that train, of those that a process has started."""
     children = Path(f"/proc/{parent}/task").glob("*/children")
     found = [int(child) for path in children for child in path.read_text().split()]
-    return [child for child in found if b"tasks.rank" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    told = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in found}
+    return [child for child, line in told.items() if b"tasks.rank" in line or b"in_torchrun" in line]
 
 
 class Striking:
@@ -110,11 +117,13 @@ def test_a_killed_rank_is_begun_again_and_the_outcome_is_the_same(
 
 
 @contextmanager
-def training(out: Path, tokens: Tokens) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that trains with two others, once they have saved their second step."""
+def training(out: Path, tokens: Tokens, torchrun: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that lets two others train, once they have saved their second step."""
     long = PARAMS.model_copy(update={"epochs": 5_000.0})
     arguments = [str(out), str(tokens.path), long.model_dump_json(), TWO.model_dump_json()]
-    started = subprocess.Popen([sys.executable, "-c", TRAINER, *arguments], cwd=ROOT, start_new_session=True)
+    by = [*TORCHRUN, "--no-python"] if torchrun else []
+    asked = [*by, sys.executable, "-c", TRAINER, *arguments]
+    started = subprocess.Popen(asked, cwd=ROOT, start_new_session=True)
     try:
         awaited(lambda: (out / "checkpoints" / "step-00000002").exists(), 120)
         yield started
@@ -143,8 +152,11 @@ def runs(process: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of their parent's death")
-def test_when_the_launcher_is_killed_no_rank_outlives_it_by_five_seconds(tokens: Tokens, tmp_path: Path) -> None:
-    with training(tmp_path, tokens) as launcher:
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_when_the_launcher_is_killed_no_rank_outlives_it_by_five_seconds(
+    tokens: Tokens, tmp_path: Path, torchrun: bool
+) -> None:
+    with training(tmp_path, tokens, torchrun) as launcher:
         ranks = ranks_of(launcher.pid)
         assert len(ranks) == 2
         launcher.kill()
@@ -152,31 +164,37 @@ def test_when_the_launcher_is_killed_no_rank_outlives_it_by_five_seconds(tokens:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("torchrun", [False, True])
 def test_asked_to_stop_all_ranks_save_the_same_step_and_the_launcher_ends_by_the_signal(
-    tokens: Tokens, tmp_path: Path
+    tokens: Tokens, tmp_path: Path, torchrun: bool
 ) -> None:
-    with training(tmp_path, tokens) as launcher:
+    with training(tmp_path, tokens, torchrun) as launcher:
         ranks = ranks_of(launcher.pid)
         launcher.terminate()
-        assert launcher.wait(20) == -signal.SIGTERM
+        assert launcher.wait(20) == (1 if torchrun else -signal.SIGTERM)
         assert not any(runs(rank) for rank in ranks)
     newest = sorted((tmp_path / "checkpoints").glob("step-*"))[-1]
     assert json.loads((newest / "checkpoint.json").read_text())["step"] == log_of(tmp_path)[-1]["step"]
 
 
 @pytest.mark.slow
-def test_under_torchrun_rank_0_runs_the_recipe_and_the_others_train_with_it(tmp_path: Path) -> None:
-    home = tmp_path / "artifacts"
-    home.mkdir()
-    asked = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "flows", "run"]
-    done = subprocess.run(
-        [*asked, "tests/flows/tiny.toml", "--until", "train"], cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "TREELINE_ARTIFACTS": str(home), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def test_under_torchrun_rank_0_trains_and_writes_and_the_other_follows(
+    tokens: Tokens, alone: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Also where the runtime asks for no more than one process."""
+    arguments = [str(tmp_path), str(tokens.path), PARAMS.model_dump_json(), RUN.model_dump_json()]
+    asked = [*TORCHRUN, "--no-python", sys.executable, "-c", TRAINER, *arguments]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (made,) = (home / "model").iterdir()
-    assert done.stdout.splitlines()[-1] == f"model/{made.name}"
-    assert [path.name for path in sorted(home.iterdir()) if (path / made.name).exists()] == ["model"]
+    assert losses(log_of(tmp_path)) == pytest.approx(losses(alone), rel=1e-5)
+
+
+def test_of_torchruns_processes_only_rank_0_runs_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "in_torchrun", lambda: nullcontext(False))
+    monkeypatch.setattr(running, "_run", lambda asked: 70)
+    assert running.run(Namespace()) == 0
+    monkeypatch.setattr(running, "in_torchrun", lambda: nullcontext(True))
+    assert running.run(Namespace()) == 70
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
