@@ -34,6 +34,7 @@ from tasks.gpt.optim import adamw, moments, set_moments, set_rate
 from tasks.gpt.run import Machine, Progress, Settings
 from tasks.gpt.schedule import learning_rate
 from tasks.gpt.trunk import Trunk, hidden_states, recomputing
+from tasks.gpt.weights import trained
 from tasks.progress import bar
 
 SAVING_SHARE = 0.1  # of the time at most: a large model on a slow disk is saved less often than asked for
@@ -81,6 +82,7 @@ class _Run:
         self.train = train = objective.train
         self.plan = Plan(len(train), settings.sequences, settings.epochs, settings.seed)
         self.evaluations = self.plan.evaluations(settings.evals_per_epoch)
+        self.weights = trained(model)
         self.optimizer = adamw(
             model, lr=settings.lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
         )
@@ -209,7 +211,7 @@ class _Run:
             progress.start_nll = nll
         if progress.best_nll is None or nll < progress.best_nll:
             progress.best_nll, progress.best_step, progress.waited = nll, progress.step, 0
-            self.best = {name: weight.detach().to("cpu", copy=True) for name, weight in self.model.named_parameters()}
+            self.best = {name: weight.detach().to("cpu", copy=True) for name, weight in self.weights.items()}
         else:
             progress.waited += 1
         return measured
@@ -277,8 +279,8 @@ class _Run:
         now = Progress(**{**asdict(self.progress), "seconds": seconds})
         state: dict[str, Any] = {"progress": asdict(now), "settings": asdict(self.settings)}
         state |= {"pending": self.pending, "at_once": self.at_once}
-        weights = dict(self.model.named_parameters())
-        tensors = {"model": weights, "optimizer": moments(self.optimizer, self.model), "best": self.best}
+        tensors: dict[str, Mapping[str, Tensor]] = {"model": self.weights}
+        tensors |= {"optimizer": moments(self.optimizer, self.model), "best": self.best}
         self.log.flush()
         checkpoint.save(self.checkpoints, checkpoint.Checkpoint(now.step, state, tensors), self.machine.keep)
         self.kept = now.step
@@ -304,8 +306,8 @@ class _Run:
 
     @torch.no_grad()
     def restore(self, weights: Mapping[str, Tensor]) -> None:
-        """Set the model's weights."""
-        for name, weight in self.model.named_parameters():
+        """Set the weights that are trained."""
+        for name, weight in self.weights.items():
             weight.copy_(weights[name])
 
 

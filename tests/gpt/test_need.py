@@ -23,15 +23,16 @@ from tasks.gpt.device import hold_memory, spare_memory
 from tasks.gpt.loop import fit
 from tasks.gpt.need import Shape, memory
 from tasks.gpt.run import Machine
-from tasks.gpt.weights import build_start, parameter_count, scratch_spec, set_dropout
+from tasks.gpt.weights import build_start, freeze, scratch_spec, set_dropout, trained
 from tests.gpt.test_loop import MACHINE, SETTINGS
 from dataclasses import replace
 torch.set_num_threads(1)
 layers, heads, width, vocab, block, size = map(int, sys.argv[1:7])
-dropout, recompute = float(sys.argv[7]), bool(int(sys.argv[8]))
+dropout, recompute, frozen = float(sys.argv[7]), bool(int(sys.argv[8])), int(sys.argv[9])
 (spare_memory if recompute else hold_memory)()
 model = build_start(scratch_spec(layers=layers, heads=heads, width=width, positions=block, vocab_size=vocab, seed=0))
 set_dropout(model, dropout)
+freeze(model, frozen)
 ids = np.random.default_rng(0).integers(0, vocab, (4 * size, block))
 one = np.ones_like(ids)
 split = Split(ids, one, np.cumsum(one, 1) - 1, np.full_like(ids, block) - (np.arange(block) < block // 2) * block // 2)
@@ -42,7 +43,8 @@ with tempfile.TemporaryDirectory() as folder:
     fit(model, split, split, settings=settings, machine=machine, workplace=Path(folder))
 status = Path("/proc/self/status").read_text().splitlines()  # `ru_maxrss` would begin with the peak of the parent
 (peak,) = [int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")]
-shape = Shape(layers, heads, width, vocab, parameter_count(model), block, dropout > 0, False, True, recompute)
+count = sum(weight.numel() for weight in trained(model).values())
+shape = Shape(layers, heads, width, vocab, count, block, dropout > 0, False, True, frozen, not frozen, recompute)
 print(json.dumps([resident + memory(shape, size), peak]))
 """
 
@@ -52,13 +54,14 @@ print(json.dumps([resident + memory(shape, size), peak]))
 @pytest.mark.parametrize(
     "shape",
     [
-        (3, 4, 128, 1024, 128, 8, 0.0, 0),
-        (6, 6, 384, 50_304, 128, 2, 0.0, 0),
-        (4, 4, 256, 1024, 512, 4, 0.1, 0),
-        (8, 4, 256, 1024, 512, 8, 0.0, 1),
-        (8, 4, 256, 1024, 512, 4, 0.1, 1),
+        (3, 4, 128, 1024, 128, 8, 0.0, 0, 0),
+        (6, 6, 384, 50_304, 128, 2, 0.0, 0, 0),
+        (4, 4, 256, 1024, 512, 4, 0.1, 0, 0),
+        (8, 4, 256, 1024, 512, 8, 0.0, 1, 0),
+        (8, 4, 256, 1024, 512, 4, 0.1, 1, 0),
+        (6, 6, 384, 8_192, 128, 8, 0.0, 0, 4),
     ],
-    ids=["narrow", "small", "dropout", "recomputed", "recomputed dropout"],
+    ids=["narrow", "small", "dropout", "recomputed", "recomputed dropout", "frozen"],
 )
 def test_the_plan_is_wrong_by_a_fifth_at_most(shape: tuple[float, ...]) -> None:
     done = subprocess.run(
