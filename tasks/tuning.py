@@ -61,6 +61,12 @@ class TuningParams(Params):
     """Evaluations of the whole validation split in an epoch, besides those at the start and the end."""
     patience: Count | None = None
     """Evaluations without a better validation loss after which training ends. None: it goes on."""
+    average: Literal["none", "ema", "last"] = "none"
+    """What is validated, kept as the best and exported. none: the weights of one step; ema: a mean that decays with each update; last: the mean over the last evaluations. Training goes on from the weights themselves."""  # noqa: E501
+    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of an ema per update; less in the first updates. It remembers about 1 / (1 - decay) of them."""
+    average_count: Annotated[int, Field(ge=1, le=64)] = 4
+    """Evaluations that average = last is over, each a copy of the weights in memory and in checkpoints."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of products; weights and sums stay float32. bfloat16 is for GPUs and for CPUs that have instructions for it."""
 

@@ -33,6 +33,7 @@ class Shape:
         keeps_best: Whether a copy of the best weights is held.
         frozen: Lowest blocks that stay as they are: nothing goes back through them.
         table: Whether the head's table is trained.
+        copies: Of the trained weights, held for an average.
         recompute: Whether blocks keep only what enters them, and are computed again on the way back.
     """
 
@@ -47,13 +48,14 @@ class Shape:
     keeps_best: bool
     frozen: int = 0
     table: bool = True
+    copies: int = 0
     recompute: bool = False
 
 
 def memory(shape: Shape, micro_batch: int) -> int:
     """Return the bytes that training takes at its peak, besides the weights themselves."""
     held = 4 * shape.parameters * (1 + 2)  # gradients and two moments; on a GPU, the best weights are held elsewhere
-    best = 4 * shape.parameters * shape.keeps_best
+    best = 4 * shape.parameters * (shape.keeps_best + shape.copies)
     return held + best + micro_batch * _sequence(shape) + _head(shape, micro_batch) + ANY
 
 

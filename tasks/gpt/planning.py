@@ -14,6 +14,7 @@ from transformers import GPT2LMHeadModel
 
 from tasks.errors import TrainingError
 from tasks.gpt import need
+from tasks.gpt.average import copies
 from tasks.gpt.batches import Plan, Split
 from tasks.gpt.device import free_memory, product_rate
 from tasks.gpt.loss import supervised_nats
@@ -64,6 +65,7 @@ def planned(
         keeps_best=bool(len(val)),
         frozen=sum(not weight.requires_grad for weight in ends),
         table=model.lm_head.weight.requires_grad,
+        copies=copies(settings.average, settings.average_count, device.type == "cpu"),
     )
     free = free_memory(device)
     size, shape = _fitted(shape, free or 1 << 62, settings.sequences, asked, recompute)
