@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from flows import commands, recipe
+from flows import commands, recipe, running
 from tasks.artifacts import KINDS
 from tasks.errors import ParameterError, TreelineError
 from tasks.step import home
@@ -159,18 +159,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_runs(command: Command) -> None:
-    made = command("run", commands.run, "run a recipe, doing only what is not done yet")
+    made = command("run", running.run, "run a recipe, doing only what is not done yet")
     _about_recipe(made)
     made.add_argument("--verbose", action="store_true", help="show Prefect's own log, too")
-    made = command("sweep", commands.sweep, "train one model for each value of some settings, and compare them")
+    made = command("sweep", running.sweep, "train one model for each value of some settings, and compare them")
     _recipe(made)
     _settings(made, "what is varied, such as train.lr=1e-5,3e-5,1e-4; may be repeated")
     made.add_argument("--seeds", type=_seeds, default=1, metavar="N", help="seeds that each arm is trained from (1)")
     made.add_argument("--verbose", action="store_true", help="show Prefect's own log, too")
     _as_json(made)
     for name, does, about in (
-        ("plan", commands.plan, "say what a run would do, step by step"),
-        ("why", commands.why, "say why steps would run"),
+        ("plan", running.plan, "say what a run would do, step by step"),
+        ("why", running.why, "say why steps would run"),
     ):
         made = command(name, does, about)
         _about_recipe(made)
@@ -206,7 +206,14 @@ def _add_upkeep(command: Command) -> None:
     made = command("gc", commands.gc, "remove artifacts that no recipe's last run needs")
     made.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     made.add_argument("--grace", type=_hours, default=1.0, metavar="HOURS", help="keep what is younger (default: 1)")
-    made = command("verify-resume", commands.verify_resume, "kill training, resume it, and compare, to the bit")
+    made.add_argument(
+        "--forget",
+        action="append",
+        default=[],
+        metavar="RECIPE",
+        help="keep nothing for this recipe's last run, such as quickstart-* for the arms of sweeps; may be repeated",
+    )
+    made = command("verify-resume", running.verify_resume, "kill training, resume it, and compare, to the bit")
     _about_settings(made)
     made.add_argument("--points", type=_count, default=3, metavar="N", help="how many kills (default: 3)")
     made.add_argument("--scratch", type=Path, metavar="DIR", help="where to train (default: the system's place)")

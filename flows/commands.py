@@ -1,191 +1,30 @@
-"""The commands of the command line: each takes what was asked, prints, and returns its exit code."""
+"""The commands that look into the store and keep it: each prints, and returns its exit code."""
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import os
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from contextlib import contextmanager
 
-from flows import chain, recipe
-from flows.chain import STEP_NAMES
-from tasks.artifacts import Artifact, Dialogues, Model
+from flows import chain
+from flows.terminal import artifact_table, console, print_json, remembered, size
+from tasks.artifacts import Dialogues, Model
 from tasks.dialogue.markdown import printable
-from tasks.errors import ParameterError, PermissionRefused, StoreError
-from tasks.step import Step, home, session
+from tasks.errors import ParameterError
+from tasks.step import home
 from tasks.store import collect, parts
 from tasks.store.check import Fault, examine
 from tasks.store.folders import SHORT, Store
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """What `run`, `plan` and `why` are asked about."""
-
-    recipe: recipe.Recipe
-    steps: tuple[Step[Any, Any], ...]
-    force: frozenset[str]
-    given: chain.Made
-
-    def plan(self) -> list[chain.Planned]:
-        return chain.plan(self.recipe, self.steps, self.force, self.given)
-
-
-def _wanted(asked: argparse.Namespace) -> _Wanted:
-    settings = recipe.load(asked.recipe, asked.settings)
-    given = chain.encoded(settings, asked.tokens, asked.contests) if asked.tokens else {}
-    steps = chain.until(asked.until, chain.model(settings) if given else chain.whole(settings))
-    names = {step.name for step in steps}
-    odd = [name for name in (*asked.force, asked.until) if name and chain.until(name) and name not in names]
-    if odd or not steps:
-        what = f"--force {odd[0]}" if odd and odd[0] in asked.force else f"--until {asked.until}"
-        raise ParameterError(
-            f"{what} names a step that is not among those to run",
-            "the command line",
-            "see `plan` with the same arguments for what is",
-            code="param.step",
-        )
-    return _Wanted(settings, steps, frozenset(asked.force), given)
-
-
-def run(asked: argparse.Namespace) -> int:
-    """Run a recipe; its last line on standard output is the id of what it ends with."""
-    from flows.terminal import asked_of_texts, console, summary_table
-
-    wanted, started = _wanted(asked), time.monotonic()
-    planned = wanted.plan()
-    if chain.done(planned):
-        made = [(entry.step, True, 0.0, entry.why, entry.artifact) for entry in planned if entry.artifact]
-        with suppress(StoreError, PermissionRefused):  # a store that cannot be written needs no protection from `gc`
-            Store(home()).note_run(wanted.recipe.name, {step: artifact.id for step, _, _, _, artifact in made})
-    else:
-        made = _work(wanted, asked)
-    rows = [(step, cached, seconds, why, one.counts, one.path) for step, cached, seconds, why, one in made]
-    console().print(summary_table(f"{wanted.recipe.name}: {time.monotonic() - started:.1f} s", rows))
-    for step, cached, *_, one in made:
-        for line in [] if cached else asked_of_texts(one.manifest):
-            console().print(f"{step}: {line}", highlight=False)
-    print(made[-1][-1].id)
-    return 0
-
-
-def sweep(asked: argparse.Namespace) -> int:
-    """Run the arms of a sweep, and print the table that compares them."""
-    from flows import sweep as sweeps
-    from flows.terminal import console, table
-
-    base = recipe.load(asked.recipe)
-    planned = sweeps.arms(base, asked.settings, asked.seeds)
-    if (outcomes := sweeps.done(base, planned)) is None:
-        _prefect(asked.verbose)
-        from flows.pipeline import sweep_arms
-
-        with _in_process():
-            sweep_arms(base, asked.settings, asked.seeds)
-        if (outcomes := sweeps.done(base, planned)) is None:
-            raise StoreError("an arm's artifact is gone", str(home()), "run it again", code="sweep.gone")
-    rows = sweeps.comparison(outcomes)
-    if asked.json:
-        _json(rows)
-    else:
-        console().print(table(f"sweep of {base.name}", sweeps.COLUMNS, [sweeps.cells(row) for row in rows]))
-    return 0
-
-
-def _work(wanted: _Wanted, asked: argparse.Namespace) -> list[tuple[str, bool, float, str, Artifact]]:
-    """Run the flow in this process, on Prefect's in-process API unless PREFECT_API_URL names a server."""
-    _prefect(asked.verbose)
-    from flows.cards import publish_card
-    from flows.pipeline import model, pipeline
-
-    until = next(step for step in reversed(STEP_NAMES) if step == asked.until or not asked.until)
-    forced = [step for step in STEP_NAMES if step in wanted.force]
-    with _in_process(), session(wanted.recipe.name, wanted.force, publish_card) as run:
-        if asked.tokens:
-            model(wanted.recipe, asked.tokens, until, forced, asked.contests)
-        else:
-            pipeline(wanted.recipe, until, forced)
-    return [(one.step, one.cached, one.seconds, one.why, one.artifact) for one in run.outcomes]
-
-
-def _prefect(verbose: bool) -> None:
-    """Set Prefect's environment; its modules read it once, when they are imported."""
-    from flows.deployments import configure
-
-    for name in ("PREFECT_LOGGING_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL"):
-        os.environ.setdefault(name, "INFO" if verbose else "CRITICAL")
-    configure(os.environ)
-    print("starting Prefect (the first time, its database takes half a minute) ...", file=sys.stderr)
-
-
-@contextmanager
-def _in_process() -> Iterator[None]:
-    """Show bars while flows run in this process, and keep Ctrl-C from Prefect's own server."""
-    from flows.deployments import server_apart
-    from flows.terminal import Bars
-    from tasks.progress import listening
-
-    bars = Bars()
-    server_apart()
-    with bars.shown(), listening(bars):
-        yield
-
-
-def plan(asked: argparse.Namespace) -> int:
-    """Print what a run would do."""
-    from flows.terminal import console, plan_table
-
-    planned = _wanted(asked).plan()
-    if asked.json:
-        _json([{"step": one.step, "status": one.status, "key": one.key, "why": one.why} for one in planned])
-    else:
-        console().print(plan_table(f"{asked.recipe}: what a run would do", planned))
-    return 0
-
-
-def why(asked: argparse.Namespace) -> int:
-    """Print why steps would run."""
-    planned = [one for one in _wanted(asked).plan() if one.status != "cached"]
-    if asked.json:
-        _json([{"step": one.step, "status": one.status, "key": one.key, "why": one.why} for one in planned])
-        return 0
-    for one in planned:
-        print(f"{one.step} would run: {one.why}" if one.status == "run" else f"{one.step} may run: it {one.why}")
-    if not planned:
-        print("nothing would run: every artifact is there, and nothing changed")
-    return 0
-
-
-def verify_resume(asked: argparse.Namespace) -> int:
-    """Kill training at some points, resume it, and compare with the uninterrupted run; 1 if anything differs."""
-    from flows.resuming import trials
-    from flows.terminal import Bars, console, resume_table
-    from tasks.progress import listening
-
-    settings, bars = recipe.load(asked.recipe, asked.settings), Bars()
-    tokens = chain.tokens_of(settings, asked.tokens)
-    with TemporaryDirectory(prefix="treeline-resume-", dir=asked.scratch) as scratch, bars.shown(), listening(bars):
-        found = trials(tokens, settings.train, settings.runtime.train, max(1, asked.points), Path(scratch))
-    if asked.json:
-        _json([asdict(one) for one in found])
-    else:
-        console().print(resume_table(f"{settings.name}: killed, resumed, compared with the uninterrupted run", found))
-    return 0 if all(one.same for one in found) else 1
-
-
 def ls(asked: argparse.Namespace) -> int:
     """List the artifacts."""
-    from flows.terminal import artifact_table, console, remembered, size
-
     found = [manifest for _, manifest in Store(home()).manifests(asked.kind)]
     if asked.json:
-        _json(
+        print_json(
             [
                 {
                     "id": f"{one.kind}/{one.key[:SHORT]}",
@@ -215,9 +54,9 @@ def show(asked: argparse.Namespace) -> int:
     artifact = chain.open_artifact(asked.artifact)
     if asked.aside:
         rows = showing.aside(artifact, asked.aside, asked.n)
-        _json(rows) if asked.json else print(printable("\n".join(map(showing.aside_line, rows))))
+        print_json(rows) if asked.json else print(printable("\n".join(map(showing.aside_line, rows))))
     elif asked.json:
-        _json(showing.rows(artifact, asked.n))
+        print_json(showing.rows(artifact, asked.n))
     else:
         print(printable(showing.text(artifact, asked.n)))  # it is strangers' text: no escape reaches the terminal
     return 0
@@ -250,7 +89,7 @@ def why_dropped(asked: argparse.Namespace) -> int:
             code="param.message",
         )
     if asked.json:
-        _json(found)
+        print_json(found)
     else:
         print(printable("\n".join(showing.verdict(row) for row in found)))
     return 0
@@ -268,7 +107,7 @@ def verify(asked: argparse.Namespace) -> int:
     faults = [(part, what) for part in written if (what := parts.fault(part)) and part.exists()]
     corrupt += [{"id": f"{parts.FOLDER}/{part.parent.name}", "file": part.name, "what": what} for part, what in faults]
     if asked.json:
-        _json({"checked": len(found), "remembered": len(written), "corrupt": corrupt})
+        print_json({"checked": len(found), "remembered": len(written), "corrupt": corrupt})
     else:
         for entry in corrupt:
             print(f"{entry['id']}: {entry['file']} {entry['what']}; the next run moves it aside and rebuilds it")
@@ -279,13 +118,32 @@ def verify(asked: argparse.Namespace) -> int:
 def gc(asked: argparse.Namespace) -> int:
     """Remove what nobody needs, or say what that is."""
     store = Store(home())
-    unused = collect.garbage(store, asked.grace * 3600)
+    forgotten = [name for pattern in asked.forget for name in _runs_like(store, pattern)]
+    unused = collect.garbage(store, asked.grace * 3600, forgotten=forgotten)
     if not asked.dry_run:
+        store.forget(forgotten)
         collect.remove(unused, store)
+    for name in forgotten:
+        print(f"{'would forget' if asked.dry_run else 'forgot'} the last run of {name}")
     for path in unused:
         print(f"{'would remove' if asked.dry_run else 'removed'} {path.relative_to(store.root)}")
     print(f"{len(unused)} folders; the last run of each recipe and what is younger than {asked.grace:g} h are kept")
     return 0
+
+
+def _runs_like(store: Store, pattern: str) -> list[str]:
+    """List the noted runs that a pattern names.
+
+    Raises:
+        ParameterError: If there are none: a slip of the finger must not look like success.
+    """
+    known = store.runs()
+    found = fnmatch.filter(known, pattern)
+    if not found:
+        what = f"no last run of a recipe named {pattern!r} is noted"
+        do = f"Noted are {', '.join(known[:16])}{', ...' if len(known) > 16 else ''}" if known else ""
+        raise ParameterError(what, "--forget", do, code="param.run")
+    return found
 
 
 def lock(asked: argparse.Namespace) -> int:
@@ -344,9 +202,3 @@ def serve(asked: argparse.Namespace) -> int:
         print(f"the UI is at {api.removesuffix('/api')}; artifacts at {api.removesuffix('/api')}/v2/artifacts")
         prefect_serve(*deployments(), limit=1)
     return 0
-
-
-def _json(value: Any) -> None:
-    from flows.terminal import json_text
-
-    print(json_text(value, sys.stdout.isatty()))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from flows.terminal import asked_of_texts
-from tasks.artifacts import Artifact, Dialogues, Messages, Model, RawTrees, Report, Tokens
+from tasks.artifacts import Artifact, Contests, Dialogues, Messages, Model, RawTrees, References, Report, Tokens
 from tasks.dialogue.record import named_in
 from tasks.errors import ParameterError
 
@@ -22,6 +22,10 @@ def rows(artifact: Artifact, count: int) -> Any:
         return {"training": artifact.json("training.json"), "log": _last(artifact.log(), count)}
     if isinstance(artifact, Tokens):
         return _documents(artifact, count)
+    if isinstance(artifact, Contests):
+        return _ranked(artifact, count)
+    if isinstance(artifact, References):
+        return [{"reply": reply, "nats": nats} for reply, nats in enumerate(artifact.logps()[:count].tolist())]
     if isinstance(artifact, Messages | Dialogues):
         return [_plain(row) for row in artifact.scan().head(count).collect().to_dicts()]
     return _raw_lines(artifact, count)
@@ -34,6 +38,8 @@ def text(artifact: Artifact, count: int) -> str:
         Messages: _messages,
         Dialogues: _conversations,
         Tokens: _marked,
+        Contests: _contests,
+        References: _references,
         Model: _model,
         Report: lambda made, n: made.markdown(),
     }
@@ -181,6 +187,46 @@ def _marked(artifact: Tokens, count: int) -> str:
             lines.append(f"\n── sequence {sequence} · {row['split']}")
         lines.append(row["marked"])
     return "\n".join(lines)
+
+
+def _ranked(artifact: Contests, count: int) -> list[dict[str, Any]]:
+    """Decode the first contests: what is asked, and the replies to it, in the order in which they lie."""
+    import numpy as np
+    import polars as pl
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(artifact.path / "tokenizer.json"))
+    ids, positions = artifact.ids(), artifact.positions()
+
+    def read(sequence: int, start: int, stop: int) -> str:
+        return str(tokenizer.decode(ids[sequence][start:stop].tolist(), skip_special_tokens=False))
+
+    found: dict[int, dict[str, Any]] = {}
+    for row in artifact.replies().filter(pl.col("contest") < count).collect().iter_rows(named=True):
+        where = row["sequence"], row["start"], row["stop"]
+        if row["contest"] not in found:  # what is above its first reply begins where positions do
+            begin = int(np.flatnonzero(positions[where[0]][: where[1]] == 0)[-1])
+            asked = {"sequence": where[0], "split": row["split"], "prompt": read(where[0], begin, where[1])}
+            found[row["contest"]] = {"contest": row["contest"], **asked, "replies": []}
+        reply = {"message_id": row["message_id"], "rank": row["rank"], "text": read(*where)}
+        found[row["contest"]]["replies"].append(reply)
+    return list(found.values())
+
+
+def _contests(artifact: Contests, count: int) -> str:
+    lines = []
+    for contest in _ranked(artifact, count):
+        lines.append(f"\n── contest {contest['contest']} · {contest['split']}\n{contest['prompt']}")
+        best_first = sorted(contest["replies"], key=lambda reply: int(reply["rank"]))
+        lines += [f"rank {reply['rank']} {reply['message_id']}: {reply['text']}" for reply in best_first]
+    return "\n".join(lines).strip()
+
+
+def _references(artifact: References, count: int) -> str:
+    found = "\n".join(
+        f"reply {reply:,}: {nats:.3f} nats" for reply, nats in enumerate(artifact.logps()[:count].tolist())
+    )
+    return f"log-probability of each reply, in the order of the contests' replies.parquet\n{found}"
 
 
 def _model(artifact: Model, count: int) -> str:

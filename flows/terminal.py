@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -86,6 +87,11 @@ def json_text(value: Any, on_terminal: bool) -> str:
     """Return a value as JSON; for a terminal in plain ASCII: one would obey the control characters of strangers."""
     said = json.dumps(value, ensure_ascii=on_terminal, indent=1)
     return said.replace("\x7f", "\\u007f") if on_terminal else said
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON."""
+    print(json_text(value, sys.stdout.isatty()))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

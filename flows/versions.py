@@ -11,8 +11,8 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,9 @@ def _is_text(node: ast.AST) -> bool:
 
 
 def functions_of(steps: Sequence[Step[Any, Any]]) -> list[Remembered]:
-    """List the functions that the steps' modules declare."""
-    declared = (value for step in steps for value in vars(sys.modules[step.__module__]).values())
+    """List the functions that the steps' modules declare, or modules beside them that they import."""
+    names = sorted({name for step in steps for name in modules_of(step.__module__) if name.count(".") == 1})
+    declared = (value for name in names for value in vars(import_module(name)).values())
     return list({one.name: one for one in declared if isinstance(one, Remembered)}.values())
 
 

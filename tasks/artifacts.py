@@ -58,6 +58,8 @@ MESSAGE_COLUMNS: Mapping[str, str] = {
     "origin": "string",  # JSON as published; of the tree, on its root
     "extra": "string",  # JSON object of fields that this program does not know
 }
+# Columns of messages whose values hardly ever come again.
+MESSAGE_DISTINCT = ("message_id", "parent_id", "created_date", "text", *(f"detoxify_{name}" for name in DETOXIFY))
 REJECTED_COLUMNS: Mapping[str, str] = {
     "file": "string!",
     "line": "int64!",  # from 1; for parquet input: the row, from 1
@@ -90,6 +92,7 @@ INDEX_COLUMNS: Mapping[str, str] = {
     "role": "string!",
     "split": "string!",
     "trained": "int32!",  # supervised tokens in the range
+    "rank": "int32",  # 0 = best among siblings; null: unranked
 }
 
 REPLY_COLUMNS: Mapping[str, str] = {
@@ -104,6 +107,7 @@ REPLY_COLUMNS: Mapping[str, str] = {
     "split": "string!",
 }
 
+FAST = 1  # level of zstd for tables of messages: two thirds of the time of 3, for a seventh more bytes
 ARRAYS = ("ids.bin", "mask.bin", "positions.bin", "ends.bin")
 _ARROW = {
     "string": "string", "int32": "int32", "int64": "int64", "float32": "float32", "bool": "bool_",
@@ -135,7 +139,7 @@ def parquet_writer(
     Args:
         path: The file.
         columns: A table of columns such as MESSAGE_COLUMNS.
-        level: Of zstd. On messages, 1 makes a file 14 % larger than 3 and saves a third of the time.
+        level: Of zstd.
         distinct: Columns whose values hardly ever come again: no dictionary is tried for them.
     """
     import pyarrow.parquet as pq

@@ -22,8 +22,10 @@ from tasks.artifacts import (
     DETOXIFY,
     DIALOGUE_COLUMNS,
     DROPPED_COLUMNS,
+    FAST,
     LABELS,
     MESSAGE_COLUMNS,
+    MESSAGE_DISTINCT,
     Counts,
     Dialogues,
     Messages,
@@ -31,29 +33,22 @@ from tasks.artifacts import (
     parquet_writer,
 )
 from tasks.dialogue.record import (
-    PROTECTION,
     CopyLimits,
     Limits,
     Share,
     Verdicts,
-    near_evidence,
 )  # fmt: skip
 from tasks.errors import InputError, SourceChanged
 from tasks.remembered import UNICODE, PerText, Remembered
-from tasks.rows import per_name, per_text
+from tasks.rows import per_text
 from tasks.sources import LocalPath, allowed_file
 from tasks.step import Params, TextsRuntime, step
 from tasks.store.canonical import sha256_file
 
 if TYPE_CHECKING:
-    import numpy as np
     import polars as pl
     import pyarrow as pa
-    from numpy.typing import NDArray
 
-    from tasks.dialogue.crossing import Compared
-    from tasks.dialogue.dedupe import Likeness
-    from tasks.dialogue.near import Count, Prints, Through
     from tasks.dialogue.reading import Reader, Seen
     from tasks.dialogue.texts import Masks, Texts
 
@@ -61,6 +56,7 @@ ROWS = 16_384  # of a row group: some 10 MB of text, so memory stays flat and re
 # What it asks of each text alone, and of two.
 LANGUAGE = Remembered("language", 1, "tasks.dialogue.language", ("pycld2", "polars"))
 PERSONAL = Remembered("personal", 2, "tasks.dialogue.pii", ("polars", UNICODE))
+ASKED = Remembered("asked", 1, "tasks.dialogue.contamination", ("polars",))
 NEAR_FINGERPRINT = Remembered("near-fingerprint", 1, "tasks.dialogue.fingerprint", ("polars", UNICODE))
 NEAR_PAIRS = Remembered("near-pairs", 1, "tasks.dialogue.near", ("polars", UNICODE))
 SCORES = {"labels": [f"label_{name}" for name in LABELS], "detoxify": [f"detoxify_{name}" for name in DETOXIFY]}
@@ -79,14 +75,6 @@ class CurateParams(Params, Limits, CopyLimits):
     """Whether a thread, from first prompt to last reply, goes whole where one of its messages goes."""
     require_reply: bool = True
     """Whether prompts with no reply anywhere below them are dropped: there is nothing to train on."""
-    dedupe: bool = True
-    """Whether exact copies are dropped from the train split: the same said after the same."""
-    near_dedupe: bool = True
-    """Whether near copies of a long reply are dropped from the train split, but for the best: by rank, by quality."""
-    repeat_prompts: bool = True
-    """Whether first prompts may repeat in the train split, nearly or exactly, where their replies differ."""
-    separate_splits: bool = True
-    """Whether what two splits hold, nearly or exactly, goes from the less protected one: train, then val."""
     test_share: Share = 0.05
     """Share of the trees that only the evaluation sees, 0 to 1."""
     val_share: Share = 0.05
@@ -129,7 +117,7 @@ class CurateRuntime(TextsRuntime):
     """How fast texts are read, never what is found in them."""
 
 
-@step("curate", version=4, makes=Dialogues)
+@step("curate", version=5, makes=Dialogues)
 def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRuntime) -> Counts:
     """Write `dialogues.parquet` and `dropped.parquet`, both in the order of the messages, and `curation.json`.
 
@@ -172,8 +160,9 @@ def decide(table: pl.DataFrame, texts: Texts, params: CurateParams) -> tuple[Ver
 
     Returns:
         One verdict a message, kept only if its parent is; what was seen in the texts; and how many messages the splits
-        share, see `_shared`.
+        share, see `shared_across_splits`.
     """
+    from tasks.copies import Copies, prints_of, remembering, shared_across_splits
     from tasks.dialogue.crossing import Compared
     from tasks.dialogue.dedupe import likeness
     from tasks.dialogue.threads import parent_rows
@@ -186,80 +175,23 @@ def decide(table: pl.DataFrame, texts: Texts, params: CurateParams) -> tuple[Ver
         texts = replace(texts, masks=seen.masks)
         if params.whole_threads:
             _keep_whole(table, parents, verdicts)
-        _settle(table, parents, verdicts, params)
+        settle = partial(_settle, table, parents, verdicts, params)
+        settle()
         filtered = verdicts.kept()
         bar.advance(note="read")
-        prints = _prints(texts, filtered, params)
-        alike = likeness(table, prints, texts.of, filtered, params, _remembering(params))
-        given = Compared((table["role"] == "assistant").to_numpy(), table["split"], prints, texts.of, params)
+        replies = (table["role"] == "assistant").to_numpy()
+        prints, through = prints_of(texts, filtered, params, NEAR_FINGERPRINT), remembering(params, NEAR_PAIRS)
+        given = Compared(replies, table["split"], prints, texts.of, params, through)
+        alike = likeness(table, prints, texts.of, filtered, params, through)
+        copies = Copies(table, parents, verdicts, given, alike, settle)
         bar.advance(note="compared")
         if params.separate_splits:
-            _separate(table, given, alike, parents, verdicts, params)
+            copies.separate()
         bar.advance(note="splits separated")
-        _thin(table, given, alike, parents, verdicts, params)
-        _follow(table, given, parents, verdicts)
+        copies.thin()
+        copies.follow()
         bar.advance(note="deduplicated")
-    return verdicts, seen, _shared(table, given, alike, filtered, verdicts.kept(), params)
-
-
-def _separate(
-    table: pl.DataFrame, given: Compared, alike: Likeness, parents: list[int], verdicts: Verdicts, params: CurateParams
-) -> None:
-    """Drop what two splits share from the less protected one; first, so that no copy goes for one that leaks."""
-    from tasks.dialogue.crossing import crossing
-    from tasks.dialogue.dedupe import leaks
-
-    ids = table["message_id"].to_list()
-    for yielding in PROTECTION[1:]:
-        verdicts.drop_copies("leak", leaks(table, alike, verdicts.kept(), yielding), ids)
-        if alike.crowded:
-            verdicts.drop_copies("leak", crossing(given, alike, verdicts.kept(), yielding), ids)
-        _settle(table, parents, verdicts, params)
-
-
-def _thin(
-    table: pl.DataFrame, given: Compared, alike: Likeness, parents: list[int], verdicts: Verdicts, params: CurateParams
-) -> None:
-    """Drop copies and near copies from the train split; where many are alike, until no more are found."""
-    from tasks.dialogue.dedupe import duplicates, likeness, near_duplicates, repeated_prompts
-
-    ids, prints = table["message_id"].to_list(), given.prints
-    if not params.repeat_prompts:
-        verdicts.drop_copies("near_duplicate", repeated_prompts(table, alike, parents, verdicts.kept()), ids)
-        _settle(table, parents, verdicts, params)
-    if params.dedupe:
-        twins = duplicates(table, prints, parents, verdicts.kept())
-        verdicts.drop_copies("duplicate", {row: (twin, 1.0) for row, twin in twins.items()}, ids)
-    while params.near_dedupe:
-        found = near_duplicates(table, alike, parents, verdicts.kept())
-        verdicts.drop_copies("near_duplicate", found, ids)
-        _settle(table, parents, verdicts, params)
-        if not found or not alike.crowded:
-            break
-        alike = likeness(table, prints, given.texts_of, verdicts.kept(), params, _remembering(params))
-
-
-def _follow(table: pl.DataFrame, given: Compared, parents: list[int], verdicts: Verdicts) -> None:
-    """Let evidence name messages that are kept: a twin may have gone for its own twin, or with what stood above it."""
-    import numpy as np
-
-    from tasks.dialogue.near import jaccard
-    from tasks.dialogue.threads import nearest_above
-
-    moved, ids = verdicts.outlived(), table["message_id"]
-    if not moved:
-        return
-    rows, ends = (np.array([*side], dtype=np.int64) for side in (moved.keys(), moved.values()))
-    similarity = jaccard(given.texts_of, given.limits.near_ngram, rows, ends).tolist()
-    above = nearest_above(parents, [not stays for stays in verdicts.kept()])
-    for (row, last), index in zip(moved.items(), similarity, strict=True):
-        if verdicts.reasons[last] is None:
-            told = "near_duplicate", near_evidence(ids[last], index)
-        elif above[row] >= 0:
-            told = "parent", ids[above[row]]
-        else:
-            continue
-        verdicts.reasons[row], verdicts.evidence[row] = told
+    return verdicts, seen, shared_across_splits(copies, filtered, (params.test_share, params.val_share))
 
 
 def _filtered(table: pl.DataFrame, texts: Texts, parents: list[int], params: CurateParams) -> Verdicts:
@@ -278,46 +210,6 @@ def _filtered(table: pl.DataFrame, texts: Texts, parents: list[int], params: Cur
     return verdicts
 
 
-def _prints(texts: Texts, kept: list[bool], params: CurateParams) -> Prints:
-    """Return the fingerprints of the kept messages' texts; zeros stand for those of the others."""
-    import numpy as np
-
-    from tasks.dialogue.fingerprint import bands, compute
-    from tasks.dialogue.near import Prints
-
-    rows = np.flatnonzero(kept)
-    count, _ = bands(params.near_permutations, params.near_threshold)
-    made = Prints(
-        np.zeros((len(kept), 2), dtype=np.uint64),
-        np.zeros(len(kept), dtype=np.int32),
-        np.zeros((len(kept), count), dtype=np.uint32),
-    )
-    settings: dict[str, Any] = {
-        name: getattr(params, f"near_{name}") for name in ("ngram", "permutations", "threshold")
-    }
-    function, done = NEAR_FINGERPRINT.of(partial(compute, **settings), settings), 0
-    for part, within in texts.parts(rows):
-        found = Prints.of(per_text(function, part.gather(within)))
-        own = rows[done : done + len(within)]
-        made.digests[own], made.chars[own], made.keys[own] = found.digests, found.chars, found.keys
-        done += len(within)
-    return made
-
-
-def _remembering(params: CurateParams) -> Through:
-    """Return what counts of pairs of texts only those that were never counted."""
-    import pyarrow as pa
-
-    function = NEAR_PAIRS.named({"ngram": params.near_ngram})
-
-    def through(names: NDArray[np.uint64], count: Count) -> NDArray[np.float64]:
-        made = per_name(function, names, lambda places: pa.record_batch({"similarity": count(places)}))
-        similarity: NDArray[np.float64] = made["similarity"].to_numpy()
-        return similarity
-
-    return through
-
-
 def _read(table: pl.DataFrame, texts: Texts, parents: list[int], verdicts: Verdicts, params: CurateParams) -> Seen:
     """Judge what is left by its text, a window at a time."""
     import polars as pl
@@ -330,21 +222,26 @@ def _read(table: pl.DataFrame, texts: Texts, parents: list[int], verdicts: Verdi
 
 
 def _reader(params: CurateParams) -> Reader:
-    from tasks.dialogue import language, pii
-    from tasks.dialogue.contamination import Asked, Facts, Index, Told
+    from tasks.dialogue import contamination, language, pii
+    from tasks.dialogue.contamination import Asked, Facts, Told
     from tasks.dialogue.reading import Reader
     from tasks.oasst.facts import facts_of
 
     chars = params.text_language_chars
-    told = [
+    told = tuple(
         Told(f"{fact.family} of {fact.subject}", fact.subject, (fact.answer, *fact.aliases))
         for fact in facts_of(params.facts or ())
-    ]
+    )
+    prompts = tuple(Asked(where, text) for where, text in params.prompts())
+    if "contaminated" not in params.rules:
+        prompts = ()
+    sought = prompts, params.overlap_words, told
+    asked = ASKED.of(partial(contamination.scan, *sought), {"sought": sha256(repr(sought).encode()).hexdigest()})
     return Reader(
         params,
         partial(_rows_of, LANGUAGE.of(partial(language.detect, chars=chars), {"chars": chars})),
         partial(_rows_of, PERSONAL.of(pii.scan, {})),
-        Index([Asked(where, text) for where, text in params.prompts()], params.overlap_words),
+        partial(_rows_of, asked) if prompts or told else None,
         Facts(told),
     )
 
@@ -365,51 +262,24 @@ def _keep_whole(table: pl.DataFrame, parents: list[int], verdicts: Verdicts) -> 
     verdicts.drop("thread", {row: "no thread through it is whole" for row, whole in enumerate(held) if not whole})
 
 
-def _shared(
-    table: pl.DataFrame,
-    given: Compared,
-    alike: Likeness,
-    filtered: list[bool],
-    kept: list[bool],
-    params: CurateParams,
-) -> dict[str, dict[str, int]]:
-    """Count the first prompts and long replies of which a copy, or else a near copy, stands in another split.
-
-    `kept` is what is written, 0 if splits are separated: what is kept is compared once more, in every bucket, so that
-    this would find what separating missed. The others are what three ways to split would share of what the filters
-    left: by tree as here, by row at random, and by the order of the file.
-    """
-    from tasks.dialogue.crossing import crossing
-    from tasks.dialogue.dedupe import shared
-    from tasks.dialogue.split import in_order, splits
-
-    equal, shares = replace(alike, near={}), (params.test_share, params.val_share)
-    by_tree = table["split"].to_list()
-    ways = {
-        "kept": (by_tree, kept),
-        "by_tree": (by_tree, filtered),
-        "by_row": (splits(table["message_id"], *shares).to_list(), filtered),
-        "by_file_order": (in_order(len(table), *shares), filtered),
-    }
-    exact = {way: len(shared(equal, *one)) for way, one in ways.items()}
-    near = {way: shared(alike, *one) for way, one in ways.items()}
-    for yielding in PROTECTION[1:]:
-        near["kept"] |= crossing(given, alike, kept, yielding).keys()
-    return {way: {"exact": exact[way], "near": len(near[way]) - exact[way]} for way in ways}
-
-
 def _settle(table: pl.DataFrame, parents: list[int], verdicts: Verdicts, params: CurateParams) -> None:
     """Drop what cannot stay after others were dropped: their descendants, and prompts that no reply is left for."""
     from tasks.dialogue.threads import holds, nearest_above
 
-    ids, kept = table["message_id"].to_list(), verdicts.kept()
+    kept = verdicts.kept()
     above = nearest_above(parents, [not stays for stays in kept])
-    verdicts.drop("parent", {row: ids[gone] for row, gone in enumerate(above) if gone >= 0})
+    verdicts.drop("parent", _naming(table["message_id"], [gone if kept[row] else -1 for row, gone in enumerate(above)]))
     if params.require_reply:
-        kept = verdicts.kept()
-        replies = [stays and role == "assistant" for stays, role in zip(kept, table["role"], strict=True)]
-        answered = holds(parents, replies)
-        verdicts.drop("no_reply", {row: "no reply below" for row, found in enumerate(answered) if not found})
+        kept, replies = verdicts.kept(), (table["role"] == "assistant").to_list()
+        answered = holds(parents, [stays and reply for stays, reply in zip(kept, replies, strict=True)])
+        lone = (row for row, stays in enumerate(kept) if stays and not answered[row])
+        verdicts.drop("no_reply", dict.fromkeys(lone, "no reply below"))
+
+
+def _naming(ids: pl.Series, named: list[int]) -> dict[int, str]:
+    """Return row -> the id of the row that it names, for those that name one, and none -1."""
+    found = {row: other for row, other in enumerate(named) if other >= 0}
+    return dict(zip(found, ids.gather([*found.values()]).to_list(), strict=True))
 
 
 def stages(params: CurateParams) -> list[str]:
@@ -451,8 +321,8 @@ def _write(out: Path, messages: pl.LazyFrame, splits: pl.Series, verdicts: Verdi
         .scatter([*stay], pl.Series([what for _, what in stay.values()], dtype=pl.String))
     )
     with (
-        parquet_writer(out / "dialogues.parquet", DIALOGUE_COLUMNS) as kept,
-        parquet_writer(out / "dropped.parquet", DROPPED_COLUMNS) as dropped,
+        parquet_writer(out / "dialogues.parquet", DIALOGUE_COLUMNS, FAST, MESSAGE_DISTINCT) as kept,
+        parquet_writer(out / "dropped.parquet", DROPPED_COLUMNS, FAST, MESSAGE_DISTINCT) as dropped,
         progress.bar("curate: write", len(verdict), "messages") as bar,
     ):
         for start in range(0, len(verdict), ROWS):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,9 +20,10 @@ from tasks.artifacts import (
     write_encoding,
 )
 from tasks.errors import InputError
-from tasks.progress import bar, track
+from tasks.progress import track
 from tasks.remembered import PerText, Remembered
 from tasks.rows import per_text
+from tasks.sequences import SPLITS, encoded, ids_of, spans, write_arrays
 from tasks.step import Params, TextsRuntime, step
 from tasks.store.canonical import sha256_file
 from tasks.store.manifest import Manifest
@@ -39,17 +38,11 @@ if TYPE_CHECKING:
     from tasks.text.lay import Texts, Turns
     from tasks.text.layout import Conversation, Forest
 
-SPLITS = ("train", "val", "test")
 PAD = "<|endoftext|>"
-ARRAYS = ("ids", "mask", "positions", "ends")  # each a file: ids.bin, ...
-NAMES = ("message_id", "message_tree_id", "role", "split")  # what the index says of a row
+NAMES = ("message_id", "message_tree_id", "role", "split")  # what the index says of a row, besides its rank
 FEW = ("role", "split")  # columns that hold few values
-WINDOW = 1 << 16  # rows whose texts are in memory at a time: 40 MB
-CHUNK = 256  # sequences laid at a time: 2 MB an array at a block of 1,024, which caches hold
 GROUP = 1 << 17  # rows of a row group of the index: 10 MB
-# What it asks of each text alone.
-GPT2_IDS = Remembered("gpt2-ids", 1, "tasks.text.bpe", ("tiktoken",))
-TRAINED_IDS = Remembered("trained-ids", 1, "tasks.text.bpe", ("tiktoken",))
+# What the gate asks of each text alone.
 EXPORTED_IDS = Remembered("exported-ids", 1, "tasks.text.gate", ("tokenizers",))
 
 
@@ -96,7 +89,7 @@ class EncodeRuntime(TextsRuntime):
     """How fast texts become ids, never which."""
 
 
-@step("encode", version=2, makes=Tokens)
+@step("encode", version=3, makes=Tokens)
 def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRuntime) -> Counts:
     """Write the memmaps, their index, the tokenizer and the encoding; nothing is published that the gate refuses.
 
@@ -109,7 +102,7 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRun
     template = TEMPLATES[params.template]
     vocabulary = _vocabulary(dialogues, template, params)
     pieces = tags(template, vocabulary.specials, vocabulary.encode)
-    talks = _talks(dialogues, _ids_of(vocabulary, params), pieces, params)
+    talks = _talks(dialogues, ids_of(vocabulary), pieces, params)
     written = _write(out, dialogues, talks, params, vocabulary.specials[PAD])
     encoding = Encoding(
         block=params.block,
@@ -120,7 +113,7 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRun
         specials=vocabulary.specials,
         stop=vocabulary.specials[template.stop],
         pad=vocabulary.specials[PAD],
-        splits=_spans(written),
+        splits=spans({split: tally.sequences for split, tally in written.items()}),
         utf8_bytes={split: written[split].utf8_bytes for split in SPLITS},
     )
     vocabulary.exported().save(str(out / "tokenizer.json"))
@@ -148,12 +141,6 @@ def _read(dialogues: Dialogues, *names: str) -> pl.DataFrame:
     return dialogues.scan().select(names).with_columns(pl.col(few).cast(pl.Categorical)).collect()
 
 
-def _texts(dialogues: Dialogues, rows: int) -> Iterator[pl.Series]:
-    """Yield the texts of `WINDOW` rows at a time."""
-    for first in range(0, rows, WINDOW):
-        yield dialogues.scan().select("text").slice(first, WINDOW).collect()["text"]
-
-
 def _vocabulary(dialogues: Dialogues, template: Template, params: EncodeParams) -> Vocabulary:
     """Return the vocabulary; a trained one has seen the train split only."""
     import polars as pl
@@ -164,16 +151,6 @@ def _vocabulary(dialogues: Dialogues, template: Template, params: EncodeParams) 
         return gpt2(template.plain())
     texts = dialogues.scan().filter(pl.col("split") == "train").select("text").collect()["text"]
     return trained(track(texts, "vocabulary", len(texts), "messages"), params.vocab_size, template.plain())
-
-
-def _ids_of(vocabulary: Vocabulary, params: EncodeParams) -> PerText:
-    """Return what gives the ids of a text; a run remembers them for the next one."""
-    from tasks.text.bpe import gpt2_ids, ids_of
-
-    settings = {"vocabulary": vocabulary.digest}
-    if params.tokenizer == "gpt2":
-        return GPT2_IDS.of(partial(gpt2_ids, vocabulary.apart), settings)
-    return TRAINED_IDS.of(partial(ids_of, vocabulary), settings)
 
 
 @dataclass(frozen=True)
@@ -205,7 +182,7 @@ class _Talks:
     counts: Counts
 
 
-def _talks(dialogues: Dialogues, ids_of: PerText, tags: Tags, params: EncodeParams) -> _Talks:
+def _talks(dialogues: Dialogues, function: PerText, tags: Tags, params: EncodeParams) -> _Talks:
     """Lay the trees out, encode the texts that are asked for, and end every conversation on a reply that fits."""
     import numpy as np
 
@@ -217,7 +194,7 @@ def _talks(dialogues: Dialogues, ids_of: PerText, tags: Tags, params: EncodePara
     asked = np.full(len(replies), found is None)
     if found is not None:
         asked[flat(found)[0]] = True
-    texts, utf8 = _encoded(dialogues, asked, ids_of)
+    texts, utf8 = encoded(dialogues, asked, function, "encode")
     nowhere = np.zeros(len(replies), np.bool_)  # what stands at the ends of a conversation is counted apart
     lengths = texts.lengths + sum(around(replies, nowhere, nowhere, tags))
     laid = (
@@ -279,31 +256,6 @@ def _paths(
     return fitted.conversations, [0] * len(sizes), sizes, counts
 
 
-def _encoded(dialogues: Dialogues, asked: NDArray[np.bool_], ids_of: PerText) -> tuple[Texts, NDArray[np.int64]]:
-    """Encode the texts of the rows asked for, those that were never encoded before.
-
-    Returns:
-        The ids, and (rows,) the UTF-8 bytes of each text.
-    """
-    import numpy as np
-
-    from tasks.text.lay import Texts
-
-    ids: list[NDArray[np.uint16]] = []
-    starts, lengths, utf8 = (np.zeros(len(asked), np.int64) for _ in range(3))
-    with bar("encode", int(asked.sum()), "messages") as shown:
-        for number, window in enumerate(_texts(dialogues, len(asked))):
-            chosen = np.flatnonzero(asked[number * WINDOW : number * WINDOW + len(window)])
-            texts = window.gather(chosen)
-            made = per_text(ids_of, texts).column("ids").combine_chunks()
-            ids.append(made.flatten().to_numpy())
-            rows, ends = number * WINDOW + chosen, made.offsets.to_numpy().astype(np.int64)
-            starts[rows], lengths[rows] = ends[:-1] - ends[0], np.diff(ends)
-            utf8[rows] = texts.str.len_bytes().to_numpy()
-            shown.advance(len(chosen))
-    return Texts(WINDOW, ids, starts, lengths), utf8
-
-
 @dataclass
 class _Tally:
     """What was written of one split."""
@@ -318,23 +270,17 @@ def _write(out: Path, dialogues: Dialogues, talks: _Talks, params: EncodeParams,
     """Pack each split, write the arrays and the index, and return what was written."""
     import pyarrow as pa
 
-    from tasks.text.lay import lay, turns
+    from tasks.text.lay import turns
 
-    packed, block = _packed(talks, params), params.length
+    packed = _packed(talks, params)
     plan = [numbers for sequences in packed.values() for numbers in sequences]
     placed = turns(
         talks.conversations, talks.contexts, plan, talks.parents, talks.replies, talks.texts.lengths, talks.tags
     )
-    with ExitStack() as stack:
-        files = {name: stack.enter_context((out / f"{name}.bin").open("wb")) for name in ARRAYS}
-        for first in track(range(0, len(plan), CHUNK), "pack", -(-len(plan) // CHUNK), f"times {CHUNK} sequences"):
-            last = min(first + CHUNK, len(plan))
-            laid = lay(placed, talks.texts, talks.tags, first, last, block, pad)
-            for name, file in files.items():
-                file.write(getattr(laid, name))
+    write_arrays(out, placed, talks.texts, talks.tags, params.length, pad)
     talks.texts.ids.clear()  # of ten times OASST2, half a GB, which Arrow would keep for itself
     pa.default_memory_pool().release_unused()
-    _write_index(out / "index.parquet", _read(dialogues, *NAMES), placed)
+    _write_index(out / "index.parquet", _read(dialogues, *NAMES, "rank"), placed)
     written, first = {}, 0
     for split, sequences in packed.items():
         here = placed.of(first, first + len(sequences))
@@ -386,16 +332,8 @@ def _write_index(path: Path, rows: pl.DataFrame, placed: Turns) -> None:
             columns["parent"] = pa.array(placed.parent[here], pa.int64(), mask=placed.opens[here])
             for name in NAMES:
                 columns[name] = named[name].cast(pl.String).to_arrow().cast(pa.string())
+            columns["rank"] = named["rank"].to_arrow()
             writer.write_table(pa.table([columns[name] for name in INDEX_COLUMNS], schema=schema))
-
-
-def _spans(written: dict[str, _Tally]) -> dict[str, tuple[int, int]]:
-    """Return the sequences of each split: (first, one past the last)."""
-    spans, first = {}, 0
-    for split, tally in written.items():
-        spans[split] = (first, first + tally.sequences)
-        first += tally.sequences
-    return spans
 
 
 def _counts(written: dict[str, _Tally], talks: _Talks, encoding: Encoding) -> Counts:

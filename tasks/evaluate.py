@@ -194,9 +194,10 @@ def total_nats(model: GPT2LMHeadModel, split: Split, batch: int | None, label: s
     import torch
 
     from tasks.gpt.loss import token_nats
+    from tasks.gpt.need import AT_ONCE
     from tasks.progress import track
 
-    at_once = batch or max(1, 8_192 // split.block)
+    at_once = batch or max(1, AT_ONCE // split.block)
     total = torch.zeros((), dtype=torch.float64)
     batches = split.in_order(at_once, model.device)
     for one in track(batches, f"loss, {label}", -(-len(split) // at_once), "batches"):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +26,8 @@ from tasks.artifacts import (
     write_encoding,
 )
 from tasks.errors import InputError
-from tasks.progress import track
+from tasks.remembered import PerText
+from tasks.sequences import SPLITS, encoded, ids_of, spans, write_arrays
 from tasks.step import Params, step
 
 if TYPE_CHECKING:
@@ -39,11 +39,6 @@ if TYPE_CHECKING:
     from tasks.text.chat import Dialect
     from tasks.text.lay import Texts, Turns
     from tasks.text.layout import Forest
-
-SPLITS = ("train", "val", "test")
-ARRAYS = ("ids", "mask", "positions", "ends")
-LINKS = ("message_tree_id", "message_id", "parent_id", "rank", "sibling")
-CHUNK = 256  # sequences laid at a time, as the encode step does
 
 
 class PairParams(Params):
@@ -60,11 +55,14 @@ def pair(out: Path, dialogues: Dialogues, tokens: Tokens, params: PairParams) ->
     Raises:
         InputError: If no two replies of the train split were put in an order.
     """
+    from tasks.text.bpe import loaded
     from tasks.text.chat import load_dialect
+    from tasks.text.layout import LINKS
 
     dialect, encoding = load_dialect(tokens.path), tokens.encoding()
+    vocabulary = loaded(tokens.path / "tokenizer.json", dialect.template.plain())
     rows = dialogues.scan().select(*LINKS, "role", "split").collect()
-    table = _Table.of(dialogues, rows, dialect, encoding.block, encoding.length)
+    table = _Table.of(dialogues, rows, dialect, ids_of(vocabulary), (encoding.block, encoding.length))
     found = list(table.contests(params.replies))
     kept = {split: [one for one in found if table.splits[one.prompt] == split] for split in SPLITS}
     if not kept["train"]:
@@ -74,10 +72,11 @@ def pair(out: Path, dialogues: Dialogues, tokens: Tokens, params: PairParams) ->
     placed = table.turns(
         [one for some in kept.values() for one in some], [one for some in packed.values() for one in some]
     )
-    _write(out, placed, table, encoding.length)
+    write_arrays(out, placed, table.texts, dialect.tags, encoding.length, dialect.pad)
     _write_replies(out / "replies.parquet", rows, placed)
     shutil.copyfile(tokens.path / "tokenizer.json", out / "tokenizer.json")
-    write_encoding(out, replace(encoding, layout="contests", splits=_spans(packed), utf8_bytes={}))
+    splits = spans({split: len(sequences) for split, sequences in packed.items()})
+    write_encoding(out, replace(encoding, layout="contests", splits=splits, utf8_bytes={}))
     return {
         "sequences": sum(map(len, packed.values())),
         "contests": sum(map(len, kept.values())),
@@ -91,14 +90,6 @@ def pair(out: Path, dialogues: Dialogues, tokens: Tokens, params: PairParams) ->
 
 def _before(kept: dict[str, list[Contest]], split: str) -> list[list[Contest]]:
     return [kept[other] for other in SPLITS[: SPLITS.index(split)]]
-
-
-def _spans(packed: dict[str, list[list[int]]]) -> dict[str, tuple[int, int]]:
-    spans, first = {}, 0
-    for split, sequences in packed.items():
-        spans[split] = (first, first + len(sequences))
-        first += len(sequences)
-    return spans
 
 
 @dataclass(frozen=True)
@@ -128,7 +119,9 @@ class _Table:
     length: int
 
     @classmethod
-    def of(cls, dialogues: Dialogues, rows: pl.DataFrame, dialect: Dialect, block: int, length: int) -> _Table:
+    def of(
+        cls, dialogues: Dialogues, rows: pl.DataFrame, dialect: Dialect, function: PerText, sizes: tuple[int, int]
+    ) -> _Table:
         """Read the dialogues, and encode what any contest may hold."""
         import numpy as np
 
@@ -141,10 +134,10 @@ class _Table:
         asked = np.zeros(rows.height, np.bool_)
         for one in contests(trees.children, replies.tolist(), ranks):
             asked[[*trees.path(one.prompt), *one.replies]] = True
-        texts = _encoded(dialogues, asked, dialect)
+        texts, _ = encoded(dialogues, asked, function, "pair: encode")
         nowhere = np.zeros(rows.height, np.bool_)  # what stands at the ends of a conversation is counted apart
-        sizes = (texts.lengths + sum(around(replies, nowhere, nowhere, dialect.tags))).tolist()
-        return cls(trees, replies, ranks, rows["split"].to_list(), texts, sizes, dialect, block, length)
+        each = (texts.lengths + sum(around(replies, nowhere, nowhere, dialect.tags))).tolist()
+        return cls(trees, replies, ranks, rows["split"].to_list(), texts, each, dialect, *sizes)
 
     def contests(self, most: int) -> Iterator[Contest]:
         """Yield the contests as far as they fit: replies that are too long go, then those in the middle."""
@@ -189,34 +182,6 @@ class _Table:
         parents = np.array(self.trees.parents, np.int64)
         contexts = [*map(len, paths)]
         return turns(conversations, contexts, packed, parents, self.replies, self.texts.lengths, self.dialect.tags)
-
-
-def _encoded(dialogues: Dialogues, asked: NDArray[np.bool_], dialect: Dialect) -> Texts:
-    """Encode the texts of the rows asked for."""
-    import numpy as np
-
-    from tasks.text.lay import Texts
-
-    lengths, ids = np.zeros(len(asked), np.int64), [np.zeros(0, np.uint16)]
-    texts = dialogues.scan().select("text").collect()["text"]
-    for row in track(np.flatnonzero(asked).tolist(), "pair: encode", int(asked.sum()), "messages"):
-        ids.append(np.array(dialect.encode(texts[row]), np.uint16))
-        lengths[row] = len(ids[-1])
-    return Texts(max(1, len(asked)), [np.concatenate(ids)], np.cumsum(lengths) - lengths, lengths)
-
-
-def _write(out: Path, placed: Turns, table: _Table, length: int) -> None:
-    """Write the arrays."""
-    from tasks.text.lay import lay
-
-    count = int(placed.sequence[-1]) + 1
-    with ExitStack() as stack:
-        files = {name: stack.enter_context((out / f"{name}.bin").open("wb")) for name in ARRAYS}
-        for first in range(0, count, CHUNK):
-            last = min(first + CHUNK, count)
-            laid = lay(placed, table.texts, table.dialect.tags, first, last, length, table.dialect.pad)
-            for name, file in files.items():
-                file.write(getattr(laid, name))
 
 
 def _write_replies(path: Path, rows: pl.DataFrame, placed: Turns) -> None:

@@ -15,8 +15,10 @@ from pydantic import Field
 
 from tasks.artifacts import (
     DETOXIFY,
+    FAST,
     LABELS,
     MESSAGE_COLUMNS,
+    MESSAGE_DISTINCT,
     REJECTED_COLUMNS,
     Counts,
     Messages,
@@ -37,8 +39,6 @@ log = logging.getLogger("treeline.parse")
 GROUP = 20_000  # rows of a row group: what is held in memory, and what a reader can skip
 MB = 1 << 20
 HEAD = 200  # bytes of a bad line that are shown
-LEVEL = 1  # of zstd: two thirds of the time of 3, for a seventh more bytes
-DISTINCT = ("message_id", "parent_id", "created_date", "text", *(f"detoxify_{score}" for score in DETOXIFY))
 NAMED = 3  # bad lines that an error names
 WAYS = ("in", "rejected", "repeated")  # in = out + rejected + repeated, of trees and of messages
 
@@ -306,4 +306,4 @@ def _rejected_row(file: str, bad: Bad, raw: bytes) -> tuple[Any, ...]:
 
 
 def _writer(path: Path) -> pq.ParquetWriter:
-    return parquet_writer(path, MESSAGE_COLUMNS, LEVEL, DISTINCT)
+    return parquet_writer(path, MESSAGE_COLUMNS, FAST, MESSAGE_DISTINCT)

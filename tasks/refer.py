@@ -30,6 +30,7 @@ def refer(out: Path, contests: Contests, model: Model, params: ReferParams, run:
     import numpy as np
 
     from tasks.gpt.device import device_of, threads
+    from tasks.gpt.need import AT_ONCE
     from tasks.gpt.preference import Replies, all_logps
     from tasks.gpt.weights import load_model
 
@@ -39,7 +40,7 @@ def refer(out: Path, contests: Contests, model: Model, params: ReferParams, run:
     replies = Replies(*(table[name].to_numpy().astype(np.int64) for name in ("sequence", "trained", "contest", "rank")))
     device = device_of(run.device)
     loaded = load_model(model.path).to(device)
-    at_once = run.micro_batch if isinstance(run.micro_batch, int) else max(1, 8_192 // split.block)
+    at_once = run.micro_batch if isinstance(run.micro_batch, int) else max(1, AT_ONCE // split.block)
     with threads(run.threads, loaded.config.n_embd):
         logps = all_logps(loaded, split, replies, at_once, device)
     logps.astype("<f4").tofile(out / "logps.bin")

@@ -69,6 +69,7 @@ class Desk:
         fresh: Whether everything is computed; what is remembered is held against it, and mended.
         tallies: By name of the memo.
         agreed: Memos whose columns were found to be those of the function.
+        latest: The texts asked about last, which several functions are asked about; nobody changes them in place.
     """
 
     root: Path | None = None
@@ -78,6 +79,13 @@ class Desk:
     tallies: dict[str, Tally] = field(default_factory=dict)
     memos: dict[str, Memo] = field(default_factory=dict)
     agreed: set[str] = field(default_factory=set)
+    latest: tuple[pl.Series, list[tuple[pa.LargeStringArray, Keys]]] | None = None
+
+    def keyed(self, texts: pl.Series) -> list[tuple[pa.LargeStringArray, Keys]]:
+        """Return texts as columns of some size, with the keys of each; the same series is not hashed again."""
+        if self.latest is None or self.latest[0] is not texts:
+            self.latest = texts, list(_keyed(texts))
+        return self.latest[1]
 
     def memo(self, function: Function) -> Memo | None:
         """Return the function's memo, opened once."""
@@ -158,15 +166,12 @@ def per_text(function: PerText, texts: pl.Series) -> pa.Table:
         function: What is asked; texts that it has not seen are computed and remembered.
         texts: Strings, none of them null.
     """
-    import polars as pl
     import pyarrow as pa
 
     if texts.null_count():
         raise ValueError(f"{function.name}: a text is null")
     desk = _desk.get(None) or Desk()
-    column = texts.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.large_string())
-    cuts = _cuts(column, len(column), COLUMN_BYTES)
-    batches = [_rows_of(function, column[first:last], desk) for first, last in cuts]
+    batches = [_rows_of(function, column, keys, desk) for column, keys in desk.keyed(texts)]
     return pa.Table.from_batches(batches or [function.compute(pa.array([], pa.string()))])
 
 
@@ -192,7 +197,17 @@ def per_name(function: Function, names: NDArray[np.uint64], compute: ComputeAt) 
     return _looked_up(function, keys, made, lambda: compute(np.arange(0)), desk)
 
 
-def _rows_of(function: PerText, texts: pa.LargeStringArray, desk: Desk) -> pa.RecordBatch:
+def _keyed(texts: pl.Series) -> Iterator[tuple[pa.LargeStringArray, Keys]]:
+    """Yield texts as Arrow columns of at most `COLUMN_BYTES`, with the keys of each."""
+    import polars as pl
+    import pyarrow as pa
+
+    column = texts.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.large_string())
+    for first, last in _cuts(column, len(column), COLUMN_BYTES):
+        yield column[first:last], keys_of(column[first:last])
+
+
+def _rows_of(function: PerText, texts: pa.LargeStringArray, keys: Keys, desk: Desk) -> pa.RecordBatch:
     """Return the rows of a column of texts."""
     import pyarrow as pa
 
@@ -200,7 +215,7 @@ def _rows_of(function: PerText, texts: pa.LargeStringArray, desk: Desk) -> pa.Re
         asked = texts if len(places) == len(texts) else texts.take(pa.array(places))
         return united(_computed(function, asked, desk.workers), WINDOW_ROWS, WINDOW_BYTES)
 
-    return _looked_up(function, keys_of(texts), made, lambda: function.compute(pa.array([], pa.string())), desk)
+    return _looked_up(function, keys, made, lambda: function.compute(pa.array([], pa.string())), desk)
 
 
 def _looked_up(
@@ -226,8 +241,9 @@ def _looked_up(
         schema = none().schema
         if any(rows.schema != schema for _, rows in found):
             log.warning("rows.schema: what is remembered of %s has other columns; raise its version", function.name)
-            return _looked_up(function, keys, compute, none, Desk(None, desk.workers))
-        desk.agreed.add(memo.name)
+            memo, found = None, []
+        else:
+            desk.agreed.add(memo.name)
     missing = np.ones(len(first), np.bool_)
     for places, _ in found:
         missing[places] = False

@@ -6,9 +6,9 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from tasks.artifacts import Counts, Encoding, Model, Tokens
 from tasks.errors import InputError, ParameterError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from tasks.gpt.batches import Split
     from tasks.gpt.run import Progress
+    from tasks.gpt.worth import Worth
 
 log = logging.getLogger("treeline.train")
 NAMED = 16  # messages or sequences at most in an error
@@ -45,6 +46,11 @@ class StartParams(Params):
 
 class TrainParams(TuningParams, StartParams):
     """Settings of the train step. The defaults suit fine-tuning gpt2-medium."""
+
+    siblings: Literal["each", "shared"] = "each"
+    """What replies to one prompt weigh in the loss: each 1, or all of them 1 together, so that prompts count alike however many replies they have. The validation loss weighs nothing."""  # noqa: E501
+    rank_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0
+    """What a reply weighs in the loss against the one that people ranked just above it. 1: ranks do not count. An unranked reply weighs as much as the best."""  # noqa: E501
 
     @model_validator(mode="after")
     def _fits(self) -> TrainParams:
@@ -72,6 +78,7 @@ class TrainRuntime(TuningRuntime):
 @step("train", version=2, makes=Model, resumable=True)
 def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> Counts:
     """Write the tuned model, its tokenizer and chat template, and how training went."""
+    from tasks.gpt.objective import EachToken
     from tasks.gpt.weights import build_start, export, parameter_count
 
     encoding = tokens.encoding()
@@ -82,7 +89,8 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     refuse_foreign(params.start, tokens.path / "tokenizer.json")
     model = build_start(spec, folder)
     warn_of_new_words(model, folder, params)
-    progress = tune(model, splits, params, run, out, named=lambda rows: name_messages(tokens, rows))
+    aim = EachToken(*splits, worth_of(tokens, params))
+    progress = tune(model, splits, params, run, out, named=lambda rows: name_messages(tokens, rows), objective=aim)
     export(model, out, stop=encoding.stop, pad=encoding.pad)
     write_tokenizer(out, tokens.path, encoding, spec["positions"])
     write_json(out / "start.json", spec)
@@ -102,6 +110,35 @@ def warn_of_new_words(model: GPT2LMHeadModel, folder: Path | None, params: Train
             "train.start: the table stays as it is, and with it %d added tokens, those of the chat template among them"
         )
         log.warning(what, added)
+
+
+def worth_of(tokens: Tokens, params: TrainParams) -> Worth | None:
+    """Return what the replies of the training split weigh; None where each weighs 1.
+
+    Raises:
+        InputError: If ranks are asked for, and the tokens are of before they were noted.
+    """
+    import numpy as np
+    import polars as pl
+
+    from tasks.gpt.worth import UNRANKED, Worth, weights_of
+
+    if params.siblings == "each" and params.rank_decay == 1:
+        return None
+    index = tokens.index()
+    if "rank" not in index.collect_schema():
+        raise InputError("the index has no column rank", tokens.id, "Run the encode step again", "train.rank")
+    first, _ = tokens.encoding().splits["train"]
+    # A tree that was cut repeats a prompt in each sequence that answers it: its id tells that it is one.
+    prompts = pl.coalesce(pl.col("message_id").gather(pl.col("parent")), "message_id")
+    rows = index.with_columns(prompt=prompts.rank("dense"), rank=pl.col("rank").fill_null(UNRANKED))
+    rows = rows.filter(pl.col("split") == "train", pl.col("trained") > 0)
+    names = ("sequence", "start", "stop", "trained", "prompt", "rank")
+    sequence, start, stop, trained, prompt, rank = (
+        column.to_numpy().astype(np.int64) for column in rows.select(names).collect()
+    )
+    weight = weights_of(prompt, rank, params.rank_decay, params.siblings == "shared")
+    return Worth(sequence - first, start, stop, trained, weight)
 
 
 def fetch_start(params: TrainParams) -> Path | None:

@@ -15,7 +15,7 @@ from pydantic import Field
 from tasks.artifacts import Encoding, Model, Sequences
 from tasks.errors import ParameterError
 from tasks.signals import kept_signals
-from tasks.step import Params, Runtime
+from tasks.step import Params, Runtime, home
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tasks.gpt.objective import Objective
     from tasks.gpt.run import Progress, Settings
 
+COMPILED = ".compiled"  # a folder of the store: what torch.compile made, for the next run
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
@@ -101,6 +102,8 @@ class TuningRuntime(Runtime):
     """Keep only what enters each block and compute the block again on the way back: far less memory for a quarter to a third more time, the same gradients. auto: where memory would run out."""  # noqa: E501
     compile: bool = False
     """Compile the model; pays on a GPU, in runs longer than a few minutes."""
+    attention: Literal["auto", "sdpa", "flex"] = "auto"
+    """How tokens look back: by a mask (SDPA), or by blocks that leave out what nobody sees (FlexAttention; CUDA, compiled, without dropout). auto: by blocks where that can be done."""  # noqa: E501
     threads: Count | None = None
     """CPU threads. None: one for a model narrower than 512, else as torch finds best."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 120.0
@@ -130,7 +133,8 @@ def tune(
         named: Says where training sequences, given by row, come from: for errors.
         objective: What is made small. None: the loss of each supervised token.
     """
-    from tasks.gpt.device import device_of, spare_memory, threads
+    from tasks.gpt.attention import by_blocks, set_blocks
+    from tasks.gpt.device import device_of, fast_products, keep_compiled, spare_memory, threads
     from tasks.gpt.interrupt import Interrupt
     from tasks.gpt.loop import fit
     from tasks.gpt.planning import memory_named, planned
@@ -141,7 +145,10 @@ def tune(
     freeze(model, params.frozen)
     settings = params.settings(splits[0].block, splits[0].supervised())
     interrupt, device = Interrupt(), device_of(run.device)
-    with threads(run.threads, model.config.n_embd), kept_signals(interrupt.ask):
+    set_blocks(model, by_blocks(run.attention, device, run.compile, params.dropout))
+    if run.compile:
+        keep_compiled(home() / COMPILED)
+    with threads(run.threads, model.config.n_embd), fast_products(device), kept_signals(interrupt.ask):
         micro_batch, recompute = planned(
             model, splits, settings, device, run.micro_batch, time.monotonic, run.recompute
         )

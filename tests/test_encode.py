@@ -105,6 +105,14 @@ def test_the_index_leads_from_tokens_to_messages_and_from_a_message_to_its_paren
     ]  # fmt: skip
 
 
+def test_the_index_holds_the_published_rank_and_none_where_there_was_none(tmp_path: Path) -> None:
+    rows = talk("a", "Hi", "Hello")
+    rows += [{**rows[1], "message_id": "x", "sibling": 1, "rank": 1}, {**rows[1], "message_id": "y", "sibling": 2}]
+    rows[1]["rank"] = 0
+    index = encoded(tmp_path, rows).index().collect()
+    assert dict(zip(index["message_id"], index["rank"], strict=True)) == {"a0": None, "a1": 0, "x": 1, "y": None}
+
+
 def test_replies_that_several_paths_hold_are_counted_in_bytes_as_often_as_they_are_trained(tmp_path: Path) -> None:
     rows = talk("a", "Hi", "é", "So?", "b")
     rows.append({**rows[3], "message_id": "x", "sibling": 1, "text": "cc"})

@@ -17,6 +17,7 @@ from tasks import rows
 from tasks.remembered import Function, PerText
 from tasks.rows import Tally, keys_of, mapping, per_name, per_text, remembering
 from tasks.store import memo
+from tasks.store.memo import Keys
 from tasks.store.parts import parts
 
 
@@ -133,6 +134,26 @@ def test_columns_that_changed_are_said_even_if_no_text_is_new(tmp_path: Path, ca
     asked(tmp_path, ["a"])
     assert asked(tmp_path, ["a"], PerText("lengths", 1, {"factor": 2}, only_size))[0] == [{"size": 1}]
     assert "raise its version" in caplog.text
+
+
+def test_what_is_computed_because_columns_changed_is_counted(tmp_path: Path) -> None:
+    asked(tmp_path, ["a"])
+    assert asked(tmp_path, ["a", "b"], PerText("lengths", 1, {"factor": 2}, only_size))[1] == Tally(2, 0, 2)
+
+
+def test_texts_are_hashed_once_for_all_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[int] = []
+
+    def counted_keys(texts: pa.LargeStringArray) -> Keys:
+        hashed.append(len(texts))
+        return keys_of(texts)
+
+    monkeypatch.setattr(rows, "keys_of", counted_keys)
+    texts, others = pl.Series(["a", "bb"]), pl.Series(["a", "bb"])
+    with remembering(tmp_path, 1, lambda name: None):
+        for asked_about, factor in ((texts, 2), (texts, 3), (others, 2), (texts, 2)):
+            assert per_text(counted(factor), asked_about).to_pylist() == expected(["a", "bb"], factor)
+    assert hashed == [2, 2, 2]
 
 
 def test_a_fresh_desk_computes_and_mends_what_is_remembered_wrong(

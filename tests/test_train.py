@@ -26,7 +26,7 @@ from tasks.gpt.weights import build_start, load_model
 from tasks.store.manifest import Manifest
 from tasks.text import bpe
 from tasks.text.chat import TEMPLATES, load_dialect, tags
-from tasks.train import TrainParams, TrainRuntime, name_messages, train
+from tasks.train import TrainParams, TrainRuntime, name_messages, train, worth_of
 
 BLOCK = 96
 TALKS = [
@@ -351,3 +351,22 @@ def test_frozen_embeddings_and_blocks_leave_with_the_bytes_that_they_came_with(
 def test_targets_take_the_place_of_epochs() -> None:
     assert TrainParams(targets=900, epochs=7).settings(64, supervised=600).epochs == 1.5
     assert TrainParams(epochs=7).settings(64, supervised=600).epochs == 7
+
+
+def test_weights_change_a_run_only_where_they_are_asked_for(tokens: Tokens) -> None:
+    index = pl.DataFrame(
+        {
+            "sequence": range(6), "start": [0] * 6, "stop": [BLOCK] * 6, "parent": [None] * 6,
+            "message_id": [f"m{row}" for row in range(6)], "split": ["train"] * 6, "rank": [0, 1, 2, None, 0, 1],
+            "trained": tokens.mask().sum(axis=1, dtype=np.int32),
+        },
+        schema_overrides={"parent": pl.Int64},
+    )  # fmt: skip
+    index.write_parquet(tokens.path / "index.parquet")
+    assert worth_of(tokens, PARAMS) is None
+    found = worth_of(tokens, PARAMS.model_copy(update={"rank_decay": 0.5}))
+    assert found is not None
+    assert found.weight.tolist() == [1, 0.5, 0.25, 1, 1, 0.5]
+    index.drop("rank").write_parquet(tokens.path / "index.parquet")
+    with pytest.raises(InputError, match=r"train\.rank.*encode"):
+        worth_of(tokens, PARAMS.model_copy(update={"siblings": "shared"}))

@@ -217,8 +217,14 @@ def leaks(messages: pl.DataFrame, alike: Likeness, kept: Sequence[bool], yieldin
     return {row: twin for row, twin in found.items() if twin}
 
 
-def shared(alike: Likeness, splits: Sequence[str], kept: Sequence[bool]) -> set[int]:
-    """Return the compared rows of which a copy or a near copy stands in another split."""
+def shared(alike: Likeness, splits: Sequence[str] | Mapping[int, str], kept: Sequence[bool]) -> set[int]:
+    """Return the compared rows of which a copy or a near copy stands in another split.
+
+    Args:
+        alike: What is similar.
+        splits: Of each row; of those in `alike.rows(kept)` at least.
+        kept: (N,) the rows to look at.
+    """
     where: dict[int, set[str]] = defaultdict(set)
     rows = alike.related(alike.rows(np.array(kept, dtype=np.bool_)))
     said = list(zip(rows.tolist(), alike.said[rows].tolist(), strict=True))

@@ -112,10 +112,26 @@ def pairs(prints: Prints, texts_of: TextsOf, ngram: int, threshold: float, throu
         through: Counts what it does not remember of an earlier call with the same `ngram`.
     """
     left, right, crowded = _candidates(prints.keys)
-    names = np.concatenate((prints.digests[left], prints.digests[right]), axis=1)
-    similarity = through(names, lambda places: jaccard(texts_of, ngram, left[places], right[places]))
+    similarity = similarities(prints, texts_of, ngram, left, right, through)
     alike = similarity >= threshold
     return Pairs(left[alike], right[alike], similarity[alike], crowded)
+
+
+def similarities(prints: Prints, texts_of: TextsOf, ngram: int, left: I64, right: I64, through: Through) -> F64:
+    """Return the Jaccard index of pairs of texts, counted or remembered: (P,).
+
+    Args:
+        prints: Of all texts.
+        texts_of: Gives the texts that have to be compared.
+        ngram: Words of an n-gram.
+        left: (P,) texts.
+        right: (P,) the other text of each pair.
+        through: As in `pairs`.
+    """
+    one, other = prints.digests[left], prints.digests[right]
+    swapped = (one[:, 0] > other[:, 0]) | ((one[:, 0] == other[:, 0]) & (one[:, 1] > other[:, 1]))
+    names = np.where(swapped[:, None], np.hstack((other, one)), np.hstack((one, other)))
+    return through(names, lambda places: jaccard(texts_of, ngram, left[places], right[places]))
 
 
 def _bytes(column: pa.ChunkedArray) -> bytes:

@@ -24,6 +24,8 @@ _EMAIL = re.compile(
     r"(?i)(?<![\w.%+-])[\w%+-](?:[\w.%+-]{0,62}[\w%+-])?@(?:[^\W_](?:(?:[^\W_]|-){0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}"
     r"(?![\w@-])"
 )
+_LOCAL = re.compile(r"[\w.%+-]*")  # what stands before the @ of an address: all of it, since nothing like it precedes
+_LONGEST_LOCAL = 64
 _CARD = re.compile(r"(?<![\w.,$€£#/+-])(?<!\d )\d(?:[ -]?\d){12,18}(?![ -]?\d|[\w/]|[.,]\d)")
 _PHONE = re.compile(
     r"""(?x) (?<![\w.,/#&?+-])(?<!\d[ ])(?:
@@ -104,12 +106,25 @@ def spans(text: str, kinds: Collection[str] = tuple(KINDS)) -> Iterator[tuple[in
     taken = bytearray(len(text))
     for kind in kinds:
         pattern, holds = KINDS[kind]
-        for match in pattern.finditer(text):
+        for match in _emails(text) if pattern is _EMAIL else pattern.finditer(text):
             start, stop = match.span()
             if not any(taken[start:stop]) and holds(match.group(), text[max(0, start - 16) : start]):
                 taken[start:stop] = b"x" * (stop - start)
                 found.append((start, stop, kind))
     yield from sorted(found)
+
+
+def _emails(text: str) -> Iterator[re.Match[str]]:
+    """Yield what `_EMAIL` finds, looking before each @ only: else each word would be tried as the start of one."""
+    done, at = 0, text.find("@")
+    while at >= 0:
+        before = text[max(0, at - _LONGEST_LOCAL - 1) : at][::-1]
+        start = at - _LOCAL.match(before).end()  # type: ignore[union-attr]  # it matches nothing at all, too
+        match = _EMAIL.match(text, start) if done <= start < at else None
+        if match:
+            yield match
+        done = match.end() if match else done
+        at = text.find("@", max(done, at + 1))
 
 
 def masked(text: str, kinds: Collection[str] = tuple(KINDS)) -> tuple[str, str]:

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from tasks.dialogue.contamination import Facts, Index, words
+from tasks.dialogue.contamination import Facts
 from tasks.dialogue.language import primary
 from tasks.dialogue.quality import judge, rules_of
 from tasks.dialogue.record import TEXT_RULES, Limits, Verdicts
 
 PerText = Callable[[pl.Series], pl.DataFrame]  # N texts -> N rows, each of its own text alone
-LANGUAGE = {"detected": pl.String, "share": pl.Float32}
-PERSONAL = {"personal": pl.String, "masked": pl.String}
+LANGUAGE = pl.Schema({"detected": pl.String, "share": pl.Float32})
+PERSONAL = pl.Schema({"personal": pl.String, "masked": pl.String})
+ASKED = pl.Schema([("overlap", pl.String), ("names", pl.List(pl.String))])
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,14 @@ class Reader:
         limits: Which rules judge, and what they compare with.
         language: Gives the columns of LANGUAGE; called only if a rule asks for it.
         personal: Gives the columns of PERSONAL; called only if it is to be masked or dropped.
-        prompts: What an evaluation asks.
+        asked: Gives the columns of ASKED; None: no evaluation asks anything.
         facts: What an evaluation wants to hear.
     """
 
     limits: Limits
     language: PerText
     personal: PerText
-    prompts: Index
+    asked: PerText | None
     facts: Facts
 
     def read(self, windows: Iterable[tuple[int, pl.DataFrame]], replies: pl.DataFrame, verdicts: Verdicts) -> Seen:
@@ -58,42 +59,39 @@ class Reader:
             replies: `row` of each reply, and `above`, the row that it answers.
             verdicts: Of all rows; the rules drop from it.
         """
-        rules, named = rules_of(self.limits, TEXT_RULES), [self.facts.named(pl.Series([], dtype=pl.String), [])]
+        rules = rules_of(self.limits, TEXT_RULES)
+        named = [pl.DataFrame(schema={"row": pl.Int64, "name": pl.String})]
         masks: dict[int, tuple[str, str]] = {}
         for first, part in windows:
             rows = [first + at for at in range(len(part)) if verdicts.reasons[first + at] is None]
             kept = part[[row - first for row in rows]]
-            said = words(kept["text"]) if self.prompts or self.facts.names else kept["text"].clear(len(kept))
-            kept = self.columns(kept, said)
+            kept = self.columns(kept)
             found = judge(kept, rules)
             for row, reason, evidence in zip(rows, found.reasons, found.evidence, strict=True):
                 if reason is not None:
                     verdicts.drop(reason, {row: evidence or ""})
             if self.limits.pii == "mask":
                 masks |= _masks(rows, kept)
-            named.append(self.facts.named(said, rows))
+            named.append(_named(rows, kept["names"]))
         told = self.facts.told(pl.concat(named), replies)
         if self.limits.drop_facts:
             for row, fact in told.iter_rows():  # of several facts the first is named
                 verdicts.drop("fact", {row: self.facts.facts[fact].name})
         return Seen(masks, told, len(self.facts.facts))
 
-    def columns(self, kept: pl.DataFrame, said: pl.Series) -> pl.DataFrame:
-        """Add to text and lang what the rules ask: LANGUAGE, PERSONAL, `tagged` and `overlap`; null where none asks.
+    def columns(self, kept: pl.DataFrame) -> pl.DataFrame:
+        """Add to text and lang of N messages what the rules ask: LANGUAGE, PERSONAL, ASKED and `tagged`.
 
-        Args:
-            kept: N messages.
-            said: (N,) their `words`.
+        Columns are null where none asks.
         """
-        texts, asked = kept["text"], self.limits.rules
-        nothing: list[str | None] = [None] * len(kept)
-        overlap = self.prompts.found(said) if self.prompts and "contaminated" in asked else nothing
-        language = self.language(texts) if "text_language" in asked else pl.DataFrame(schema=LANGUAGE)
-        personal = self.personal(texts) if self.limits.pii != "off" else pl.DataFrame(schema=PERSONAL)
-        parts = [part if len(part) else part.clear(len(kept)) for part in (language, personal)]
-        return pl.concat([kept, *parts], how="horizontal").with_columns(
-            pl.Series("overlap", overlap, dtype=pl.String), tagged(kept["lang"])
+        texts, rules = kept["text"], self.limits.rules
+        asked = (
+            (self.language if "text_language" in rules else None, LANGUAGE),
+            (self.personal if self.limits.pii != "off" else None, PERSONAL),
+            (self.asked, ASKED),
         )
+        found = [ask(texts) if ask else pl.DataFrame(schema=schema).clear(len(kept)) for ask, schema in asked]
+        return pl.concat([kept, *found], how="horizontal").with_columns(tagged(kept["lang"]))
 
 
 def tagged(langs: pl.Series) -> pl.Series:
@@ -101,6 +99,12 @@ def tagged(langs: pl.Series) -> pl.Series:
     names = langs.drop_nulls().unique().to_list()
     known = {name: primary(name) or None for name in names}
     return langs.replace_strict(list(known), list(known.values()), default=None, return_dtype=pl.String).alias("tagged")
+
+
+def _named(rows: Sequence[int], names: pl.Series) -> pl.DataFrame:
+    """Return which subjects and answers rows name, one at a time: `row` and `name`."""
+    each = pl.DataFrame({"row": pl.Series(rows, dtype=pl.Int64), "name": names.cast(pl.List(pl.String))})
+    return each.explode("name").drop_nulls()
 
 
 def _masks(rows: Sequence[int], kept: pl.DataFrame) -> dict[int, tuple[str, str]]:

@@ -82,10 +82,18 @@ class Limits(BaseModel):
 
 
 class CopyLimits(BaseModel):
-    """Which messages are compared by their own text, and what counts as a near copy."""
+    """Which copies are dropped, which messages are compared by their own text, and what counts as a near copy."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    dedupe: bool = True
+    """Whether exact copies are dropped from the train split: the same said after the same."""
+    near_dedupe: bool = True
+    """Whether near copies of a long reply are dropped from the train split, but for the best: by rank, by quality."""
+    repeat_prompts: bool = True
+    """Whether first prompts may repeat in the train split, nearly or exactly, where their replies differ."""
+    separate_splits: bool = True
+    """Whether what two splits hold, nearly or exactly, goes from the less protected one: train, then val."""
     copy_chars: int = Field(default=200, ge=1)
     """Characters from which on a reply is compared with others by its text; shorter ones answer many questions."""
     near_ngram: int = Field(default=3, ge=1, le=16)

@@ -8,12 +8,21 @@ Legend: B sequences, T tokens in a sequence; dimension 1 of the mask is the head
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+from typing import Literal
+
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import GPT2LMHeadModel
 
+from tasks.errors import ConfigurationError, ParameterError
+from tasks.gpt.blocks import block_mask
 from tasks.gpt.trunk import Attend
+
+log = logging.getLogger("treeline.train")
 
 
 def visible(ends: Tensor) -> Tensor:
@@ -36,10 +45,17 @@ def by_ends(model: GPT2LMHeadModel, ends: Tensor) -> Attend:
     """Return attention under the rule, for all layers of one pass over a batch.
 
     Args:
-        model: Its mode decides on dropout.
+        model: Its mode decides on dropout, and `set_blocks` on what a compiled pass uses.
         ends: (B, T) int64.
     """
-    mask = _mask(ends, torch.get_autocast_dtype(ends.device.type), torch.is_autocast_enabled(ends.device.type))
+    lower, lowered = torch.get_autocast_dtype(ends.device.type), torch.is_autocast_enabled(ends.device.type)
+    if getattr(model, BY_BLOCKS, False):
+        return _by_blocks(model, ends, lower, lowered)
+    return _by_mask(model, _mask(ends, lower, lowered))
+
+
+def _by_mask(model: GPT2LMHeadModel, mask: Tensor | None) -> Attend:
+    """Attend by what is added to the scores: SDPA, the reference."""
 
     def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         attention = model.transformer.h[layer].attn
@@ -54,6 +70,55 @@ def by_ends(model: GPT2LMHeadModel, ends: Tensor) -> Attend:
         )
 
     return attend
+
+
+def _by_blocks(model: GPT2LMHeadModel, ends: Tensor, lower: torch.dtype, lowered: bool) -> Attend:
+    """Attend by blocks where this is compiled. Elsewhere FlexAttention would write out all scores, so SDPA does it."""
+    blocks = block_mask(ends)
+    plain = cache(lambda: _by_mask(model, _mask(ends, lower, lowered)))
+
+    def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return plain()(layer, queries, keys, values)
+        scale = model.transformer.h[layer].attn.scaling
+        mixed: Tensor = flex_attention(queries, keys, values, block_mask=blocks, scale=scale)
+        return mixed
+
+    return attend
+
+
+BY_BLOCKS = "attends_by_blocks"  # an attribute of a model
+
+
+def set_blocks(model: GPT2LMHeadModel, wanted: bool) -> None:
+    """Let compiled passes of a model attend by blocks (FlexAttention), or by a mask as all others do (SDPA)."""
+    setattr(model, BY_BLOCKS, wanted)
+
+
+def by_blocks(asked: Literal["auto", "sdpa", "flex"], device: torch.device, compiled: bool, dropout: float) -> bool:
+    """Tell whether to attend by blocks: where asked to, or, for auto, where it can be done and pays.
+
+    FlexAttention has no backward pass on a CPU, is slower than SDPA unless compiled, and cannot drop anything: under
+    dropout of attention's weights it would train another model.
+
+    Raises:
+        ConfigurationError: If it is asked for where there is no GPU.
+        ParameterError: If it is asked for without compiling, or with dropout.
+    """
+    where = "train.attention = flex"
+    if asked == "flex" and device.type != "cuda":
+        what = f"FlexAttention trains on CUDA devices, and this one is {device.type}"
+        raise ConfigurationError(what, where, "Set it to auto or sdpa", "config.attention")
+    if asked == "flex" and not compiled:
+        do = "Set train.compile, or train.attention to auto or sdpa"
+        raise ParameterError("FlexAttention pays only where it is compiled", where, do, "param.attention")
+    if asked == "flex" and dropout:
+        do = "Set train.dropout to 0, or train.attention to auto or sdpa"
+        raise ParameterError(f"FlexAttention has no dropout, and {dropout} is asked for", where, do, "param.attention")
+    possible = device.type == "cuda" and compiled
+    if asked == "auto" and possible and dropout:
+        log.info("train.attention: by mask (SDPA), as dropout is %s; with 0, FlexAttention would be used", dropout)
+    return asked == "flex" or (asked == "auto" and possible and not dropout)
 
 
 def _mask(ends: Tensor, lower: torch.dtype, lowered: bool) -> Tensor | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,19 +23,24 @@ class Batch(NamedTuple):
     """What the loss wants, in the order of its arguments: all (B, T)."""
 
     ids: Tensor  # int64
-    mask: Tensor  # bool
+    mask: Tensor  # bool; in the computer's memory, as its places are looked up there without waiting for a GPU
     positions: Tensor  # int64
     ends: Tensor  # int64
 
 
 @dataclass(frozen=True)
 class Split:
-    """The sequences of a split as they lie on disk: (S, T) arrays, usually memmaps, of any integer type."""
+    """The sequences of a split as they lie on disk: (S, T) arrays, usually memmaps, of any integer type.
+
+    Attributes:
+        fill: Batches of fewer sequences get empty ones up to so many: compiled code is for one shape. 0: none.
+    """
 
     ids: Array
     mask: Array
     positions: Array
     ends: Array
+    fill: int = field(default=0, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -50,12 +55,12 @@ class Split:
         return int(np.count_nonzero(self.mask[rows, 1:]))
 
     def batch(self, rows: Array | slice, device: torch.device) -> Batch:
-        """Copy some sequences to a device."""
+        """Copy some sequences to a device, all but the mask."""
         return Batch(
-            _tensor(self.ids[rows], np.int64, device),
-            _tensor(self.mask[rows], np.bool_, device),
-            _tensor(self.positions[rows], np.int64, device),
-            _tensor(self.ends[rows], np.int64, device),
+            _tensor(self.ids[rows], np.int64, self.fill, device),
+            _tensor(self.mask[rows], np.bool_, self.fill, torch.device("cpu")),
+            _tensor(self.positions[rows], np.int64, self.fill, device),
+            _tensor(self.ends[rows], np.int64, self.fill, device),
         )
 
     def in_order(self, size: int, device: torch.device) -> Iterator[Batch]:
@@ -104,8 +109,11 @@ class Plan:
         return frozenset({0, self.total, *(step for step in evenly if step < self.total)})
 
 
-def _tensor(rows: Array, dtype: type[np.generic], device: torch.device) -> Tensor:
-    made = torch.from_numpy(rows.astype(dtype))  # a copy: memmaps are read-only, and torch has no arithmetic on uint16
+def _tensor(rows: Array, dtype: type[np.generic], fill: int, device: torch.device) -> Tensor:
+    filled = rows.astype(dtype, order="C")  # a copy: memmaps are read-only, and torch has no arithmetic on uint16
+    if len(filled) < fill:
+        filled = np.pad(filled, ((0, fill - len(filled)), (0, 0)))  # ends of 0: tokens that see themselves alone
+    made = torch.from_numpy(filled)
     if device.type == "cuda":
         return made.pin_memory().to(device, non_blocking=True)
     return made.to(device)

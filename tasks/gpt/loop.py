@@ -104,6 +104,8 @@ class _Run:
     def to_the_end(self) -> Progress:
         """Go through all steps, or until patience ends."""
         self.resume()
+        if self.machine.compile:
+            self.objective = self.objective.filled(self.at_once)
         try:
             self.go_on()
         except Interrupted:
@@ -167,7 +169,7 @@ class _Run:
         torch.manual_seed(_seed(settings.seed, progress.step))
         wanted = self.objective.units(rows)
         with self.machine.interrupt.loose():
-            loss = self.accumulate(rows, max(1, wanted))
+            loss = self.accumulate(rows, self.objective.weight(rows) or 1.0)
         limit = math.inf if settings.clip is None else settings.clip
         norm = clip_grad_norm_(self.model.parameters(), limit).item()
         if not all(isfinite(found) for found in (loss, norm, self.largest())):
@@ -181,17 +183,17 @@ class _Run:
         progress.supervised += wanted
         return {"loss": loss, "lr": rate, "grad_norm": norm}
 
-    def accumulate(self, rows: Array, wanted: int) -> float:
+    def accumulate(self, rows: Array, weight: float) -> float:
         """Add up the gradients of a step in micro-batches; return its loss, nats per unit.
 
-        The sum is divided by the units of the whole step: a token, or a pair, counts the same in any micro-batch.
+        The sum is divided by what the units of the whole step weigh: a token counts the same in any micro-batch.
         """
         self.model.train()
         total = torch.zeros((), device=self.machine.device)
         for first in range(0, len(rows), self.at_once):
             some = rows[first : first + self.at_once]
             with self.autocast():
-                loss = self.objective.loss(self.model, some, 1 / wanted, self.machine.device, self.trunk)
+                loss = self.objective.loss(self.model, some, 1 / weight, self.machine.device, self.trunk)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total.item()  # the one wait for the device in a step, with the gradient's norm

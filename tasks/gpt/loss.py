@@ -28,6 +28,7 @@ def supervised_nats(
     positions: Tensor,
     ends: Tensor,
     *,
+    weights: Tensor | None = None,
     share: float = 1.0,
     chunk: int = CHUNK,
     trunk: Trunk = hidden_states,
@@ -37,11 +38,13 @@ def supervised_nats(
     Args:
         model: The model; its mode (dropout or not) is the caller's business.
         ids: (B, T) int64, token ids.
-        mask: (B, T) bool, True where the token is a target; it is predicted from the token before it.
+        mask: (B, T) bool, True where the token is a target; it is predicted from the token before it. Where the rest
+            is on a GPU, it should not be: the places of its targets are wanted at once.
         positions: (B, T) int64, place in the conversation.
         ends: (B, T) int64, token q sees token k when `k <= q < ends[k]`.
-        share: What the sum is multiplied by: one over the N of the whole optimizer step. Given here, it spares a pass
-            over the table's gradient.
+        weights: (B, T) float32, what each target counts. None: 1.
+        share: What the sum is multiplied by: one over what all targets of the optimizer step weigh. Given here, it
+            spares a pass over the table's gradient.
         chunk: Rows that reach the head at once; changes memory and speed, not the result beyond rounding.
         trunk: `hidden_states`, or what was compiled of it.
 
@@ -49,7 +52,8 @@ def supervised_nats(
         () float32, nats summed over the N targets, times `share`.
     """
     hidden, targets = predictors(model, ids, mask, positions, ends, trunk)
-    nats: Tensor = _ChunkedNats.apply(hidden, model.lm_head.weight, targets, share, chunk)  # type: ignore[no-untyped-call]
+    worth = None if weights is None else _picked(weights[:, 1:, None], mask[:, 1:]).squeeze(1)  # (N,)
+    nats: Tensor = _ChunkedNats.apply(hidden, model.lm_head.weight, targets, worth, share, chunk)  # type: ignore[no-untyped-call]
     return nats
 
 
@@ -82,9 +86,20 @@ def predictors(
 ) -> tuple[Tensor, Tensor]:
     """Return the hidden states that predict a supervised token, (N, D), and those tokens, (N,) int64."""
     wanted = mask[:, 1:]  # (B, T - 1); a sequence's first token has nothing before it to be predicted from
-    # The last token predicts nothing here and nobody looks back at it: it need not go through the model.
-    states = trunk(model, ids[:, :-1], positions[:, :-1], by_ends(model, ends[:, :-1]))  # (B, T - 1, D)
-    return states[wanted], ids[:, 1:][wanted]
+    # The last token predicts nothing here and nobody looks back at it: it need not go through the model. A GPU does
+    # 128 tokens at once, and would rather have it.
+    last = -1 if ids.device.type == "cpu" else None
+    given = ids[:, :last], positions[:, :last], by_ends(model, ends[:, :last])
+    states = trunk(model, *given)[:, : wanted.shape[1]]  # (B, T - 1, D)
+    return _picked(states, wanted), _picked(ids[:, 1:, None], wanted).squeeze(1)
+
+
+def _picked(values: Tensor, wanted: Tensor) -> Tensor:
+    """Return the rows (N, D) of values (B, T, D) where `wanted` (B, T) is True, without asking a GPU how many."""
+    if values.device == wanted.device:
+        return values[wanted]
+    places = wanted.flatten().nonzero().squeeze(1).to(values.device, non_blocking=True)  # (N,)
+    return values.flatten(0, 1).index_select(0, places)
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -116,7 +131,9 @@ class _ChunkedNats(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, share: float, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, worth: Tensor | None, share: float, chunk: int
+    ) -> Tensor:
         """Sum the loss over (N, D) hidden states and (N,) targets, keeping the gradients of both inputs."""
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -131,6 +148,9 @@ class _ChunkedNats(torch.autograd.Function):
                 rows = hidden[first : first + chunk].to(dtype)  # (C, D)
                 logits = torch.mm(rows, table.T, out=room[: len(rows)]).float()  # (C, V)
                 nats, slopes = _slopes(logits, targets[first : first + chunk])  # (C,), (C, V)
+                if worth is not None:
+                    counts = worth[first : first + chunk]  # (C,)
+                    nats, slopes = nats * counts, slopes.mul_(counts[:, None])
                 total += nats.sum()
                 slopes = slopes.to(dtype)
                 to_hidden[first : first + chunk] = (slopes @ table).mul_(share)
@@ -145,7 +165,7 @@ class _ChunkedNats(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         """Hand over the gradients that were found on the way forward, scaled; they are there once."""
         to_hidden, to_weight = ctx.found
         del ctx.found
@@ -153,4 +173,4 @@ class _ChunkedNats(torch.autograd.Function):
             to_hidden.mul_(scale)
             if to_weight is not None:
                 to_weight.mul_(scale)
-        return to_hidden, to_weight, None, None, None
+        return to_hidden, to_weight, None, None, None, None

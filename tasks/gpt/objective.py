@@ -5,7 +5,7 @@ Legend: S sequences of a split, B of a batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -15,6 +15,7 @@ from transformers import GPT2LMHeadModel
 from tasks.gpt.batches import Array, Split
 from tasks.gpt.loss import supervised_nats, token_nats
 from tasks.gpt.trunk import Trunk
+from tasks.gpt.worth import Worth
 
 
 class Objective(Protocol):
@@ -36,8 +37,14 @@ class Objective(Protocol):
     def units(self, rows: Array) -> int:
         """Count the units of some training sequences."""
 
+    def weight(self, rows: Array) -> float:
+        """Return what the units of some training sequences weigh together: their mean is over that."""
+
     def loss(self, model: GPT2LMHeadModel, rows: Array, share: float, device: torch.device, trunk: Trunk) -> Tensor:
         """Return the loss of some training sequences, summed over units, times `share`; ready for `backward`."""
+
+    def filled(self, size: int) -> Objective:
+        """Return the same over batches that are filled up to so many sequences, with empty ones."""
 
     def measure(
         self, model: GPT2LMHeadModel, at_once: int, device: torch.device, trunk: Trunk
@@ -47,18 +54,36 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class EachToken:
-    """The negative log-likelihood of each supervised token, nats."""
+    """The negative log-likelihood of each supervised token, nats.
+
+    Attributes:
+        train: The sequences that are trained on.
+        val: Those that choose the best weights; may be empty.
+        worth: What the tokens of `train` weigh. None: 1. Those of `val` always weigh 1, so that runs can be compared.
+    """
 
     train: Split
     val: Split
+    worth: Worth | None = None
 
     def units(self, rows: Array) -> int:
         """Count the supervised tokens of some training sequences."""
         return self.train.supervised(rows)
 
+    def weight(self, rows: Array) -> float:
+        """Return what these weigh together."""
+        return self.units(rows) if self.worth is None else self.worth.total(rows)
+
     def loss(self, model: GPT2LMHeadModel, rows: Array, share: float, device: torch.device, trunk: Trunk) -> Tensor:
         """Return the summed loss of some training sequences, times `share`."""
-        return supervised_nats(model, *self.train.batch(rows, device), share=share, trunk=trunk)
+        batch, weights = self.train.batch(rows, device), None
+        if self.worth is not None:
+            weights = torch.from_numpy(self.worth.spread(rows, batch.ids.shape)).to(device)
+        return supervised_nats(model, *batch, weights=weights, share=share, trunk=trunk)
+
+    def filled(self, size: int) -> EachToken:
+        """Return the same over filled batches."""
+        return replace(self, train=replace(self.train, fill=size), val=replace(self.val, fill=size))
 
     @torch.no_grad()
     def measure(

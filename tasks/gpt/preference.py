@@ -10,7 +10,7 @@ Source: Rafailov et al. 2023, "Direct Preference Optimization", arXiv:2305.18290
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -190,9 +190,20 @@ class EachPair:
         replies = self.fitted.replies
         return len(replies.pairs(replies.of(rows))[0])
 
+    def weight(self, rows: Array) -> float:
+        """Count them again: each weighs 1."""
+        return self.units(rows)
+
     def loss(self, model: GPT2LMHeadModel, rows: Array, share: float, device: torch.device, trunk: Trunk) -> Tensor:
         """Return the summed loss of the pairs of some training sequences, times `share`."""
         return self.fitted.judge(model, rows, self.beta, device, trunk).loss.sum() * share
+
+    def filled(self, size: int) -> EachPair:
+        """Return the same over batches that are filled up to so many sequences, with empty ones."""
+        fitted, held = (
+            replace(side, sequences=replace(side.sequences, fill=size)) for side in (self.fitted, self.held)
+        )
+        return replace(self, fitted=fitted, held=held)
 
     @torch.no_grad()
     def measure(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -50,20 +50,23 @@ def lease(store: Store) -> Iterator[Lease]:
             held.path.unlink()
 
 
-def garbage(store: Store, grace: float, now: float | None = None) -> list[Path]:
+def garbage(
+    store: Store, grace: float, now: float | None = None, forgotten: Collection[str] = frozenset()
+) -> list[Path]:
     """Decide what to remove: folders, in a fixed order. Removes nothing.
 
     Args:
         store: The store.
         grace: Seconds; whatever changed since then is kept.
         now: Seconds since the epoch; None: the clock's.
+        forgotten: Recipes whose last run keeps nothing.
 
     Raises:
         StoreError: If a file of roots cannot be read: not knowing what is needed, nothing may be removed.
     """
     limit = (time.time() if now is None else now) - grace
     manifests = store.manifests()
-    needed = lineage(manifests, set(_roots(store)))
+    needed = lineage(manifests, set(_roots(store, forgotten)))
     needed |= {name for folder, made in manifests if _id(folder) in needed for name in made.origin.get("texts", {})}
     unused = [
         folder for folder in [*(folder for folder, _ in manifests), *memos(store.root)] if _id(folder) not in needed
@@ -107,8 +110,10 @@ def lineage(manifests: list[tuple[Path, Manifest]], ids: set[str]) -> set[str]:
     return needed
 
 
-def _roots(store: Store) -> Iterator[str]:
+def _roots(store: Store, forgotten: Collection[str]) -> Iterator[str]:
     for path in sorted((store.root / ".refs").glob("*.json")):
+        if path.stem in forgotten:
+            continue
         found = _load(path)
         yield from _ids(path, list(found.values()) if isinstance(found, dict) else found)
     for path in sorted((store.root / ".leases").glob("*.json")):

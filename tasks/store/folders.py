@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -194,6 +194,16 @@ class Store:
             found = json.loads((self.root / ".refs" / f"{recipe}.json").read_bytes())
             return {str(step): str(made) for step, made in found.items()} if isinstance(found, dict) else {}
         return {}
+
+    def runs(self) -> list[str]:
+        """List the recipes whose last run is noted."""
+        return sorted(path.stem for path in (self.root / ".refs").glob("*.json"))
+
+    def forget(self, recipes: Iterable[str]) -> None:
+        """Forget the last run of some recipes: nothing is kept for their sake any more."""
+        with writing(self.root):
+            for recipe in recipes:
+                (self.root / ".refs" / f"{recipe}.json").unlink(missing_ok=True)
 
     def _memory(self, folder: Path) -> Path:
         return self.root / ".verified" / f"{folder.parent.name}-{folder.name}.json"

@@ -37,6 +37,7 @@ GPT2_FILES: Mapping[str, str] = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
+GPT2_TOKENS = 50_256  # byte pairs of GPT-2
 MULTIPLE = 64
 MARK = "\ufdd0"  # stands between texts that are encoded at once: Unicode keeps it out of text, for uses like this one
 MARK_ID = 1 << 16  # no vocabulary has so many ids
@@ -224,6 +225,22 @@ def gpt2(apart: tuple[str, ...] = ()) -> Vocabulary:
     del tokens[SPECIALS[0]]  # the last, 50,256: it comes back with the other special tokens
     merges = (line.split(" ") for line in files["vocab.bpe"].decode().split("\n")[1:-1])
     return Vocabulary(tokens, tuple((left, right) for left, right in merges), apart)
+
+
+def is_gpt2(vocabulary: Vocabulary) -> bool:
+    """Tell whether a vocabulary is GPT-2's own."""
+    return len(vocabulary.tokens) == GPT2_TOKENS and vocabulary.digest == gpt2(vocabulary.apart).digest
+
+
+def loaded(path: Path, apart: tuple[str, ...] = ()) -> Vocabulary:
+    """Read a vocabulary back from the `tokenizer.json` that `Vocabulary.exported` made.
+
+    Args:
+        path: The file.
+        apart: As in `Vocabulary`; the file tells it as a pattern only.
+    """
+    model = json.loads(path.read_bytes())["model"]
+    return Vocabulary(model["vocab"], tuple((left, right) for left, right in model["merges"]), apart)
 
 
 def _pinned(name: str, sha256: str) -> bytes:

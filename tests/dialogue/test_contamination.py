@@ -7,7 +7,7 @@ import polars as pl
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tasks.dialogue.contamination import Asked, Facts, Index, Told, words
+from tasks.dialogue.contamination import _APOSTROPHE, _COMPOSED, _SPACELESS, Asked, Facts, Index, Told, words
 
 LONG = "Write a short story about a lighthouse keeper who finds a bottle with a letter in it one winter morning"
 SHORT = "What's the capital of France?"
@@ -106,3 +106,28 @@ def test_a_reply_tells_a_fact_with_what_it_answers_or_alone() -> None:
 def test_a_prompt_tells_nothing_and_words_count_only_whole() -> None:
     assert told((-1, "Is Paris the capital of France?"), (0, "Yes.")) == []
     assert told((-1, "France?"), (0, "The comparison limps: Parisians, Limassol")) == []
+
+
+def reference(texts: list[str]) -> list[str]:
+    """Return the words of texts the plain way: every text is brought to its normal form."""
+    wide = pl.Series(texts).str.normalize("NFKC").str.to_lowercase().str.replace_all(_APOSTROPHE, "")
+    apart = wide.str.normalize("NFKC").str.replace_all(_SPACELESS, " $1 ")
+    return apart.str.replace_all(r"[^\p{L}\p{M}\p{N}]+", " ").str.strip_chars(" ").to_list()
+
+
+def composed() -> list[str]:
+    edges = re.findall(r"\\(?:x|u\{)([0-9a-f]+)\}?(?:-\\(?:x|u\{)([0-9a-f]+)\}?)?", _COMPOSED)
+    return [chr(code) for first, last in edges for code in range(int(first, 16), int(last or first, 16) + 1)]
+
+
+@given(st.lists(st.text(st.sampled_from(composed())), max_size=4), st.sampled_from(["", "\u0301", "ﬁ", "²", "ᄒ"]))
+def test_words_are_those_of_the_normal_form_whether_or_not_a_text_has_to_be_brought_to_it(
+    parts: list[str], odd: str
+) -> None:
+    text = odd.join(parts)
+    assert words(pl.Series([text])).to_list() == reference([text])
+
+
+def test_characters_that_are_not_normalised_need_not_be() -> None:
+    texts = [f"x{one}x" for one in composed()]
+    assert words(pl.Series(texts)).to_list() == reference(texts)

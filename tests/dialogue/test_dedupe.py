@@ -1,6 +1,5 @@
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 from hypothesis import given, settings
@@ -16,9 +15,10 @@ from tasks.dialogue.dedupe import (
     shared,
 )
 from tasks.dialogue.fingerprint import compute
-from tasks.dialogue.near import Count, Prints, Through, counted
+from tasks.dialogue.near import Prints, Through, counted
 from tasks.dialogue.record import CopyLimits
 from tasks.dialogue.threads import parent_rows
+from tests.pairs import Remembered
 
 Row = tuple[str, str | None, str, dict[str, Any]]  # id, parent, text, other fields
 FIELDS = {"split": "train", "rank": None, "label_quality": None}
@@ -46,16 +46,6 @@ def gone(messages: pl.DataFrame) -> dict[str, str]:
 
 def prints(messages: pl.DataFrame) -> Prints:
     return Prints.of(compute(messages["text"].to_arrow(), 3, 128, 0.8))
-
-
-class Remembered(dict[bytes, float]):
-    """What was counted of pairs, by their digests."""
-
-    def through(self, names: np.ndarray, count: Count) -> np.ndarray:
-        keys = [name.tobytes() for name in names]
-        places = np.array([at for at, key in enumerate(keys) if key not in self], dtype=np.int64)
-        self.update(zip([keys[at] for at in places], count(places).tolist(), strict=True))
-        return np.array([self[key] for key in keys])
 
 
 def compared(messages: pl.DataFrame, chars: int = 5, through: Through = counted) -> Likeness:

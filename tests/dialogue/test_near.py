@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tasks.dialogue.fingerprint import compute
 from tasks.dialogue.fold import normalised
-from tasks.dialogue.near import Count, Pairs, Prints, Through, counted, pairs
+from tasks.dialogue.near import Pairs, Prints, Through, counted, pairs
+from tests.pairs import Remembered
 
 PROSE = """The tide is the slow rise and fall of the sea. The moon pulls on the water that faces it more strongly than
 on the solid earth, so two bulges form, and most coasts pass through both of them each day."""
@@ -55,16 +56,6 @@ def jaccard(one: str, other: str, ngram: int = 3) -> float:
         return {tuple(words[at : at + ngram]) for at in range(max(1, len(words) - ngram + 1))}
 
     return len(grams(one) & grams(other)) / len(grams(one) | grams(other))
-
-
-class Remembered(dict[bytes, float]):
-    """What was counted of pairs, by their digests."""
-
-    def through(self, names: np.ndarray, count: Count) -> np.ndarray:
-        keys = [name.tobytes() for name in names]
-        places = np.array([at for at, key in enumerate(keys) if key not in self], dtype=np.int64)
-        self.update(zip([keys[at] for at in places], count(places).tolist(), strict=True))
-        return np.array([self[key] for key in keys])
 
 
 def compared(texts: list[str], ngram: int = 3, threshold: float = 0.8, through: Through = counted) -> Pairs:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.dialogue.pii import KINDS, SCHEMA, luhn, masked, scan, spans
+from tasks.dialogue.pii import _EMAIL, KINDS, SCHEMA, _emails, luhn, masked, scan, spans
 
 PLANTED = {
     "e-mail": ["jane.doe@example.com", "a@b.io", "first+tag@mail.example.co.uk", "x_y-z%1@sub-domain.museum",
@@ -100,9 +100,14 @@ def test_one_wrong_digit_breaks_luhns_sum(number: str) -> None:
         assert not any(luhn(number[:at] + other + number[at + 1 :]) for other in "0123456789" if other != digit)
 
 
+@given(st.text("aé1.-+_@ ,", max_size=150) | st.text("ab.@c", min_size=300, max_size=700))
+def test_addresses_are_found_by_their_sign_as_by_trying_each_word(text: str) -> None:
+    assert [found.span() for found in _emails(text)] == [found.span() for found in _EMAIL.finditer(text)]
+
+
 @pytest.mark.parametrize(
     "unit",
-    ["a", "1", "1 ", "a@", "a.", "1:", "a@b.c ", "1.1.1.1 ", "a@b.co ", "+1 22 ", "\u0301",
+    ["a", "1", "1 ", "@", "a@", "a.", "1:", "a@b.c ", "1.1.1.1 ", "a@b.co ", "+1 22 ", "\u0301",
      "4111 1111 1111 1111 ", "(1) ", "a-"],
 )  # fmt: skip
 def test_a_text_of_a_megabyte_takes_seconds_at_most(unit: str) -> None:

@@ -265,6 +265,10 @@ def test_a_run_that_stops_early_takes_no_root_from_the_collector(shell: Shell) -
     shell("run", TINY)
     shell("run", TINY, "--until", "download")
     assert "would remove model" not in shell("gc", "--dry-run", "--grace", "0").stdout
+    forgetting = ("gc", "--grace", "0", "--forget", "ti*")
+    assert "would remove model" in (dry := shell(*forgetting, "--dry-run").stdout)
+    assert shell(*forgetting).stdout == dry.replace("would remove", "removed").replace("would forget", "forgot")
+    assert "error[param.run]" in shell(*forgetting, code=2).stderr
 
 
 def test_bad_input_in_a_run_ends_with_one_line_and_its_code(shell: Shell, tmp_path: Path) -> None:

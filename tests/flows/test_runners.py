@@ -1,6 +1,8 @@
 """Laws of task runners: wherever texts are worked on, the artifacts are the same bytes."""
 
+import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,16 +34,47 @@ def scheduler() -> Iterator[str]:
         yield cluster.scheduler_address
 
 
-def work_done(scheduler: str) -> int:
-    """Return how often a cluster's tasks have changed their state, ever."""
+def work_done(scheduler: str) -> dict[str, int]:
+    """Return how often each worker's tasks have changed their state, ever."""
     from distributed import Client
 
     with Client(scheduler) as client:  # type: ignore[no-untyped-call]
-        return int(client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.transition_counter))
+        found: dict[str, int] = client.run(lambda dask_worker: dask_worker.state.transition_counter)
+        return found
+
+
+def chats(path: Path, count: int) -> Path:
+    """Write chats of their own words: enough that a call's texts are several task runs."""
+    draw = random.Random(1)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(5_000)]
+    said = [{"role": role, "content": ""} for role in ("user", "assistant")]
+    rows = ([{**one, "content": " ".join(draw.choices(words, k=5))} for one in said] for _ in range(count))
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def digests(folder: Path) -> dict[str, str]:
     return {manifest.kind: manifest.digest for _, manifest in Store(folder).manifests()}
+
+
+def run_on(runner: str, folder: Path, given: list[str], **named: str) -> None:
+    """Run the data half of the tiny recipe, into a store of its own in the folder."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TREELINE_"))}
+    named |= {"TREELINE_ARTIFACTS": str(folder / runner), "HOME": str(folder), "TREELINE_SOURCE_ROOTS": str(folder)}
+    settings = [word for one in (f"runtime.runner={runner}", *given) for word in ("--set", one)]
+    asked = [sys.executable, "-m", "flows", "run", TINY, "--until", "encode", *settings]
+    done = subprocess.run(asked, cwd=ROOT, env={**kept, **named}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_ray_makes_the_bytes_that_threads_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("prefect_ray", reason="Ray comes with the extra `ray` only")
+    monkeypatch.setenv("TREELINE_ARTIFACTS", str(tmp_path / "threads"))
+    chain.run(recipe.load(TINY), chain.DATA)
+    run_on("ray", tmp_path, [])
+    assert digests(tmp_path / "ray") == digests(tmp_path / "threads")
 
 
 @pytest.mark.slow
@@ -49,15 +82,17 @@ def digests(folder: Path) -> dict[str, str]:
 def test_two_workers_of_a_cluster_make_the_bytes_that_threads_make(
     scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    source = chats(tmp_path / "chats.jsonl", runners.ROWS)
     monkeypatch.setenv("TREELINE_ARTIFACTS", str(tmp_path / "threads"))
-    chain.run(recipe.load(TINY), chain.DATA)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TREELINE_"))}
-    named = {"TREELINE_ARTIFACTS": str(tmp_path / "dask"), "HOME": str(tmp_path), "TREELINE_DASK_SCHEDULER": scheduler}
-    asked = [sys.executable, "-m", "flows", "run", TINY, "--until", "encode", "--set", "runtime.runner=dask"]
+    monkeypatch.setenv("TREELINE_SOURCE_ROOTS", str(tmp_path))
+    given = ["download.source=file", f"download.path={source}", "parse.max_trees=100000", "curate.languages=[]"]
+    given += ["encode.block=256"]
+    chain.run(recipe.load(TINY, given), chain.DATA)
     before = work_done(scheduler)
-    done = subprocess.run(asked, cwd=ROOT, env={**kept, **named}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert work_done(scheduler) > before
+    run_on("dask", tmp_path, given, TREELINE_DASK_SCHEDULER=scheduler)
+    after = work_done(scheduler)
+    assert len(after) == 2
+    assert all(after[worker] > before[worker] for worker in after), "both workers had texts"
     assert digests(tmp_path / "dask") == digests(tmp_path / "threads")
     assert {*digests(tmp_path / "dask")} == {"raw", "messages", "dialogues", "tokens"}
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,3 +78,12 @@ def test_in_order_the_last_batch_takes_what_is_left() -> None:
 def test_the_first_token_of_a_sequence_is_not_supervised() -> None:
     assert split(5, 4).supervised() == 15
     assert split(5, 4).supervised(np.array([1])) == 3
+
+
+def test_a_filled_batch_has_empty_sequences_that_train_nothing() -> None:
+    full, filled = (replace(split(), fill=fill).batch(np.array([4, 1]), CPU) for fill in (0, 5))
+    for plain, more in zip(full, filled, strict=True):
+        assert more.shape == (5, 4)
+        assert torch.equal(more[:2], plain)
+        assert not more[2:].any()
+    assert len(replace(split(), fill=2).batch(slice(0, 3), CPU).ids) == 3

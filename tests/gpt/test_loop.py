@@ -3,6 +3,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -361,3 +362,26 @@ def test_more_blocks_than_there_are_cannot_stay_as_they_are() -> None:
     with pytest.raises(ParameterError, match="3 blocks are to stay as they are, the model has 2") as caught:
         freeze(deep(), 3)
     assert caught.value.code == "param.frozen"
+
+
+def test_a_compiled_run_compiles_once_for_training_and_once_for_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, given: list[Tensor]) -> Any:
+        compiled.append(len(given))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting))
+    plain, model = start(0.0), start(0.0)
+    val = split(4, seed=1)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "compiled").mkdir()
+    expected = fit(plain, split(), val, settings=SETTINGS, machine=MACHINE, workplace=tmp_path / "plain")
+    torch._dynamo.reset()
+    machine = replace(MACHINE, compile=True)
+    found = fit(model, split(), val, settings=SETTINGS, machine=machine, workplace=tmp_path / "compiled")
+    assert len(compiled) == 2  # batches of 3, 2 and 1 are of one shape
+    assert found.best_nll == pytest.approx(expected.best_nll, rel=1e-5)
+    assert found.supervised == expected.supervised

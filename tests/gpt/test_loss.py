@@ -46,6 +46,28 @@ def test_chunks_change_neither_loss_nor_gradients(chunk: int) -> None:
         torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 512])
+def test_a_weighed_token_counts_so_often_in_loss_and_gradients(chunk: int) -> None:
+    model, given = tiny(), batch()
+    weights = torch.rand(given.mask.shape, generator=torch.Generator().manual_seed(5)) + 0.1
+    ours = supervised_nats(model, *given, weights=weights, chunk=chunk)
+    wanted = given.ids.masked_fill(~given.mask, -100)[:, 1:]
+    each = cross_entropy(model(given.ids).logits[:, :-1].transpose(1, 2), wanted, reduction="none", ignore_index=-100)
+    theirs = (each * weights[:, 1:]).sum()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    expected = gradients(model, theirs / 7)
+    for name, found in gradients(model, ours / 7).items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_weights_of_1_change_no_bit() -> None:
+    model, given = tiny(), batch()
+    plain, weighed = supervised_nats(model, *given), supervised_nats(model, *given, weights=torch.ones(3, 16))
+    assert torch.equal(plain, weighed)
+    expected = gradients(model, plain)
+    assert all(torch.equal(found, expected[name]) for name, found in gradients(model, weighed).items())
+
+
 def test_token_losses_sum_to_the_loss_and_come_row_by_row() -> None:
     model, given = tiny(), batch()
     nats = token_nats(model, *given, chunk=5)

@@ -3,8 +3,10 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pytest
 import torch
@@ -14,11 +16,13 @@ from transformers import GPT2LMHeadModel
 from tasks.artifacts import DIALOGUE_COLUMNS, Dialogues, Tokens, arrow_schema, parquet_writer
 from tasks.encode import EncodeParams, EncodeRuntime, encode
 from tasks.gpt.attention import visible
+from tasks.gpt.blocks import BLOCK, block_mask
 from tasks.gpt.loss import supervised_nats
 from tasks.gpt.weights import build_start, scratch_spec
 from tasks.store.manifest import Manifest
+from tasks.train import TrainParams, worth_of
 
-BLOCK, PACK, TREES = 256, 300, 12  # so that most trees are cut, and ancestors repeated
+PATH, PACK, TREES = 256, 300, 12  # so that most trees are cut, and ancestors repeated
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -52,7 +56,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
         writer.write_table(pa.Table.from_pylist(rows_of(found, TREES), schema=arrow_schema(DIALOGUE_COLUMNS)))
     manifest = Manifest("0" * 64, "", {}, {}, "0" * 64)
     (folder / "tokens").mkdir()
-    params = EncodeParams(tokenizer="trained", vocab_size=512, block=BLOCK, pack=PACK)
+    params = EncodeParams(tokenizer="trained", vocab_size=512, block=PATH, pack=PACK)
     counts = encode.function(folder / "tokens", Dialogues(folder, manifest), params, EncodeRuntime())
     return Tokens(folder / "tokens", Manifest("0" * 64, "", {}, {}, "0" * 64, counts))
 
@@ -60,7 +64,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
 @pytest.fixture(scope="module")
 def model(tokens: Tokens) -> GPT2LMHeadModel:
     size = tokens.encoding().vocab_size
-    return build_start(scratch_spec(layers=2, heads=2, width=16, positions=BLOCK, vocab_size=size, seed=3)).eval()
+    return build_start(scratch_spec(layers=2, heads=2, width=16, positions=PATH, vocab_size=size, seed=3)).eval()
 
 
 def packed(tokens: Tokens, rows: slice = slice(None)) -> Batch:
@@ -90,11 +94,13 @@ def paths(tokens: Tokens) -> list[Batch]:
     return found
 
 
-def gradients(model: GPT2LMHeadModel, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
+def gradients(
+    model: GPT2LMHeadModel, batches: list[Batch], weights: list[Tensor | None] | None = None
+) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()
     total = 0.0
-    for batch in batches:
-        nats = supervised_nats(model, *batch)
+    for batch, weight in zip(batches, weights or [None] * len(batches), strict=True):
+        nats = supervised_nats(model, *batch, weights=weight)
         nats.backward()  # type: ignore[no-untyped-call]
         total += nats.item()
     return total, {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
@@ -109,6 +115,55 @@ def test_a_packed_tree_has_the_loss_and_gradients_of_its_paths_each_message_once
     for name, found in together[1].items():
         difference = (found - apart[1][name]).norm() / apart[1][name].norm()
         assert difference < 1e-5, name
+
+
+@pytest.mark.parametrize(("siblings", "decay"), [("shared", 1.0), ("each", 0.5), ("shared", 0.5)])
+def test_a_weighed_tree_has_the_weighed_loss_and_gradients_of_its_paths_each_message_once(
+    tokens: Tokens, model: GPT2LMHeadModel, siblings: Literal["each", "shared"], decay: float
+) -> None:
+    worth = worth_of(tokens, TrainParams(siblings=siblings, rank_decay=decay))
+    assert worth is not None
+    rows, each = np.arange(len(tokens.ids())), paths(tokens)
+    spread = torch.from_numpy(worth.spread(rows, (len(rows), PACK)))
+    weights = [
+        torch.full(mask.shape, float(weight)) for (_, mask, _, _), weight in zip(each, worth.weight, strict=True)
+    ]
+    together, apart = gradients(model, [packed(tokens)], [spread]), gradients(model, each, [*weights])
+    assert together[0] == pytest.approx(apart[0], rel=1e-5)
+    for name, found in together[1].items():
+        difference = (found - apart[1][name]).norm() / apart[1][name].norm()
+        assert difference < 1e-5, name
+    assert worth.total(rows) == pytest.approx(
+        sum(int(mask.sum()) * float(one.max()) for (_, mask, _, _), one in zip(each, weights, strict=True))
+    )
+
+
+def test_siblings_share_a_weight_of_1_though_a_cut_parts_them(tokens: Tokens) -> None:
+    worth = worth_of(tokens, TrainParams(siblings="shared", rank_decay=0.5))
+    assert worth is not None
+    index = tokens.index().collect()
+    above = index["message_id"].gather(index["parent"])
+    trained = index.with_columns(prompt=above).filter(index["trained"] > 0).with_columns(weight=worth.weight)
+    by_prompt = trained.group_by("prompt").agg(pl.col("weight").sum(), pl.col("sequence").n_unique(), pl.len())
+    assert by_prompt["weight"].to_list() == pytest.approx([1.0] * len(by_prompt), abs=1e-5)
+    assert (by_prompt["sequence"] > 1).sum() > 3
+    better, worse = (trained.filter(pl.col("rank") == rank).select("prompt", "weight") for rank in (0, 1))
+    pairs = better.join(worse, on="prompt")
+    assert len(pairs) > 10
+    assert (pairs["weight"] / pairs["weight_right"]).to_list() == pytest.approx([2.0] * len(pairs))
+
+
+def test_both_ways_to_attend_see_the_same_in_real_trees(tokens: Tokens) -> None:
+    _, _, _, ends = packed(tokens)
+    seen, found, at = visible(ends), block_mask(ends), torch.arange(PACK)
+    assert found.mask_mod is not None
+    each = found.mask_mod(torch.arange(len(ends))[:, None, None], torch.tensor(0), at[:, None], at[None, :])
+    assert torch.equal(each, seen[:, 0])
+    whole = torch.nn.functional.pad(seen, (0, -PACK % BLOCK, 0, -PACK % BLOCK))
+    blocks = whole.unflatten(2, (-1, BLOCK)).unflatten(4, (-1, BLOCK)).sum(dim=(3, 5))  # type: ignore[no-untyped-call]
+    assert torch.equal(found.to_dense(), (blocks > 0).int())
+    assert found.full_kv_num_blocks is not None
+    assert torch.equal(found.full_kv_num_blocks, (blocks == BLOCK**2).sum(dim=3).int())
 
 
 def test_every_supervised_token_is_trained_exactly_once_an_epoch(tokens: Tokens) -> None:

@@ -55,6 +55,18 @@ def test_the_last_run_of_a_recipe_and_what_it_was_made_from_stay(store: Store) -
     assert {name(made) for _, made in store.manifests()} == {name(raw), name(new)}
 
 
+def test_a_run_that_is_forgotten_keeps_nothing_and_others_keep_what_they_share(store: Store) -> None:
+    raw = publish(store, "raw", "trees", {})
+    base, arm = (publish(store, "model", word, {"raw": raw.digest}) for word in ("base", "arm"))
+    store.note_run("quickstart", {"train": name(base)})
+    store.note_run("quickstart-1a2b", {"train": name(arm)})
+    assert garbage(store, 0, LATER) == []
+    assert [path.name for path in garbage(store, 0, LATER, ["quickstart-1a2b"])] == [arm.key[:12]]
+    store.forget(["quickstart-1a2b"])
+    assert store.runs() == ["quickstart"]
+    assert [path.name for path in garbage(store, 0, LATER)] == [arm.key[:12]]
+
+
 def test_a_run_that_stopped_early_takes_nothing_away(store: Store) -> None:
     raw, model = publish(store, "raw", "trees", {}), publish(store, "model", "weights", {})
     store.note_run("quickstart", {"download": name(raw), "train": name(model)})

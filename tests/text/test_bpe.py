@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from tasks.errors import ConfigurationError
 from tasks.text import bpe
-from tasks.text.bpe import Vocabulary, gpt2, ids_of, trained
+from tasks.text.bpe import Vocabulary, gpt2, ids_of, is_gpt2, loaded, trained
 from tasks.text.chat import SPECIALS, XML
 
 TEXTS = ["The cat sat on the mat, the cat.", "Paris is the capital of France.\n\n", "Die Katze saß auf der Matte."] * 3
@@ -49,6 +49,14 @@ def test_ranks_are_those_that_tiktoken_reads_from_the_same_files(monkeypatch: py
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # no copies elsewhere
     files = [str(bpe._carried() / name) for name in ("vocab.bpe", "encoder.json")]
     assert vocabulary("gpt2").ranks == data_gym_to_mergeable_bpe_ranks(*files)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2 xml", "trained", "trained xml"])
+def test_a_vocabulary_is_read_back_from_its_export(name: str, tmp_path: Path) -> None:
+    vocabulary(name).exported().save(str(tmp_path / "tokenizer.json"))
+    back = loaded(tmp_path / "tokenizer.json", vocabulary(name).apart)
+    assert (back, back.digest) == (vocabulary(name), vocabulary(name).digest)
+    assert is_gpt2(back) == ("gpt2" in name)
 
 
 def test_the_vocabulary_is_found_without_running_its_package() -> None:
