@@ -2,7 +2,7 @@
 
     until all steps are done, or nothing gets better:
         rows of the step -> summed loss / supervised tokens -> gradients -> finite? -> clip -> AdamW
-        now and then: the whole validation split; the best weights are kept
+        now and then: the whole validation split; the best weights, or the best average of them, are kept
         now and then: a checkpoint, from which a killed run goes on to the bit; also when asked to stop
 
 Nothing random outlives a step: the order of the data and the seed of dropout are functions of seed and step alone.
@@ -25,6 +25,7 @@ from transformers import GPT2LMHeadModel
 
 from tasks.errors import TrainingError
 from tasks.gpt import checkpoint
+from tasks.gpt.average import average_of
 from tasks.gpt.batches import Array, Plan, Split
 from tasks.gpt.interrupt import Interrupted
 from tasks.gpt.logbook import Logbook
@@ -34,6 +35,7 @@ from tasks.gpt.optim import adamw, moments, set_moments, set_rate
 from tasks.gpt.run import Machine, Progress, Settings
 from tasks.gpt.schedule import learning_rate
 from tasks.gpt.trunk import Trunk, hidden_states, recomputing
+from tasks.gpt.weights import trained
 from tasks.progress import bar
 
 SAVING_SHARE = 0.1  # of the time at most: a large model on a slow disk is saved less often than asked for
@@ -81,6 +83,8 @@ class _Run:
         self.train = train = objective.train
         self.plan = Plan(len(train), settings.sequences, settings.epochs, settings.seed)
         self.evaluations = self.plan.evaluations(settings.evals_per_epoch)
+        self.weights = trained(model)
+        self.average = average_of(self.weights, settings.average, settings.average_decay, settings.average_count)
         self.optimizer = adamw(
             model, lr=settings.lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
         )
@@ -112,6 +116,7 @@ class _Run:
         elif not isfinite(self.largest()):  # nothing was measured after the last update
             raise self.nonfinite(self.progress.step)
         else:
+            self.average.take_over()
             self.progress.best_step = self.progress.step
         return self.progress
 
@@ -173,6 +178,7 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         progress.step += 1
+        self.average.follow(progress.step)
         progress.tokens += len(rows) * self.train.block
         progress.supervised += wanted
         return {"loss": loss, "lr": rate, "grad_norm": norm}
@@ -193,7 +199,15 @@ class _Run:
         return total.item()  # the one wait for the device in a step, with the gradient's norm
 
     def evaluate(self) -> dict[str, float]:
-        """Measure the whole validation split, and keep the weights if they are the best; nothing without a split."""
+        """Measure the whole validation split, and keep the weights if they are the best; nothing without a split.
+
+        Where an average is asked for, it is measured and kept, not the weights that training goes on from.
+        """
+        with self.average.standing_in(self.progress.step):
+            return self.measure()
+
+    def measure(self) -> dict[str, float]:
+        """Measure the validation split as the weights stand, and keep them if they are the best."""
         self.model.eval()
         with self.machine.interrupt.loose(), self.autocast():
             measured = self.objective.measure(self.model, self.at_once, self.machine.device, self.trunk)
@@ -211,7 +225,7 @@ class _Run:
             progress.start_nll = nll
         if progress.best_nll is None or nll < progress.best_nll:
             progress.best_nll, progress.best_step, progress.waited = nll, progress.step, 0
-            self.best = {name: weight.detach().to("cpu", copy=True) for name, weight in self.model.named_parameters()}
+            self.best = {name: weight.detach().to("cpu", copy=True) for name, weight in self.weights.items()}
         else:
             progress.waited += 1
         return measured
@@ -279,8 +293,10 @@ class _Run:
         now = Progress(**{**asdict(self.progress), "seconds": seconds})
         state: dict[str, Any] = {"progress": asdict(now), "settings": asdict(self.settings)}
         state |= {"pending": self.pending, "at_once": self.at_once}
-        weights = dict(self.model.named_parameters())
-        tensors = {"model": weights, "optimizer": moments(self.optimizer, self.model), "best": self.best}
+        tensors: dict[str, Mapping[str, Tensor]] = {"model": self.weights}
+        tensors |= {"optimizer": moments(self.optimizer, self.model), "best": self.best}
+        if average := self.average.state():
+            tensors["average"] = average
         self.log.flush()
         checkpoint.save(self.checkpoints, checkpoint.Checkpoint(now.step, state, tensors), self.machine.keep)
         self.kept = now.step
@@ -298,6 +314,7 @@ class _Run:
         self.restore(found.tensors["model"])
         set_moments(self.optimizer, self.model, found.tensors["optimizer"])
         self.best = dict(found.tensors["best"])
+        self.average.set_state(found.tensors.get("average", {}))
         self.progress = Progress(**found.state["progress"])
         self.pending, self.kept = found.state["pending"], found.step
         if self.machine.yielding and (found.state["at_once"] <= self.at_once):  # another one rounds otherwise
@@ -306,8 +323,8 @@ class _Run:
 
     @torch.no_grad()
     def restore(self, weights: Mapping[str, Tensor]) -> None:
-        """Set the model's weights."""
-        for name, weight in self.model.named_parameters():
+        """Set the weights that are trained."""
+        for name, weight in self.weights.items():
             weight.copy_(weights[name])
 
 
