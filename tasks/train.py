@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import Field, model_validator
 
 from tasks.artifacts import Counts, Encoding, Model, Tokens
 from tasks.errors import InputError, ParameterError
-from tasks.gpt.folder import CONFIG, WEIGHTS, digests
+from tasks.gpt.folder import CONFIG, WEIGHTS, digests, read_config
 from tasks.sources import MODELS
 from tasks.start import FOLDER, SCRATCH, allowed_folder, fetch_published
 from tasks.step import Params, step
@@ -19,10 +20,13 @@ from tasks.together import together
 from tasks.tuning import Count, TuningParams, TuningRuntime, split_of, tune, write_json, write_tokenizer
 
 if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
     from tasks.gpt.batches import Split
     from tasks.gpt.run import Progress
     from tasks.gpt.worth import Worth
 
+log = logging.getLogger("treeline.train")
 NAMED = 16  # messages or sequences at most in an error
 
 
@@ -72,7 +76,7 @@ class TrainRuntime(TuningRuntime):
     """How fast, and where. The outcome is the same but for rounding and the draws of dropout."""
 
 
-@step("train", version=2, makes=Model, resumable=True)
+@step("train", version=3, makes=Model, resumable=True)
 def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> Counts:
     """Write the tuned model, its tokenizer and chat template, and how training went."""
     from tasks.gpt.objective import EachToken
@@ -87,6 +91,7 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     if (counts := together("train", out, {"tokens": tokens}, params, run)) is not None:
         return counts
     model = build_start(spec, folder)
+    warn_of_new_words(model, folder, params)
     aim = EachToken(*splits, worth_of(tokens, params))
     progress = tune(model, splits, params, run, out, named=lambda rows: name_messages(tokens, rows), objective=aim)
     export(model, out, stop=encoding.stop, pad=encoding.pad)
@@ -96,6 +101,18 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     write_json(out / "training.json", counts)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return counts
+
+
+def warn_of_new_words(model: GPT2LMHeadModel, folder: Path | None, params: TrainParams) -> None:
+    """Say so where tokens were added to a table that stays as it is: the model can then hardly tell them apart."""
+    if folder is None or not params.keeps_table():
+        return
+    added = model.config.vocab_size - read_config(folder)["vocab_size"]
+    if added:
+        what = (
+            "train.start: the table stays as it is, and with it %d added tokens, those of the chat template among them"
+        )
+        log.warning(what, added)
 
 
 def worth_of(tokens: Tokens, params: TrainParams) -> Worth | None:

@@ -56,12 +56,24 @@ class TuningParams(Params):
     """Longest gradient; a longer one is shortened to it. None: as it is."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of numbers dropped after embeddings, attention and both halves of a block."""
+    frozen: Annotated[int, Field(ge=0, le=1_000)] = 0
+    """Lowest blocks that stay as they are, with the embeddings and a head that shares their table. 0: everything is trained. Tokens that were added for the chat template are then never learnt."""  # noqa: E501
     evals_per_epoch: Annotated[int, Field(ge=1, le=1_000)] = 8
     """Evaluations of the whole validation split in an epoch, besides those at the start and the end."""
     patience: Count | None = None
     """Evaluations without a better validation loss after which training ends. None: it goes on."""
+    average: Literal["none", "ema", "last"] = "none"
+    """What is validated, kept as the best and exported. none: the weights of one step; ema: a mean that decays with each update; last: the mean over the last evaluations. Training goes on from the weights themselves."""  # noqa: E501
+    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of an ema per update; less in the first updates. It remembers about 1 / (1 - decay) of them."""
+    average_count: Annotated[int, Field(ge=1, le=64)] = 4
+    """Evaluations that average = last is over, each a copy of the weights in memory and in checkpoints."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of products; weights and sums stay float32. bfloat16 is for GPUs and for CPUs that have instructions for it."""
+
+    def keeps_table(self) -> bool:
+        """Tell whether the token table stays as it is."""
+        return self.frozen > 0
 
     def settings(self, length: int, supervised: int) -> Settings:
         """Return them as the training loop takes them.
@@ -121,7 +133,7 @@ def tune(
     """Plan a run, then go through it; asked to stop, it saves first. Of many ranks, only rank 0 returns.
 
     Args:
-        model: At its starting weights; dropout is set here.
+        model: At its starting weights; dropout, and what stays as it is, are set here.
         splits: To train and to validate on.
         params: What decides the outcome.
         run: Where and how fast.
@@ -139,10 +151,11 @@ def tune(
     from tasks.gpt.planning import memory_named, planned
     from tasks.gpt.run import Machine
     from tasks.gpt.spread import parted
-    from tasks.gpt.weights import set_dropout
+    from tasks.gpt.weights import freeze, set_dropout
     from tasks.gpt.world import Done, here
 
     set_dropout(model, params.dropout)
+    freeze(model, params.frozen)
     settings = params.settings(splits[0].block, splits[0].supervised())
     interrupt, world = Interrupt(), here()
     device = world.device(device_of(run.device))
@@ -166,7 +179,7 @@ def tune(
             keep=run.keep_checkpoints,
             interrupt=interrupt,
             world=world,
-            sharded=parted(model, device, run.sharding, world),
+            sharded=parted(model, device, run.sharding, params.average, world),
             **({"named": named} if named else {}),
         )
         with memory_named(machine, splits[0].block):

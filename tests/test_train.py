@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks import start
@@ -336,6 +337,15 @@ def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     assert torch.get_num_threads() == before
+
+
+def test_frozen_embeddings_and_blocks_leave_with_the_bytes_that_they_came_with(
+    folder: Path, tokens: Tokens, tmp_path: Path
+) -> None:
+    out = trained(tmp_path / "out", tokens, TrainParams(**MORE, start="folder", folder=str(folder), frozen=1))
+    before, after = (load_file(place / "model.safetensors") for place in (folder, out))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"transformer.ln_f.weight", "transformer.ln_f.bias"}
 
 
 def test_targets_take_the_place_of_epochs() -> None:

@@ -2,7 +2,7 @@
 
     until all steps are done, or nothing gets better:
         rows of the step -> summed loss / supervised tokens -> gradients -> finite? -> clip -> AdamW
-        now and then: the whole validation split; the best weights are kept
+        now and then: the whole validation split; the best weights, or the best average of them, are kept
         now and then: a checkpoint, from which a killed run goes on to the bit; also when asked to stop
 
 Nothing random outlives a step: the order of the data and the seed of dropout are functions of seed and step alone.
@@ -12,7 +12,6 @@ Many ranks go through the same steps: each does its share of a step's rows, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from math import isfinite
@@ -27,6 +26,7 @@ from transformers import GPT2LMHeadModel
 
 from tasks.errors import TrainingError
 from tasks.gpt import checkpoint
+from tasks.gpt.average import average_of
 from tasks.gpt.batches import Array, Plan, Split
 from tasks.gpt.interrupt import Interrupted
 from tasks.gpt.logbook import Logbook
@@ -37,6 +37,7 @@ from tasks.gpt.run import Machine, Progress, Settings
 from tasks.gpt.schedule import learning_rate
 from tasks.gpt.spread import Spread, number
 from tasks.gpt.trunk import Trunk, hidden_states, recomputing
+from tasks.gpt.weights import trained
 from tasks.progress import bar
 
 SAVING_SHARE = 0.1  # of the time at most: a large model on a slow disk is saved less often than asked for
@@ -85,6 +86,8 @@ class _Run:
         self.train = train = objective.train
         self.plan = Plan(len(train), settings.sequences, settings.epochs, settings.seed)
         self.evaluations = self.plan.evaluations(settings.evals_per_epoch)
+        self.weights = trained(model)
+        self.average = average_of(self.weights, settings.average, settings.average_decay, settings.average_count)
         self.optimizer = adamw(
             model, lr=settings.lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
         )
@@ -116,8 +119,9 @@ class _Run:
         elif not isfinite(self.largest()):  # nothing was measured after the last update
             raise self.nonfinite(self.progress.step)
         else:
+            self.average.take_over()
             self.progress.best_step = self.progress.step
-            self.spread.leave(self.spread.whole(dict(self.model.named_parameters())))
+            self.spread.leave(self.spread.whole(self.weights))
         return self.progress
 
     def go_on(self) -> None:
@@ -187,6 +191,7 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         progress.step += 1
+        self.average.follow(progress.step)
         progress.tokens += len(rows) * self.train.block
         progress.supervised += wanted
         return {"loss": loss, "lr": rate, "grad_norm": norm}
@@ -211,10 +216,18 @@ class _Run:
         return self.spread.within(lambda: self.objective.loss(self.model, rows, share, self.machine.device, trunk))
 
     def evaluate(self) -> dict[str, float]:
-        """Measure the whole validation split, and keep the weights if they are the best; nothing without a split."""
+        """Measure the whole validation split, and keep the weights if they are the best; nothing without a split.
+
+        Where an average is asked for, it is measured and kept, not the weights that training goes on from.
+        """
+        with self.average.standing_in(self.progress.step):
+            return self.measure()
+
+    def measure(self) -> dict[str, float]:
+        """Measure the validation split as the weights stand, and keep them if they are the best."""
         self.model.eval()
         with self.loose(), self.autocast():
-            measured = self.measure()
+            measured = self.asked()
         if measured is None:
             return {}
         nll, progress = measured["val_nll"], self.progress
@@ -229,15 +242,15 @@ class _Run:
             progress.start_nll = nll
         if progress.best_nll is None or nll < progress.best_nll:
             progress.best_nll, progress.best_step, progress.waited = nll, progress.step, 0
-            found = self.spread.whole(dict(self.model.named_parameters()))
+            found = self.spread.whole(self.weights)
             self.best = {name: weight.detach().to("cpu", copy=True) for name, weight in found.items()}
         else:
             progress.waited += 1
         return measured
 
     @torch.no_grad()
-    def measure(self) -> dict[str, float] | None:
-        """Ask the objective what it finds in the validation split."""
+    def asked(self) -> dict[str, float] | None:
+        """Return what the objective finds in the validation split."""
         device = self.machine.device
         return self.spread.within(
             lambda: self.objective.measure(self.model, self.at_once, device, self.trunk, self.world)
@@ -315,9 +328,10 @@ class _Run:
         now = Progress(**{**asdict(self.progress), "seconds": seconds})
         state: dict[str, Any] = {"progress": asdict(now), "settings": asdict(self.settings)}
         state |= {"pending": self.pending, "at_once": self.at_once}
-        weights = self.spread.whole(dict(self.model.named_parameters()))
-        moving = self.spread.whole(moments(self.optimizer, self.model))
-        tensors = {"model": weights, "optimizer": moving, "best": self.best}
+        tensors = {"model": self.spread.whole(self.weights)}
+        tensors |= {"optimizer": self.spread.whole(moments(self.optimizer, self.model)), "best": self.best}
+        if average := self.spread.whole(self.average.state()):
+            tensors["average"] = average
         if self.world.first:
             self.log.flush()
             checkpoint.save(self.checkpoints, checkpoint.Checkpoint(now.step, state, tensors), self.machine.keep)
@@ -326,7 +340,7 @@ class _Run:
     def resume(self) -> None:
         """Go on from the last whole checkpoint; without one, from the start."""
         found = checkpoint.latest(self.checkpoints) if self.world.first else None
-        state, tensors = self.world.told(found and found.state), found.tensors if found else _NOWHERE
+        state, tensors = self.world.told(found and found.state), found.tensors if found else {}
         if state is None:
             self.log.cut_after(-1)
             return
@@ -334,18 +348,16 @@ class _Run:
             raise TrainingError(
                 "checkpoint of a run with other settings", str(self.checkpoints), "Remove it", "train.checkpoint"
             )
-        for name, weight in self.model.named_parameters():
-            self.spread.put(weight, tensors["model"].get(name))
-        set_moments(self.optimizer, self.model, self.spread.moments(tensors["optimizer"]))
-        self.best = dict(tensors["best"])
+        for name, weight in self.weights.items():
+            self.spread.put(weight, tensors.get("model", {}).get(name))
+        set_moments(self.optimizer, self.model, self.spread.received(tensors.get("optimizer", {})))
+        self.best = dict(tensors.get("best", {}))
+        self.average.set_state(self.spread.received(tensors.get("average", {})))
         self.progress = Progress(**state["progress"])
         self.pending, self.kept = state["pending"], self.progress.step
         if self.machine.yielding and (state["at_once"] <= self.at_once):  # another one rounds otherwise
             self.at_once = state["at_once"]
         self.log.cut_after(self.kept - (self.pending is not None))
-
-
-_NOWHERE: Mapping[str, Mapping[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}}  # of a rank that reads none
 
 
 def _seed(seed: int, step: int, rank: int) -> int:

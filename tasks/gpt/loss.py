@@ -139,7 +139,8 @@ class _ChunkedNats(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         total = hidden.new_zeros((), dtype=torch.float32)
         to_hidden = torch.empty_like(hidden)  # (N, D)
-        to_weight = torch.zeros_like(weight)  # (V, D) float32, also under autocast: it sums over chunks
+        # (V, D) float32, also under autocast: it sums over chunks. None for a table that stays as it is.
+        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         with torch.autocast(kind, enabled=False):
             table = weight.to(dtype)
             room = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=dtype)  # one chunk's logits, for all
@@ -153,6 +154,8 @@ class _ChunkedNats(torch.autograd.Function):
                 total += nats.sum()
                 slopes = slopes.to(dtype)
                 to_hidden[first : first + chunk] = (slopes @ table).mul_(share)
+                if to_weight is None:
+                    continue
                 if dtype == weight.dtype:
                     to_weight.addmm_(slopes.T, rows, alpha=share)
                 else:
@@ -162,10 +165,12 @@ class _ChunkedNats(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         """Hand over the gradients that were found on the way forward, scaled; they are there once."""
         to_hidden, to_weight = ctx.found
         del ctx.found
         if scale.device.type != "cpu" or scale.item() != 1.0:  # a GPU is faster than the question
-            to_hidden, to_weight = to_hidden.mul_(scale), to_weight.mul_(scale)
+            to_hidden.mul_(scale)
+            if to_weight is not None:
+                to_weight.mul_(scale)
         return to_hidden, to_weight, None, None, None, None

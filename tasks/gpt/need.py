@@ -22,7 +22,7 @@ class Shape:
     """A model and how it is trained.
 
     Attributes:
-        layers: Blocks.
+        layers: Blocks, those that stay as they are among them.
         heads: Of a block.
         width: D.
         vocab: V, rows of the token table.
@@ -31,6 +31,9 @@ class Shape:
         dropout: Whether any: attention then keeps its T x T weights.
         half: Whether products are in 16 bits.
         keeps_best: Whether a copy of the best weights is held.
+        frozen: Lowest blocks that stay as they are: nothing goes back through them.
+        table: Whether the head's table is trained.
+        copies: Of the trained weights, held for an average.
         recompute: Whether blocks keep only what enters them, and are computed again on the way back.
     """
 
@@ -43,13 +46,16 @@ class Shape:
     dropout: bool
     half: bool
     keeps_best: bool
+    frozen: int = 0
+    table: bool = True
+    copies: int = 0
     recompute: bool = False
 
 
 def memory(shape: Shape, micro_batch: int) -> int:
     """Return the bytes that training takes at its peak, besides the weights themselves."""
     held = 4 * shape.parameters * (1 + 2)  # gradients and two moments; on a GPU, the best weights are held elsewhere
-    best = 4 * shape.parameters * shape.keeps_best
+    best = 4 * shape.parameters * (shape.keeps_best + shape.copies)
     return held + best + micro_batch * _sequence(shape) + _head(shape, micro_batch) + ANY
 
 
@@ -66,14 +72,15 @@ def _sequence(shape: Shape) -> int:
     back = 10 * 4 * shape.width + shape.dropout * 4 * number * shape.heads * shape.block  # through one block
     ends = 6 * 4 * shape.width  # embeddings, the last norm, the states that reach the head, and their gradients
     mask = 4 * shape.block
-    held = shape.layers * 4 * shape.width + kept if shape.recompute else shape.layers * kept
+    layers = shape.layers - shape.frozen
+    held = layers * 4 * shape.width + kept if shape.recompute else layers * kept
     return shape.block * (held + back + ends + mask)
 
 
 def _head(shape: Shape, micro_batch: int) -> int:
     """Return the bytes of a chunk of logits, and of a second gradient of the table where gradients are added up."""
     rows = min(CHUNK, micro_batch * shape.block)
-    return rows * shape.vocab * (4 + 2 * shape.half) + 4 * shape.vocab * shape.width
+    return rows * shape.vocab * (4 + 2 * shape.half) + shape.table * 4 * shape.vocab * shape.width
 
 
 def largest_micro_batch(shape: Shape, free: int, sequences: int) -> int:
@@ -95,9 +102,10 @@ def flops(shape: Shape, supervised: float) -> float:
         shape: The model.
         supervised: Share of the tokens that reach the head, 0..1.
     """
-    blocks = 12 * shape.layers * shape.width**2
-    attention = 2 * shape.layers * shape.width * shape.block
-    return (6 + 2 * shape.recompute) * (blocks + attention) + 6 * supervised * shape.vocab * shape.width
+    block = 12 * shape.width**2 + 2 * shape.width * shape.block
+    back = (4 + 2 * shape.recompute) * (shape.layers - shape.frozen)
+    head = (4 + 2 * shape.table) * supervised * shape.vocab * shape.width
+    return (2 * shape.layers + back) * block + head
 
 
 def seconds(shape: Shape, tokens: float, evaluated: float, supervised: float, rate: float) -> float:
@@ -110,7 +118,7 @@ def seconds(shape: Shape, tokens: float, evaluated: float, supervised: float, ra
         supervised: Share of them that reach the head.
         rate: Operations a second that a plain product of matrices reaches.
     """
-    forth = flops(replace(shape, recompute=False), supervised) / 3
+    forth = flops(replace(shape, frozen=0, table=True, recompute=False), supervised) / 3
     return (flops(shape, supervised) * tokens + forth * evaluated) / (EFFICIENCY * rate)
 
 

@@ -11,7 +11,7 @@ FUSED = frozenset({"cpu", "cuda"})  # a fifth of the time of the unfused one, on
 
 
 def adamw(model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float) -> AdamW:
-    """Make the optimizer of a model's weights.
+    """Make the optimizer of the weights that are trained.
 
     Everything with two dimensions decays, the embeddings included, as in nanoGPT, so that losses compare; biases and
     the scales of norms do not: there is no reason for them to be small.
@@ -22,7 +22,7 @@ def adamw(model: nn.Module, *, lr: float, betas: tuple[float, float], weight_dec
         betas: Decay of the running means of the gradient and of its square.
         weight_decay: Share of a weight that is taken away per update and unit of learning rate.
     """
-    weights = list(model.parameters())
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     groups = [
         {"params": [weight for weight in weights if weight.dim() >= 2], "weight_decay": weight_decay},
         {"params": [weight for weight in weights if weight.dim() < 2], "weight_decay": 0.0},

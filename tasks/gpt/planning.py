@@ -14,12 +14,13 @@ from transformers import GPT2LMHeadModel
 
 from tasks.errors import TrainingError
 from tasks.gpt import need
+from tasks.gpt.average import copies
 from tasks.gpt.batches import Plan, Split
 from tasks.gpt.device import free_memory, product_rate
 from tasks.gpt.loss import supervised_nats
 from tasks.gpt.run import Machine, Settings
 from tasks.gpt.trunk import Trunk, hidden_states, recomputing
-from tasks.gpt.weights import parameter_count
+from tasks.gpt.weights import trained
 from tasks.gpt.world import ALONE, World
 
 log = logging.getLogger("treeline.train")
@@ -54,16 +55,20 @@ def planned(
     """
     (train, val), config = splits, model.config
     half = settings.precision == "bfloat16"
+    ends = [block.mlp.c_proj.bias for block in model.transformer.h]  # of a frozen block, it is frozen, too
     shape = need.Shape(
         config.n_layer,
         config.n_head,
         config.n_embd,
         config.vocab_size,
-        parameter_count(model),
+        sum(weight.numel() for weight in trained(model).values()),
         train.block,
         dropout=config.attn_pdrop > 0,
         half=half,
         keeps_best=bool(len(val)),
+        frozen=sum(not weight.requires_grad for weight in ends),
+        table=model.lm_head.weight.requires_grad,
+        copies=copies(settings.average, settings.average_count, device.type == "cpu"),
     )
     free = free_memory(device)
     size, shape = _fitted(shape, free or 1 << 62, settings.sequences, asked, recompute)

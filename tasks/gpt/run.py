@@ -28,6 +28,9 @@ class Settings:
         clip: Longest gradient; a longer one is shortened to it. None: as it is.
         evals_per_epoch: Evaluations of the validation split in an epoch.
         patience: Evaluations without a better loss after which the run ends. None: it goes on.
+        average: What is measured and kept: none: the weights, ema or last: an average of them.
+        average_decay: Of ema, per update.
+        average_count: Of last: evaluations.
         precision: float32, or bfloat16 in products with weights and sums in float32.
     """
 
@@ -44,6 +47,9 @@ class Settings:
     evals_per_epoch: int
     patience: int | None
     precision: str
+    average: str = "none"
+    average_decay: float = 0.999
+    average_count: int = 4
 
 
 def _numbers(rows: Sequence[int]) -> str:

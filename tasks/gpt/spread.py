@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2LMHeadModel
 
+from tasks.errors import ParameterError
 from tasks.gpt.device import free_memory
 from tasks.gpt.weights import parameter_count
 from tasks.gpt.world import World
@@ -87,13 +88,13 @@ class Spread:
                 place.copy_(_given(whole))
             dist.broadcast(place, 0)
 
-    def moments(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the optimizer's tensors, named `exp_avg/...`, as this rank holds them; rank 0 gives them in full."""
+    def received(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what belongs to weights, named `exp_avg/...`, as this rank holds it; rank 0 gives it in full."""
         if self.world.alone:
             return dict(saved)
         weights, places = dict(self.model.named_parameters()), {}
         for name, shape in self.world.told({name: list(one.shape) for name, one in saved.items()}).items():
-            weight = weights[name.partition("/")[2]]
+            weight = weights[name.rpartition("/")[2]]
             # A weight's count of updates has a shape of its own.
             places[name] = (
                 torch.zeros_like(weight) if shape == list(weight.shape) else torch.zeros(shape, device=self.device)
@@ -103,15 +104,24 @@ class Spread:
 
     @torch.no_grad()
     def leave(self, weights: Mapping[str, Tensor]) -> None:
-        """Give the model that was given these weights, on rank 0."""
-        if self.world.first:
-            for name, weight in self.given.named_parameters():
-                weight.copy_(weights[name])
+        """Set weights of the model that was given, on rank 0."""
+        given = dict(self.given.named_parameters())
+        for name, weight in weights.items():  # none, on the others
+            given[name].copy_(weight)
 
 
-def parted(model: GPT2LMHeadModel, device: torch.device, asked: str, world: World) -> bool:
-    """Tell whether each rank is to hold a part of the model: if asked to, or, for auto, if it would fill half a GPU."""
-    if asked != "auto" or world.alone:
+def parted(model: GPT2LMHeadModel, device: torch.device, asked: str, average: str, world: World) -> bool:
+    """Tell whether each rank is to hold a part of the model: if asked to, or, for auto, if it would fill half a GPU.
+
+    Raises:
+        ParameterError: If an average of the weights is asked for, too: it takes their place, which FSDP2 does not see.
+    """
+    if average != "none" and asked == "full" and not world.alone:
+        what = f"an average ({average}) is of whole weights, and each process would hold a part"
+        raise ParameterError(
+            what, "train.sharding = full", "Set it to none, or train.average to none", "param.sharding"
+        )
+    if asked != "auto" or average != "none" or world.alone:
         return asked == "full"
     free = free_memory(device) if device.type == "cuda" else None
     return world.any(free is not None and HELD * parameter_count(model) > free / 2)

@@ -194,9 +194,32 @@ def set_dropout(model: GPT2LMHeadModel, share: float) -> None:
             module.p = share
 
 
+def freeze(model: GPT2LMHeadModel, blocks: int) -> None:
+    """Keep the embeddings and the lowest blocks as they are, and with a tied table the head; 0 freezes nothing.
+
+    Raises:
+        ParameterError: If the model has fewer blocks.
+    """
+    gpt = model.transformer
+    if blocks > len(gpt.h):
+        raise ParameterError(
+            f"{blocks} blocks are to stay as they are, the model has {len(gpt.h)}",
+            "frozen",
+            f"Set it to {len(gpt.h)} or less",
+            code="param.frozen",
+        )
+    for part in (gpt.wte, gpt.wpe, *gpt.h[:blocks]) if blocks else ():
+        part.requires_grad_(False)
+
+
 def parameter_count(model: nn.Module) -> int:
-    """Count the trained numbers; tied tables count once."""
+    """Count the numbers of the weights; tied tables count once."""
     return sum(weight.numel() for weight in model.parameters())
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights that training changes, by name."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def export(model: GPT2LMHeadModel, folder: Path, *, stop: int, pad: int) -> None:

@@ -1,7 +1,7 @@
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from tasks.errors import TrainingError
-from tasks.gpt import loop
+from tasks.errors import ParameterError, TrainingError
+from tasks.gpt import checkpoint, loop
 from tasks.gpt.batches import Plan, Split
 from tasks.gpt.loop import fit
 from tasks.gpt.loss import token_nats
 from tasks.gpt.run import Machine, Progress, Settings
 from tasks.gpt.schedule import learning_rate
-from tasks.gpt.weights import build_start, scratch_spec, set_dropout
+from tasks.gpt.weights import build_start, freeze, scratch_spec, set_dropout
 from tasks.progress import listening
 
 VOCABULARY, BLOCK, ROWS = 24, 12, 20
@@ -318,6 +318,50 @@ def test_weights_that_the_last_update_ruined_are_never_the_outcome(tmp_path: Pat
     ruinous = replace(SETTINGS, lr=1e38, warmup_share=0.0, epochs=1 / 3)
     with pytest.raises(TrainingError, match="not finite"):
         fit(start(), split(), split(0), settings=ruinous, machine=MACHINE, workplace=tmp_path)
+
+
+@pytest.mark.parametrize("frozen", [1, 2])
+def test_what_is_frozen_stays_as_it_is_and_costs_no_state(tmp_path: Path, frozen: int) -> None:
+    before = dict(deep().named_parameters())
+    model = deep()
+    freeze(model, frozen)
+    val = split(6, seed=1)
+    every = replace(MACHINE, checkpoint_seconds=0.0)
+    fit(model, split(), val, settings=SETTINGS, machine=every, workplace=tmp_path)
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed == {
+        name for name in before if name.startswith(("transformer.h.1", "transformer.ln_f")[frozen - 1 :])
+    }
+    found = checkpoint.latest(tmp_path / "checkpoints")
+    assert found is not None
+    assert set(found.tensors["model"]) == set(found.tensors["best"]) == changed
+    assert {name.partition("/")[2] for name in found.tensors["optimizer"]} == changed
+
+
+def deep() -> GPT2LMHeadModel:
+    model = build_start(scratch_spec(layers=2, heads=2, width=16, positions=BLOCK, vocab_size=VOCABULARY, seed=0))
+    set_dropout(model, 0.1)
+    return model
+
+
+def test_a_run_with_frozen_blocks_killed_and_resumed_ends_the_same_to_the_bit(tmp_path: Path) -> None:
+    ends = []
+    for name, after in (("whole", None), ("cut", 4)):
+        for left in (after, None):
+            (tmp_path / name).mkdir(exist_ok=True)
+            model = deep()
+            freeze(model, 1)
+            with listening(Killer(left or -1)), pytest.raises(Killed) if left else nullcontext():
+                every = replace(MACHINE, checkpoint_seconds=0.0)
+                fit(model, split(), split(6), settings=SETTINGS, machine=every, workplace=tmp_path / name)
+        ends.append({name: weight.detach() for name, weight in model.named_parameters()})
+    assert equal(*ends)
+
+
+def test_more_blocks_than_there_are_cannot_stay_as_they_are() -> None:
+    with pytest.raises(ParameterError, match="3 blocks are to stay as they are, the model has 2") as caught:
+        freeze(deep(), 3)
+    assert caught.value.code == "param.frozen"
 
 
 def test_a_compiled_run_compiles_once_for_training_and_once_for_validation(

@@ -6,7 +6,7 @@ from transformers import GPT2LMHeadModel
 
 from tasks.gpt.batches import Batch
 from tasks.gpt.loss import supervised_nats, token_nats
-from tasks.gpt.weights import build_start, scratch_spec
+from tasks.gpt.weights import build_start, freeze, scratch_spec
 
 VOCABULARY = 96
 
@@ -75,6 +75,16 @@ def test_token_losses_sum_to_the_loss_and_come_row_by_row() -> None:
     torch.testing.assert_close(nats.sum(), supervised_nats(model, *given).detach(), rtol=1e-6, atol=0)
     first = Batch(*(part[:1] for part in given))
     torch.testing.assert_close(nats[: int(first.mask[:, 1:].sum())], token_nats(model, *first))
+
+
+def test_a_table_that_stays_as_it_is_gets_no_gradient_and_the_rest_the_same() -> None:
+    model, given = tiny(), batch()
+    expected = gradients(model, supervised_nats(model, *given) * 3)
+    freeze(model, 1)
+    found = gradients(model, supervised_nats(model, *given) * 3)
+    assert not [name for name in found if name.startswith(("transformer.wte", "transformer.wpe", "transformer.h.0."))]
+    assert len(found) == 12 + 2
+    assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
 
 
 def test_a_batch_with_nothing_to_learn_has_no_loss_and_no_gradient() -> None:

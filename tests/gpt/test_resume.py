@@ -28,7 +28,7 @@ import torch
 from tasks.progress import listening
 from tests.gpt.test_loop import MACHINE, SETTINGS, run
 torch.set_num_threads(1)
-settings = replace(SETTINGS, epochs=10, evals_per_epoch=1)
+settings = replace(SETTINGS, epochs=int(sys.argv[2]) / 3, evals_per_epoch=1, average=sys.argv[3], average_decay=0.9)
 machine = replace(MACHINE, checkpoint_seconds=0.0)
 
 class Killer:
@@ -62,16 +62,17 @@ print(json.dumps(told))
 
 
 @pytest.mark.slow
-def test_killed_with_nine_after_any_of_thirty_steps_it_ends_the_same_to_the_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("average", "points"), [("none", POINTS), ("ema", 6), ("last", 6)])
+def test_killed_with_nine_after_any_step_it_ends_the_same_to_the_bit(tmp_path: Path, average: str, points: int) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", TRIALS, str(tmp_path), str(POINTS)], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-c", TRIALS, str(tmp_path), str(points), average], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (_, _, whole), *cut = json.loads(done.stdout)
-    assert len(whole[0]) == 3 * (POINTS + 1)
-    assert [(killed, ended) for killed, ended, _ in cut] == [(-9, 0)] * POINTS
-    assert [end == whole for _, _, end in cut] == [True] * POINTS
+    assert len(whole[0]) == 3 * (points + 1)
+    assert [(killed, ended) for killed, ended, _ in cut] == [(-9, 0)] * points
+    assert [end == whole for _, _, end in cut] == [True] * points
 
 
 def test_across_thread_counts_losses_agree_to_five_digits(tmp_path: Path) -> None:

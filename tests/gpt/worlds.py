@@ -19,6 +19,7 @@ from tasks.gpt.loop import fit
 from tasks.gpt.objective import EachToken
 from tasks.gpt.preference import EachPair, Replies, Side
 from tasks.gpt.run import Machine, Settings
+from tasks.gpt.weights import freeze
 from tasks.gpt.world import World, joined
 from tests.gpt import test_loop
 
@@ -33,6 +34,7 @@ def trained(
     """Train as this rank, and tell what came of it."""
     folder.mkdir(exist_ok=True)
     model = test_loop.start(0.0)
+    freeze(model, more.pop("frozen", 0))
     train, val = more.pop("train", test_loop.split(rows)), test_loop.split(5, seed=1)
     told: Told = {"rank": world.rank}
     try:
@@ -59,6 +61,30 @@ def recomputed(folder: Path, world: World) -> Told:
     return trained(folder, world, machine=replace(MACHINE, sharded=True, recompute=True))
 
 
+def averaged(folder: Path, world: World) -> Told:
+    return trained(folder, world, replace(STEP, average="ema"))
+
+
+def averaged_stopped(folder: Path, world: World) -> Told:
+    return stopped(folder, world, settings=replace(STEP, average="ema"))
+
+
+def last(folder: Path, world: World) -> Told:
+    return trained(folder, world, replace(STEP, average="last", average_count=2))
+
+
+def last_stopped(folder: Path, world: World) -> Told:
+    return stopped(folder, world, settings=replace(STEP, average="last", average_count=2))
+
+
+def frozen(folder: Path, world: World) -> Told:
+    return trained(folder, world, frozen=1)
+
+
+def frozen_sharded(folder: Path, world: World) -> Told:
+    return trained(folder, world, machine=replace(MACHINE, sharded=True), frozen=1)
+
+
 def lonely(folder: Path, world: World) -> Told:
     """One sequence in the last step: the other ranks have none."""
     return trained(folder, world, rows=17)
@@ -80,10 +106,11 @@ def preferred(folder: Path, world: World) -> Told:
     return trained(folder, world, train=aim.train, objective=aim)
 
 
-def stopped(folder: Path, world: World, sharded: bool = False) -> Told:
+def stopped(folder: Path, world: World, sharded: bool = False, settings: Settings = STEP) -> Told:
     """Stop all at the fourth step, because one rank was asked to."""
     machine = replace(MACHINE, sharded=sharded, interrupt=type(MACHINE.interrupt)())
-    return trained(folder, world, machine=replace(machine, checkpoint_seconds=0.0), objective=Asking(machine, world))
+    saving = replace(machine, checkpoint_seconds=0.0)
+    return trained(folder, world, settings, machine=saving, objective=Asking(machine, world))
 
 
 def stopped_sharded(folder: Path, world: World) -> Told:
