@@ -57,8 +57,8 @@ class Split:
     def batch(self, rows: Array | slice, device: torch.device) -> Batch:
         """Copy some sequences to a device, all but the mask.
 
-        That takes a millisecond for 8,192 tokens. No thread does it ahead: a GPU is still at the batch before, for which
-        nothing waits until the end of the step.
+        That takes a millisecond for 8,192 tokens. No thread does it ahead: a GPU is still at the batch before, as
+        nothing waits for it until the end of the step.
         """
         return Batch(
             _tensor(self.ids[rows], np.int64, self.fill, device),
