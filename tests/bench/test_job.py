@@ -26,7 +26,7 @@ from tasks.store.manifest import read_manifest
 from tests.bench.test_train import NANOGPT, OURS, ROOT, ROUNDS, TRL, measured, skip_without
 
 STEPS = int(os.environ.get("BENCH_JOB_STEPS", "8"))
-PACK = int(os.environ.get("BENCH_PACK", "1024"))
+PACK = int(os.environ.get("BENCH_PACK", "2048"))
 TREES = ROOT.parent / "shared" / "data" / "oasst1_en_validation.trees.jsonl.gz"
 SMALL = (6, 6, 384)  # layers, heads, width
 BLOCK, AT_ONCE = 1_024, 2_048  # tokens of a conversation, and of a step
