@@ -19,8 +19,6 @@ from tasks.step import Params, step
 from tasks.tuning import Count, TuningParams, TuningRuntime, split_of, tune, write_json, write_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel
-
     from tasks.gpt.batches import Split
     from tasks.gpt.run import Progress
     from tasks.gpt.worth import Worth
@@ -88,7 +86,7 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     refuse_unfit(spec, *splits)
     refuse_foreign(params.start, tokens.path / "tokenizer.json")
     model = build_start(spec, folder)
-    warn_of_new_words(model, folder, params)
+    warn_of_new_words(encoding, folder, params)
     aim = EachToken(*splits, worth_of(tokens, params))
     progress = tune(model, splits, params, run, out, named=lambda rows: name_messages(tokens, rows), objective=aim)
     export(model, out, stop=encoding.stop, pad=encoding.pad)
@@ -100,16 +98,18 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     return counts
 
 
-def warn_of_new_words(model: GPT2LMHeadModel, folder: Path | None, params: TrainParams) -> None:
+def warn_of_new_words(encoding: Encoding, folder: Path | None, params: TrainParams) -> None:
     """Say so where tokens were added to a table that stays as it is: the model can then hardly tell them apart."""
+    from tasks.text.chat import TEMPLATES
+
     if folder is None or not params.keeps_table():
         return
-    added = model.config.vocab_size - read_config(folder)["vocab_size"]
+    known = read_config(folder)["vocab_size"]
+    pieces = TEMPLATES[encoding.template].pieces()
+    added = sorted(text for text, token in encoding.specials.items() if token >= known and text in pieces)
     if added:
-        what = (
-            "train.start: the table stays as it is, and with it %d added tokens, those of the chat template among them"
-        )
-        log.warning(what, added)
+        what = "train: the table stays as it is, so %s are hardly told apart; encode.template = xml adds no tokens"
+        log.warning(what, ", ".join(added))
 
 
 def worth_of(tokens: Tokens, params: TrainParams) -> Worth | None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tasks.gpt.weights import build_start, load_model
 from tasks.store.manifest import Manifest
 from tasks.text import bpe
 from tasks.text.chat import TEMPLATES, load_dialect, tags
-from tasks.train import TrainParams, TrainRuntime, name_messages, train, worth_of
+from tasks.train import TrainParams, TrainRuntime, name_messages, train, warn_of_new_words, worth_of
 
 BLOCK = 96
 TALKS = [
@@ -337,6 +338,31 @@ def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.skipif(find_spec("peft") is None, reason="peft comes with the extras `lora` and `test`")
+def test_adapters_are_merged_into_the_model_and_lie_beside_it(folder: Path, tokens: Tokens, tmp_path: Path) -> None:
+    params = TrainParams(**MORE, start="folder", folder=str(folder), lora_rank=4)
+    one, other = trained(tmp_path / "one", tokens, params), trained(tmp_path / "other", tokens, params)
+    assert {path.name for path in one.iterdir()} == {*Model.files, "adapter.tar"}
+    for name in ("adapter.tar", "model.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    merged, before = load_file(one / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert set(merged) == set(before)
+    assert not torch.equal(merged["transformer.h.0.mlp.c_fc.weight"], before["transformer.h.0.mlp.c_fc.weight"])
+    assert torch.equal(merged["transformer.wte.weight"], before["transformer.wte.weight"])
+    opened = dict(AutoModelForCausalLM.from_pretrained(one).named_parameters())  # no adapter is added a second time
+    assert all(torch.equal(opened[name], weight) for name, weight in merged.items())
+
+
+def test_tags_that_a_kept_table_has_never_seen_are_warned_of(
+    folder: Path, tokens: Tokens, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": tokens.encoding().specials["<|user|>"]}))
+    for params, told in ((PARAMS, False), (PARAMS.model_copy(update={"frozen": 1}), True)):
+        warn_of_new_words(tokens.encoding(), folder, params)
+        assert ("<|user|>" in caplog.text and "encode.template = xml" in caplog.text) is told
 
 
 def test_frozen_embeddings_and_blocks_leave_with_the_bytes_that_they_came_with(
