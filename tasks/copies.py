@@ -91,7 +91,7 @@ class Copies:
 
     def separate(self) -> None:
         """Drop what two splits share from the less protected one; first, so that no copy goes for one that leaks."""
-        verdicts, ids = self.verdicts, self.table["message_id"].to_list()
+        verdicts, ids = self.verdicts, self.table["message_id"]
         for yielding in PROTECTION[1:]:
             verdicts.drop_copies("leak", leaks(self.table, self.alike, verdicts.kept(), yielding), ids)
             if self.alike.crowded:
@@ -101,7 +101,7 @@ class Copies:
     def thin(self) -> None:
         """Drop copies and near copies from the train split; where many are alike, until no more are found."""
         table, verdicts, given, alike, limits = self.table, self.verdicts, self.given, self.alike, self.given.limits
-        ids = table["message_id"].to_list()
+        ids = table["message_id"]  # no list: of a million, strings of Python take 110 MB
         if not limits.repeat_prompts:
             found = repeated_prompts(table, alike, self.parents, verdicts.kept())
             verdicts.drop_copies("near_duplicate", found, ids)

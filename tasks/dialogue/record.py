@@ -5,11 +5,14 @@ Importing this module loads neither polars nor numpy, because the settings of a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+if TYPE_CHECKING:
+    import polars as pl
 
 Split = Literal["train", "val", "test"]
 RuleName = Literal[
@@ -140,8 +143,8 @@ class Verdicts:
             if self.reasons[row] is None:
                 self.reasons[row], self.evidence[row] = reason, seen
 
-    def drop_copies(self, reason: str, found: Mapping[int, tuple[int, float]], ids: Sequence[str]) -> None:
-        """Drop the rows of `found`, row -> its twin and their similarity, unless an earlier rule did."""
+    def drop_copies(self, reason: str, found: Mapping[int, tuple[int, float]], ids: pl.Series) -> None:
+        """Drop the rows of `found`, row -> its twin and their similarity, unless an earlier rule did; `ids` of all."""
         self.twins.update((row, twin) for row, (twin, _) in found.items() if self.reasons[row] is None)
         exact = reason == "duplicate"
         self.drop(reason, {

@@ -103,7 +103,7 @@ class Memo:
             found = rows.find(keys[open_])
             hit = found >= 0
             if hit.any():
-                yield open_[hit], rows.read().take(pa.array(found[hit]))
+                yield open_[hit], taken(rows.read(), found[hit])
                 open_ = open_[~hit]
 
     def add(self, keys: Keys, rows: pa.RecordBatch) -> None:
@@ -254,7 +254,15 @@ def _once(remembered: Sequence[_Rows]) -> Iterator[pa.RecordBatch]:
     for end, size, rows in zip(ends, sizes, remembered, strict=True):
         mine = first[np.searchsorted(first, end - size) : np.searchsorted(first, end)]
         if len(mine):
-            yield _keyed(keys[mine], rows.read().take(pa.array(mine - (end - size))))
+            yield _keyed(keys[mine], taken(rows.read(), mine - (end - size)))
+
+
+def taken(rows: pa.RecordBatch, places: Places) -> pa.RecordBatch:
+    """Return some rows; those that stand in a row, as when data comes again in its order, without copying them."""
+    first, last = int(places[0]), int(places[-1])
+    if last - first + 1 == len(places) and bool((np.diff(places) == 1).all()):
+        return rows.slice(first, len(places))
+    return rows.take(pa.array(places))
 
 
 def first_places(keys: Keys) -> tuple[Places, Places]:

@@ -71,8 +71,14 @@ def done():
     weights = V * width + 12 * layers * width**2
     flops = (6 * weights + 12 * layers * width * block) * size * block
     best = min(times[1:])
-    told = {"cpu": best, "rate": size * block / best, "peak_mb": peak_mb, "losses": losses, "mfu": flops / best / mm()}
+    mean = sum(times[1:]) / len(times[1:])
+    told = {"cpu": best, "mean": mean, "rate": size * block / best, "mfu": flops / best / mm()}
+    told |= {"peak_mb": peak_mb, "losses": losses}
     print(json.dumps(told))
+"""
+ONE_BRANCH = """
+shape = np.ones_like(data)
+split = Split(data, shape, np.cumsum(shape, axis=1) - 1, np.full_like(data, block + 1))
 """
 OURS = """
 import tempfile
@@ -84,12 +90,10 @@ from tasks.progress import listening
 hold_memory()
 model = build_start(spec)
 set_dropout(model, 0.0)
-shape = np.ones_like(data)
-split = Split(data, shape, np.cumsum(shape, axis=1) - 1, np.full_like(data, block + 1))
-none = Split(*(array[:0] for array in (data, shape, shape, shape)))
+none = Split(*(array[:0] for array in (split.ids, split.mask, split.positions, split.ends)))
 settings = Settings(
-    seed=0, epochs=1, sequences=size, lr=3e-4, min_lr_share=1.0, warmup_share=0.0, weight_decay=0.1, beta1=0.9,
-    beta2=0.95, clip=1.0, evals_per_epoch=1, patience=None, precision="float32",
+    seed=0, epochs=steps / -(-len(split) // size), sequences=size, lr=3e-4, min_lr_share=1.0, warmup_share=0.0,
+    weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0, evals_per_epoch=1, patience=None, precision="float32",
 )
 class Stopwatch:
     start = 0.0
@@ -167,6 +171,10 @@ transformers.Trainer(model=model, args=args, train_dataset=rows, data_collator=c
 done()
 """
 )
+PIECES = """
+flat = np.concatenate([data.reshape(-1)] * 3).astype(np.int64)
+cuts = np.cumsum(np.random.default_rng(0).lognormal(5, 0.9, 10_000).astype(int).clip(8, block))
+"""
 TRL = (
     TRAINER
     + """
@@ -175,8 +183,6 @@ from trl import SFTConfig, SFTTrainer
 words = Tokenizer(models.WordLevel({"x": 0, "<|endoftext|>": 50256}, unk_token="x"))
 end = "<|endoftext|>"
 tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, pad_token=end)
-flat = np.concatenate([data.reshape(-1)] * 3).astype(np.int64)
-cuts = np.cumsum(np.random.default_rng(0).lognormal(5, 0.9, 10_000).astype(int).clip(8, block))
 pieces = np.split(flat, cuts[cuts < len(flat)])
 rows = datasets.Dataset.from_list([{"input_ids": piece.tolist()} for piece in pieces])
 args = SFTConfig(**how, max_length=block, packing=True, packing_strategy="wrapped")
@@ -190,20 +196,31 @@ PEERS: dict[str, tuple[str, str, float, float, bool]] = {
     "nanoGPT compiled": ("COMPILED = True\n" + NANOGPT, "nanoGPT", 1.12, 1.15, True),
     "a plain transformers loop": (PLAIN, "transformers", 1.2, 1.2, False),
     "Trainer": (TRAINER_LOOP, "accelerate", 1.1, 1.1, False),
-    "TRL SFTTrainer, packing": (TRL, "trl", 2.0, 2.0, False),
+    "TRL SFTTrainer, packing": (PIECES + TRL, "trl", 2.0, 2.0, False),
 }
 
 
-def measured(code: str, shape: str) -> dict[str, Any]:
-    """Run code in a process of its own, pinned to a core."""
-    given = [*map(str, SHAPES[shape]), str(STEPS)]
+def measured(code: str, given: tuple[int, ...], steps: int = STEPS) -> dict[str, Any]:
+    """Run code on a shape in a process of its own, pinned to a core."""
     one = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
-        [sys.executable, "-c", HEAD + code, *given], cwd=ROOT, env={**os.environ, **one}, capture_output=True, text=True
+        [sys.executable, "-c", HEAD + code, *map(str, (*given, steps))],
+        cwd=ROOT,
+        env={**os.environ, **one},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def skip_without(package: str) -> None:
+    """Skip where a peer is not there."""
+    if package == "nanoGPT" and not os.environ.get("BENCH_NANOGPT"):
+        pytest.skip("set BENCH_NANOGPT to a checkout of nanoGPT")
+    if package != "nanoGPT" and find_spec(package) is None:
+        pytest.skip(f"needs the package {package}")
 
 
 @pytest.mark.bench
@@ -212,11 +229,9 @@ def measured(code: str, shape: str) -> dict[str, Any]:
 @pytest.mark.parametrize("peer", PEERS)
 def test_a_training_step_beside_its_peers(peer: str, shape: str) -> None:
     code, package, *bars, same = PEERS[peer]
-    if package == "nanoGPT" and not os.environ.get("BENCH_NANOGPT"):
-        pytest.skip("set BENCH_NANOGPT to a checkout of nanoGPT")
-    if package != "nanoGPT" and find_spec(package) is None:
-        pytest.skip(f"needs the package {package}")
-    pairs = [(measured(OURS, shape), measured(code, shape)) for _ in range(ROUNDS)]
+    skip_without(package)
+    ours_code, given = ONE_BRANCH + OURS, SHAPES[shape]
+    pairs = [(measured(ours_code, given), measured(code, given)) for _ in range(ROUNDS)]
     ours, theirs = (min((pair[side] for pair in pairs), key=lambda found: found["cpu"]) for side in (0, 1))
     peaks = [min(pair[side]["peak_mb"] for pair in pairs) for side in (0, 1)]
     if same:

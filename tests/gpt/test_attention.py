@@ -1,7 +1,11 @@
+from itertools import pairwise
+
+import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import GPT2LMHeadModel
 
-from tasks.gpt.attention import visible
+from tasks.gpt.attention import by_ends, visible
 from tasks.gpt.weights import build_start, scratch_spec
 
 
@@ -38,6 +42,26 @@ def test_packed_documents_give_the_logits_that_each_gives_alone() -> None:
     packed = model(ids, attention_mask=visible(ends), position_ids=positions).logits
     for first, last in cuts:
         torch.testing.assert_close(packed[:, first:last], model(ids[:, first:last]).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [256, 257, 700])
+def test_queries_in_runs_see_what_the_mask_lets_them(length: int) -> None:
+    draw, model = torch.Generator().manual_seed(0), tiny(positions=length)
+    cuts = [0, 90, 300, 310, 600, length]
+    ends = torch.zeros(2, length, dtype=torch.long)
+    for first, last in pairwise(sorted({min(cut, length) for cut in cuts})):
+        ends[:, first:last] = last
+    ends[1, : length // 2] = length  # a prompt, and two replies
+    queries, keys, values = (torch.randn(2, 2, length, 8, generator=draw, requires_grad=True) for _ in range(3))
+    found = by_ends(model, ends)(0, queries, keys, values)
+    scale = model.transformer.h[0].attn.scaling
+    expected = scaled_dot_product_attention(queries, keys, values, attn_mask=visible(ends), scale=scale)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    slope = torch.randn(found.shape, generator=draw)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(one, (queries, keys, values), slope) for one in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_gives_no_nan_whatever_its_ends_say() -> None:

@@ -1,5 +1,6 @@
 """Laws of preferences: one packed contest is worth its pairs taken apart, and the loss is the published one."""
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
-from transformers import GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from tasks.artifacts import (
     DIALOGUE_COLUMNS,
@@ -24,8 +25,8 @@ from tasks.artifacts import (
 )
 from tasks.encode import EncodeParams, EncodeRuntime, encode
 from tasks.errors import InputError
-from tasks.gpt.preference import Replies, judge, reply_logps
-from tasks.gpt.weights import load_model
+from tasks.gpt.preference import Replies, Side, judge, reply_logps
+from tasks.gpt.weights import load_model, set_dropout
 from tasks.pair import PairParams, pair
 from tasks.prefer import PreferParams, PreferRuntime, prefer
 from tasks.refer import ReferParams, ReferRuntime, refer
@@ -125,24 +126,56 @@ def test_the_loss_is_that_of_the_paper() -> None:
     assert found.chosen.tolist() == [-4.0, -4.0]
 
 
-def test_the_loss_is_trls() -> None:
+def spelled(contests: Contests, row: dict[str, int]) -> tuple[list[int], list[int]]:
+    """Return the ids of what a reply sees, and those of it that are trained."""
+    ids, ends = contests.ids()[row["sequence"]], contests.ends()[row["sequence"]]
+    seen = [int(ids[at]) for at in range(row["stop"]) if ends[at] >= row["stop"]]
+    return seen[: -row["trained"]], seen[-row["trained"] :]
+
+
+def test_loss_and_gradients_are_those_of_trls_trainer(made: tuple[Contests, Model, References], tmp_path: Path) -> None:
     trl = pytest.importorskip("trl", reason="needs the package trl")
-    if not hasattr(trl.DPOTrainer, "dpo_loss"):
-        pytest.skip("this trl has no dpo_loss to compare with")
-    draw = torch.Generator().manual_seed(0)
-    logps, reference = (torch.randn(8, generator=draw) * 5 - 20 for _ in range(2))
-    better, worse = torch.arange(4), torch.arange(4, 8)
+    datasets = pytest.importorskip("datasets", reason="needs the package datasets")
+    contests, model, references = made
+    table = contests.replies().filter(split="train").sort("sequence", "start")
+    columns = table.select("sequence", "trained", "contest", "rank").collect()
+    replies = Replies(*(columns[name].to_numpy().astype(np.int64) for name in columns.columns))
+    sequences, rows = split_of(contests, "train"), np.unique(replies.sequence)[:3]
+    tuned = load_model(model.path)
+    with torch.no_grad():
+        for weight in tuned.parameters():  # away from the start, or the loss would be log 2 whatever is computed
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)
+    set_dropout(tuned, 0.0)
+    theirs = copy.deepcopy(tuned)
 
-    class Settings:
-        beta, label_smoothing, loss_type, reference_free, f_divergence_type = 0.1, 0.0, ["sigmoid"], False, "reverse_kl"
-        f_alpha_divergence_coef = 1.0
-        args = None
-        accelerator = type("A", (), {"device": torch.device("cpu")})
+    side = Side(sequences, replies, references.logps()[: len(columns)])
+    loss = side.judge(tuned, rows, 0.3, torch.device("cpu")).loss.mean()
+    loss.backward()  # type: ignore[no-untyped-call]
 
-    losses, *_ = trl.DPOTrainer.dpo_loss(
-        Settings(), logps[better], logps[worse], reference[better], reference[worse], "sigmoid"
+    each = list(table.collect().iter_rows(named=True))
+    numbers = replies.of(rows)
+    pairs = []
+    for better, worse in zip(*replies.pairs(numbers), strict=True):
+        (prompt, chosen), (_, rejected) = (spelled(contests, each[numbers[place]]) for place in (better, worse))
+        pairs.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+    assert len(pairs) > 3
+    words = AutoTokenizer.from_pretrained(model.path)
+    how = trl.DPOConfig(
+        output_dir=str(tmp_path), beta=0.3, use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False
     )
-    torch.testing.assert_close(judge(logps, reference, better, worse, 0.1).loss, losses, rtol=1e-5, atol=1e-6)
+    asked = datasets.Dataset.from_list([{"prompt": "Question?", "chosen": "Yes.", "rejected": "No."}])
+    trainer = trl.DPOTrainer(
+        model=theirs, ref_model=load_model(model.path), args=how, train_dataset=asked, processing_class=words
+    )
+    expected = trainer.compute_loss(trainer.model, trainer.data_collator(pairs))
+    expected.backward()
+    assert abs(loss.item() - np.log(2)) > 0.01
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    known = dict(theirs.named_parameters())
+    for name, weight in tuned.named_parameters():
+        assert weight.grad is not None
+        assert known[name].grad is not None
+        assert (weight.grad.to_dense() - known[name].grad).norm() <= 1e-5 * known[name].grad.norm(), name
 
 
 def test_pairs_are_within_contests_and_never_between_equals() -> None:

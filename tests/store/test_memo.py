@@ -14,7 +14,7 @@ import pytest
 
 from tasks.store import memo as memos
 from tasks.store import parts as store_parts
-from tasks.store.memo import Keys, Memo, first_places
+from tasks.store.memo import Keys, Memo, first_places, taken
 from tasks.store.parts import fault, parts
 
 ROOT = Path(__file__).parents[2]
@@ -229,3 +229,9 @@ def test_a_kill_in_the_middle_of_writing_leaves_what_was_there(tmp_path: Path) -
     assert known(memo, 1, 2, 5, 6) == right(1, 2)
     memo.close()
     assert list(memo.folder.glob(".*.part")) == []
+
+
+@pytest.mark.parametrize("places", [[2], [1, 2, 3], [3, 2, 1], [0, 2, 3], [1, 1, 3], [1, 3, 2, 4]])
+def test_rows_that_are_taken_are_those_of_the_places_wherever_these_stand(places: list[int]) -> None:
+    rows = pa.record_batch({"said": ["a", "b", None, "", "é"], "ids": [[1], [], None, [2, 3], [4]]})
+    assert taken(rows, np.array(places)).equals(rows.take(pa.array(places)))
