@@ -14,9 +14,18 @@ from tasks.artifacts import Counts, Encoding, Model, Tokens
 from tasks.errors import InputError, ParameterError
 from tasks.gpt.folder import CONFIG, WEIGHTS, digests, read_config
 from tasks.sources import MODELS
-from tasks.start import FOLDER, SCRATCH, allowed_folder, fetch_published
+from tasks.start import FOLDER, MODEL, SCRATCH, allowed_folder, fetch_published, model_of
 from tasks.step import Params, step
-from tasks.tuning import Count, TuningParams, TuningRuntime, split_of, tune, write_json, write_tokenizer
+from tasks.tuning import (
+    Count,
+    TuningParams,
+    TuningRuntime,
+    refuse_strangers,
+    split_of,
+    tune,
+    write_json,
+    write_tokenizer,
+)
 
 if TYPE_CHECKING:
     from tasks.gpt.batches import Split
@@ -30,10 +39,12 @@ NAMED = 16  # messages or sequences at most in an error
 class StartParams(Params):
     """Where the weights come from."""
 
-    start: Literal["scratch", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "folder"] = "scratch"
-    """Where the weights come from: random ones, a published GPT-2, or a local Hugging Face folder."""
+    start: Literal["scratch", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "folder", "model"] = "scratch"
+    """Where the weights come from: random ones, a published GPT-2, a local Hugging Face folder, or a model that was tuned before."""  # noqa: E501
     folder: str | None = None
     """Path of that folder (config.json, model.safetensors), under one that $TREELINE_MODEL_ROOTS names. Only for start = folder."""  # noqa: E501
+    model: str | None = None
+    """Id of the model to go on from, such as model/3f2a5c9d01ab; it must know the same words, tags and block. Only for start = model."""  # noqa: E501
     layers: Count = 3
     """Transformer blocks. Only for start = scratch."""
     heads: Count = 4
@@ -54,6 +65,8 @@ class TrainParams(TuningParams, StartParams):
     def _fits(self) -> TrainParams:
         if (self.folder is not None) != (self.start == FOLDER):
             raise ValueError("start = folder and folder = PATH go together")
+        if (self.model is not None) != (self.start == MODEL):
+            raise ValueError("start = model and model = ID go together")
         if self.start == SCRATCH and self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         return self
@@ -61,9 +74,11 @@ class TrainParams(TuningParams, StartParams):
     def keyed(self) -> dict[str, Any]:
         """Return what enters the key: settings that have a say at this start; content in place of names and paths."""
         shape = set() if self.start == SCRATCH else {"layers", "heads", "width"}
-        kept = self.model_dump(mode="json", exclude={"folder", *shape})
+        kept = self.model_dump(mode="json", exclude={"folder", "model", *shape})
         if self.start == FOLDER:
             return {**kept, "weights": digests(allowed_folder(self.folder or ""))}
+        if self.start == MODEL:
+            return {**kept, "model": model_of(self.model or "").manifest.digest}
         if self.start in MODELS:
             return {**kept, "weights": {name: MODELS[self.start].files[name] for name in (WEIGHTS, CONFIG)}}
         return kept
@@ -80,8 +95,13 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     from tasks.gpt.weights import build_start, export, parameter_count
 
     encoding = tokens.encoding()
-    folder = fetch_start(params)
+    earlier = model_of(params.model) if params.model else None
+    if earlier:
+        refuse_strangers(earlier, tokens)
+    folder = earlier.path if earlier else fetch_start(params)
     spec = start_of(params, folder, encoding)
+    if earlier:
+        spec |= {"model": earlier.manifest.digest, "from": earlier.json("start.json")}
     splits = split_of(tokens, "train"), split_of(tokens, "val")
     refuse_unfit(spec, *splits)
     refuse_foreign(params.start, tokens.path / "tokenizer.json")

@@ -204,7 +204,7 @@ def refuse_strangers(model: Model, tokens: Sequences) -> None:
     raise ParameterError(
         f"the model was trained on another encoding; it differs in {', '.join(odd)}",
         f"model {model.id}, tokens {tokens.id}",
-        "Evaluate it on tokens that were encoded as its own were",
+        "Use tokens that were encoded as its own were: with its vocabulary, template and block",
         "param.encoding",
     )
 
