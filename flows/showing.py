@@ -10,6 +10,8 @@ from flows.terminal import asked_of_texts
 from tasks.artifacts import Artifact, Contests, Dialogues, Messages, Model, RawTrees, References, Report, Tokens
 from tasks.dialogue.record import named_in
 from tasks.errors import ParameterError
+from tasks.step import home
+from tasks.store.folders import Store
 
 TRAINED = ("«", "»")  # around the text that the loss sees
 
@@ -231,7 +233,16 @@ def _references(artifact: References, count: int) -> str:
 
 def _model(artifact: Model, count: int) -> str:
     last = "\n".join(json.dumps(entry) for entry in _last(artifact.log(), count))
-    return f"{json.dumps(artifact.json('training.json'), indent=1)}\n\nthe log's end:\n{last}"
+    told = json.dumps(artifact.json("training.json"), indent=1)
+    return f"started from {origin(artifact.json('start.json'))}\n\n{told}\n\nthe log's end:\n{last}"
+
+
+def origin(start: Mapping[str, Any]) -> str:
+    """Say what a model started from, and what that started from, by its start.json."""
+    if "from" not in start:
+        return str(start.get("repo") or start["start"])
+    digest = start["model"]
+    return f"{Store(home()).names().get(digest, digest[:12] + '…')}, which started from {origin(start['from'])}"
 
 
 def _last(entries: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:

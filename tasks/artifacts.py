@@ -370,7 +370,8 @@ class References(Artifact):
 class Model(Artifact):
     """A tuned GPT-2 as a Hugging Face folder, with its tokenizer, chat template and the log of its training.
 
-    start.json says what it started from; training.json what came of it; log.jsonl each step.
+    start.json says what it started from; training.json what came of it; log.jsonl each step. Where adapters were
+    trained, adapter.tar holds them as peft does, and model.safetensors the start with them added.
     """
 
     kind = "model"

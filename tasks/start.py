@@ -1,4 +1,4 @@
-"""Where starting weights lie: a published GPT-2, fetched from the hub, or a local folder that the user allows."""
+"""Where starting weights lie: a published GPT-2, a model of the store, or a local folder that the user allows."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import ParameterError
+from tasks.artifacts import Model
+from tasks.errors import ParameterError, StoreError
 from tasks.gpt.folder import CONFIG, WEIGHTS, find_folder
 from tasks.hub import fetch_file
 from tasks.sources import MODELS
+from tasks.step import home
+from tasks.store.check import Fault
+from tasks.store.folders import Store
+from tasks.store.manifest import Manifest
 
 ROOTS = "TREELINE_MODEL_ROOTS"  # folders that local models may be taken from, separated like PATH
-SCRATCH, FOLDER = "scratch", "folder"  # a start that is not the name of a published model
+SCRATCH, FOLDER, MODEL = "scratch", "folder", "model"  # a start that is not the name of a published model
 
 
 def roots() -> list[Path]:
@@ -48,6 +53,31 @@ def fetch_published(start: str) -> Path:
     return paths[-1].parent  # the cache lays the files of one revision side by side
 
 
+def model_of(name: str) -> Model:
+    """Open a model of the store by `model/hex`, or by the first digits of its key.
+
+    Raises:
+        ParameterError: If none, or more than one, goes by that name.
+        StoreError: If it is not what was published.
+    """
+    kind, _, digits = name.rpartition("/")
+    made = Store(home()).manifests(Model.kind) if kind in {"", Model.kind} and len(digits) >= 4 else []
+    found = [manifest for _, manifest in made if manifest.key.startswith(digits)]
+    if len(found) != 1:
+        what = f"{'more than one' if found else 'no'} model is named {name!r}"
+        raise ParameterError(what, "train.model", "`python -m flows ls` lists them", "param.artifact")
+    return _sound(found[0])
+
+
+def _sound(manifest: Manifest) -> Model:
+    store = Store(home())
+    folder = store.folder(manifest.kind, manifest.key)
+    fault = store.look(manifest.kind, manifest.key)
+    if isinstance(fault, Fault):
+        raise StoreError(str(fault), str(folder), "Run its recipe again: it will be rebuilt", code="store.corrupt")
+    return Model(folder, manifest)
+
+
 def folder_of(spec: Mapping[str, Any]) -> Path | None:
     """Return the folder of the weights that a tuned model started from; None where it started from scratch.
 
@@ -55,16 +85,21 @@ def folder_of(spec: Mapping[str, Any]) -> Path | None:
         spec: What the model's start.json says.
 
     Raises:
-        ParameterError: If a local folder with that content is no longer there.
+        ParameterError: If a local folder, or a model of the store, with that content is no longer there.
     """
     if spec["start"] == SCRATCH:
         return None
-    if spec["start"] != FOLDER:
+    if spec["start"] == MODEL:
+        made = [manifest for _, manifest in Store(home()).manifests(Model.kind) if manifest.digest == spec["model"]]
+        if made:
+            return _sound(made[-1]).path
+    elif spec["start"] != FOLDER:
         return fetch_published(spec["start"])
     found = find_folder(spec, roots())
     if found is None:
         raise ParameterError(
-            f"the weights that the model started from (sha256 {spec['sha256'][:12]}…) lie under no allowed root",
+            f"the weights that the model started from (sha256 {spec['sha256'][:12]}…) lie under no allowed root"
+            + (", nor in the store" if spec["start"] == MODEL else ""),
             ", ".join(map(str, roots())) or "none is allowed",
             f"Name a folder above them in ${ROOTS}",
             "param.path",

@@ -14,14 +14,21 @@ from tasks.artifacts import Counts, Encoding, Model, Tokens
 from tasks.errors import InputError, ParameterError
 from tasks.gpt.folder import CONFIG, WEIGHTS, digests, read_config
 from tasks.sources import MODELS
-from tasks.start import FOLDER, SCRATCH, allowed_folder, fetch_published
+from tasks.start import FOLDER, MODEL, SCRATCH, allowed_folder, fetch_published, model_of
 from tasks.step import Params, step
 from tasks.together import together
-from tasks.tuning import Count, TuningParams, TuningRuntime, split_of, tune, write_json, write_tokenizer
+from tasks.tuning import (
+    Count,
+    TuningParams,
+    TuningRuntime,
+    refuse_strangers,
+    split_of,
+    tune,
+    write_json,
+    write_tokenizer,
+)
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel
-
     from tasks.gpt.batches import Split
     from tasks.gpt.run import Progress
     from tasks.gpt.worth import Worth
@@ -33,10 +40,12 @@ NAMED = 16  # messages or sequences at most in an error
 class StartParams(Params):
     """Where the weights come from."""
 
-    start: Literal["scratch", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "folder"] = "scratch"
-    """Where the weights come from: random ones, a published GPT-2, or a local Hugging Face folder."""
+    start: Literal["scratch", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "folder", "model"] = "scratch"
+    """Where the weights come from: random ones, a published GPT-2, a local Hugging Face folder, or a model that was tuned before."""  # noqa: E501
     folder: str | None = None
     """Path of that folder (config.json, model.safetensors), under one that $TREELINE_MODEL_ROOTS names. Only for start = folder."""  # noqa: E501
+    model: str | None = None
+    """Id of the model to go on from, such as model/3f2a5c9d01ab; it must know the same words, tags and block. Only for start = model."""  # noqa: E501
     layers: Count = 3
     """Transformer blocks. Only for start = scratch."""
     heads: Count = 4
@@ -57,6 +66,8 @@ class TrainParams(TuningParams, StartParams):
     def _fits(self) -> TrainParams:
         if (self.folder is not None) != (self.start == FOLDER):
             raise ValueError("start = folder and folder = PATH go together")
+        if (self.model is not None) != (self.start == MODEL):
+            raise ValueError("start = model and model = ID go together")
         if self.start == SCRATCH and self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         return self
@@ -64,9 +75,11 @@ class TrainParams(TuningParams, StartParams):
     def keyed(self) -> dict[str, Any]:
         """Return what enters the key: settings that have a say at this start; content in place of names and paths."""
         shape = set() if self.start == SCRATCH else {"layers", "heads", "width"}
-        kept = self.model_dump(mode="json", exclude={"folder", *shape})
+        kept = self.model_dump(mode="json", exclude={"folder", "model", *shape})
         if self.start == FOLDER:
             return {**kept, "weights": digests(allowed_folder(self.folder or ""))}
+        if self.start == MODEL:
+            return {**kept, "model": model_of(self.model or "").manifest.digest}
         if self.start in MODELS:
             return {**kept, "weights": {name: MODELS[self.start].files[name] for name in (WEIGHTS, CONFIG)}}
         return kept
@@ -83,15 +96,20 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     from tasks.gpt.weights import build_start, export, parameter_count
 
     encoding = tokens.encoding()
-    folder = fetch_start(params)
+    earlier = model_of(params.model) if params.model else None
+    if earlier:
+        refuse_strangers(earlier, tokens)
+    folder = earlier.path if earlier else fetch_start(params)
     spec = start_of(params, folder, encoding)
+    if earlier:
+        spec |= {"model": earlier.manifest.digest, "from": earlier.json("start.json")}
     splits = split_of(tokens, "train"), split_of(tokens, "val")
     refuse_unfit(spec, *splits)
     refuse_foreign(params.start, tokens.path / "tokenizer.json")
     if (counts := together("train", out, {"tokens": tokens}, params, run)) is not None:
         return counts
     model = build_start(spec, folder)
-    warn_of_new_words(model, folder, params)
+    warn_of_new_words(encoding, folder, params)
     aim = EachToken(*splits, worth_of(tokens, params))
     progress = tune(model, splits, params, run, out, named=lambda rows: name_messages(tokens, rows), objective=aim)
     export(model, out, stop=encoding.stop, pad=encoding.pad)
@@ -103,16 +121,18 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     return counts
 
 
-def warn_of_new_words(model: GPT2LMHeadModel, folder: Path | None, params: TrainParams) -> None:
+def warn_of_new_words(encoding: Encoding, folder: Path | None, params: TrainParams) -> None:
     """Say so where tokens were added to a table that stays as it is: the model can then hardly tell them apart."""
+    from tasks.text.chat import TEMPLATES
+
     if folder is None or not params.keeps_table():
         return
-    added = model.config.vocab_size - read_config(folder)["vocab_size"]
+    known = read_config(folder)["vocab_size"]
+    pieces = TEMPLATES[encoding.template].pieces()
+    added = sorted(text for text, token in encoding.specials.items() if token >= known and text in pieces)
     if added:
-        what = (
-            "train.start: the table stays as it is, and with it %d added tokens, those of the chat template among them"
-        )
-        log.warning(what, added)
+        what = "train: the table stays as it is, so %s are hardly told apart; encode.template = xml adds no tokens"
+        log.warning(what, ", ".join(added))
 
 
 def worth_of(tokens: Tokens, params: TrainParams) -> Worth | None:

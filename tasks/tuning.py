@@ -58,6 +58,12 @@ class TuningParams(Params):
     """Share of numbers dropped after embeddings, attention and both halves of a block."""
     frozen: Annotated[int, Field(ge=0, le=1_000)] = 0
     """Lowest blocks that stay as they are, with the embeddings and a head that shares their table. 0: everything is trained. Tokens that were added for the chat template are then never learnt."""  # noqa: E501
+    lora_rank: Annotated[int, Field(ge=0, le=1_024)] = 0
+    """Rank of LoRA adapters beside every matrix of the blocks: they alone are trained, then merged, and kept apart as adapter.tar, too. 0: none, all weights are trained. They want ten times the learning rate."""  # noqa: E501
+    lora_alpha: Annotated[float, Field(gt=0)] = 16.0
+    """What adapters add is scaled by lora_alpha / lora_rank."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of numbers dropped before an adapter, besides dropout."""
     evals_per_epoch: Annotated[int, Field(ge=1, le=1_000)] = 8
     """Evaluations of the whole validation split in an epoch, besides those at the start and the end."""
     patience: Count | None = None
@@ -73,7 +79,7 @@ class TuningParams(Params):
 
     def keeps_table(self) -> bool:
         """Tell whether the token table stays as it is."""
-        return self.frozen > 0
+        return self.frozen > 0 or self.lora_rank > 0
 
     def settings(self, length: int, supervised: int) -> Settings:
         """Return them as the training loop takes them.
@@ -144,6 +150,7 @@ def tune(
     Raises:
         Done: On all other ranks, when training has ended.
     """
+    from tasks.gpt import lora
     from tasks.gpt.attention import by_blocks, set_blocks
     from tasks.gpt.device import device_of, fast_products, keep_compiled, spare_memory, threads
     from tasks.gpt.interrupt import Interrupt
@@ -155,6 +162,8 @@ def tune(
     from tasks.gpt.world import Done, here
 
     set_dropout(model, params.dropout)
+    how = params.lora_rank, params.lora_alpha, params.lora_dropout
+    adapted = lora.attach(model, *how, params.seed) if params.lora_rank else None
     freeze(model, params.frozen)
     settings = params.settings(splits[0].block, splits[0].supervised())
     interrupt, world = Interrupt(), here()
@@ -166,7 +175,7 @@ def tune(
         micro_batch, recompute = planned(
             model, splits, settings, device, run.micro_batch, time.monotonic, run.recompute, world
         )
-        if recompute and device.type == "cpu":
+        if (recompute or adapted) and device.type == "cpu":
             spare_memory()
         machine = Machine(
             device,
@@ -183,10 +192,13 @@ def tune(
             **({"named": named} if named else {}),
         )
         with memory_named(machine, splits[0].block):
-            told = fit(model, *splits, settings=settings, machine=machine, workplace=workplace, objective=objective)
+            progress = fit(model, *splits, settings=settings, machine=machine, workplace=workplace, objective=objective)
     if not world.first:
         raise Done
-    return told
+    if adapted:
+        lora.pack(adapted, workplace)
+        lora.merge(adapted)
+    return progress
 
 
 def split_of(tokens: Sequences, name: str | None) -> Split:
@@ -210,7 +222,7 @@ def refuse_strangers(model: Model, tokens: Sequences) -> None:
     raise ParameterError(
         f"the model was trained on another encoding; it differs in {', '.join(odd)}",
         f"model {model.id}, tokens {tokens.id}",
-        "Evaluate it on tokens that were encoded as its own were",
+        "Use tokens that were encoded as its own were: with its vocabulary, template and block",
         "param.encoding",
     )
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,22 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flows.showing import origin
 from tasks import start
 from tasks.artifacts import Encoding, Model, Tokens, write_encoding
-from tasks.errors import ConfigurationError, InputError, ParameterError
+from tasks.errors import ConfigurationError, InputError, ParameterError, StoreError
 from tasks.gpt.device import device_of
 from tasks.gpt.folder import digests
 from tasks.gpt.loss import token_nats
 from tasks.gpt.weights import build_start, load_model
+from tasks.start import folder_of
+from tasks.step import home
+from tasks.store.collect import lineage
+from tasks.store.folders import Store
 from tasks.store.manifest import Manifest
 from tasks.text import bpe
 from tasks.text.chat import TEMPLATES, load_dialect, tags
-from tasks.train import TrainParams, TrainRuntime, name_messages, train, worth_of
+from tasks.train import TrainParams, TrainRuntime, name_messages, train, warn_of_new_words, worth_of
 
 BLOCK = 96
 TALKS = [
@@ -220,7 +226,7 @@ def test_the_key_holds_the_folders_content_and_not_its_path(folder: Path, roots:
 
 def test_the_key_holds_every_setting_that_has_a_say() -> None:
     scratch = PARAMS.keyed()
-    assert set(scratch) == set(TrainParams.model_fields) - {"folder"}
+    assert set(scratch) == set(TrainParams.model_fields) - {"folder", "model"}
     published = HUB.keyed()
     assert set(scratch) - set(published) == {"layers", "heads", "width"}
     assert len(published["weights"]["model.safetensors"]) == 64
@@ -236,6 +242,8 @@ def test_every_setting_is_described() -> None:
     [
         {"start": "folder"},
         {"folder": "x"},
+        {"start": "model"},
+        {"model": "x"},
         {"width": 10, "heads": 4},
         {"epochs": 0},
         {"lr": -1.0},
@@ -337,6 +345,91 @@ def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.skipif(find_spec("peft") is None, reason="peft comes with the extras `lora` and `test`")
+def test_adapters_are_merged_into_the_model_and_lie_beside_it(folder: Path, tokens: Tokens, tmp_path: Path) -> None:
+    params = TrainParams(**MORE, start="folder", folder=str(folder), lora_rank=4)
+    one, other = trained(tmp_path / "one", tokens, params), trained(tmp_path / "other", tokens, params)
+    assert {path.name for path in one.iterdir()} == {*Model.files, "adapter.tar"}
+    for name in ("adapter.tar", "model.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    merged, before = load_file(one / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert set(merged) == set(before)
+    assert not torch.equal(merged["transformer.h.0.mlp.c_fc.weight"], before["transformer.h.0.mlp.c_fc.weight"])
+    assert torch.equal(merged["transformer.wte.weight"], before["transformer.wte.weight"])
+    opened = dict(AutoModelForCausalLM.from_pretrained(one).named_parameters())  # no adapter is added a second time
+    assert all(torch.equal(opened[name], weight) for name, weight in merged.items())
+
+
+def test_tags_that_a_kept_table_has_never_seen_are_warned_of(
+    folder: Path, tokens: Tokens, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": tokens.encoding().specials["<|user|>"]}))
+    for params, told in ((PARAMS, False), (PARAMS.model_copy(update={"frozen": 1}), True)):
+        warn_of_new_words(tokens.encoding(), folder, params)
+        assert ("<|user|>" in caplog.text and "encode.template = xml" in caplog.text) is told
+
+
+@pytest.fixture
+def earlier(tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """A model in a store of its own."""
+    monkeypatch.setenv("TREELINE_ARTIFACTS", str(tmp_path / "store"))
+    return train(tokens, PARAMS, RUN)
+
+
+def test_a_model_is_tuned_further_and_says_from_which_it_started(earlier: Model, tokens: Tokens) -> None:
+    params = TrainParams(**MORE, start="model", model=earlier.id)
+    found = train(tokens, params, RUN)
+    assert found.id != earlier.id
+    start = found.json("start.json")
+    assert (start["start"], start["model"], start["from"]) == (
+        "model", earlier.manifest.digest, earlier.json("start.json")
+    )  # fmt: skip
+    assert found.json("training.json")["val_nll_start"] == pytest.approx(
+        earlier.json("training.json")["val_nll_best"], rel=1e-5
+    )
+    assert folder_of(start) == earlier.path
+    assert origin(start) == f"{earlier.id}, which started from scratch"
+    assert lineage(Store(home()).manifests(), {found.id}) == {found.id, earlier.id}  # gc keeps what it needs
+
+
+def test_the_key_holds_the_earlier_models_content_and_not_its_name(earlier: Model) -> None:
+    digits = earlier.manifest.key[:6]
+    keys = [TrainParams(**MORE, start="model", model=name).keyed() for name in (earlier.id, digits)]
+    assert keys[0] == keys[1]
+    assert keys[0]["model"] == earlier.manifest.digest
+    assert not {"layers", "heads", "width", "folder"} & set(keys[0])
+
+
+@pytest.mark.parametrize("name", ["model", "model/000000000000", "tokens/00", "", "../.."])
+def test_a_model_that_is_not_there_is_refused(earlier: Model, name: str) -> None:
+    with pytest.raises(ParameterError, match="no model is named"):
+        TrainParams(**MORE, start="model", model=name).keyed()
+
+
+def test_a_model_that_was_altered_is_refused(earlier: Model) -> None:
+    (earlier.path / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(StoreError, match=r"model\.safetensors"):
+        TrainParams(**MORE, start="model", model=earlier.id).keyed()
+
+
+def test_a_model_of_other_tags_is_refused(earlier: Model, tmp_path: Path) -> None:
+    other = tokens_in(tmp_path / "other", "xml")
+    with pytest.raises(ParameterError, match="the model was trained on another encoding; it differs in template"):
+        trained(tmp_path / "out", other, TrainParams(**MORE, start="model", model=earlier.id))
+
+
+def test_the_earlier_model_may_be_gone_if_its_weights_lie_under_an_allowed_root(
+    earlier: Model, tokens: Tokens, roots: Path
+) -> None:
+    start = train(tokens, TrainParams(**MORE, start="model", model=earlier.id), RUN).json("start.json")
+    moved = shutil.move(earlier.path, roots / "moved")
+    assert folder_of(start) == Path(moved)
+    shutil.rmtree(moved)
+    with pytest.raises(ParameterError, match="lie under no allowed root, nor in the store"):
+        folder_of(start)
 
 
 def test_frozen_embeddings_and_blocks_leave_with_the_bytes_that_they_came_with(

@@ -34,6 +34,8 @@ def _opening(report: Figures) -> Iterator[str]:
     start, training = report["start"], report["training"]
     shape = f"{start['layers']} layers × {start['width']} wide, {_number(training.get('parameters'))} parameters"
     origin = "random weights" if start["start"] == "scratch" else f"`{named(start.get('repo') or start['start'])}`"
+    if start.get("model"):
+        origin = "a model that was tuned before"
     yield "# Tuned against base"
     yield (
         f"A GPT-2 of {shape}. The base is {origin}; the tuned model is what {_number(training.get('steps'))} optimizer"
@@ -141,7 +143,8 @@ def _lineage(report: Figures) -> Iterator[str]:
     start = report["start"]
     known = {
         "start": start["start"], "repository": start.get("repo"), "revision": start.get("revision"),
-        "start weights": start.get("sha256"), "seed": start.get("seed"), **report["lineage"],
+        "start model": start.get("model"), "start weights": start.get("sha256"), "seed": start.get("seed"),
+        **report["lineage"],
     }  # fmt: skip
     yield "## Lineage"
     yield "\n".join(f"- {label}: `{named(str(value))}`" for label, value in known.items() if value is not None)

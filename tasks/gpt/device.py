@@ -84,8 +84,9 @@ def hold_memory() -> None:
 def spare_memory() -> None:
     """Let the C library give each large tensor pages of its own, and give them back: where memory is short.
 
-    Blocks that are computed again leave gradients in the midst of what they free. Kept memory fell to pieces so that
-    1.4 GB were taken where 0.7 are enough (12 layers x 256); the pages cost a fifth more CPU time.
+    Blocks that are computed again leave gradients in the midst of what they free, adapters small tensors. Kept memory
+    fell to pieces so that 1.4 GB were taken where 0.7 are enough (12 layers x 256); the pages cost up to a fifth more
+    CPU time.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(MAPPINGS, 1 << 16)  # the library's own default

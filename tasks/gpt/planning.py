@@ -55,7 +55,6 @@ def planned(
     """
     (train, val), config = splits, model.config
     half = settings.precision == "bfloat16"
-    ends = [block.mlp.c_proj.bias for block in model.transformer.h]  # of a frozen block, it is frozen, too
     shape = need.Shape(
         config.n_layer,
         config.n_head,
@@ -66,7 +65,7 @@ def planned(
         dropout=config.attn_pdrop > 0,
         half=half,
         keeps_best=bool(len(val)),
-        frozen=sum(not weight.requires_grad for weight in ends),
+        frozen=sum(not trained(block) for block in model.transformer.h),
         table=model.lm_head.weight.requires_grad,
         copies=copies(settings.average, settings.average_count, device.type == "cpu"),
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Dropout
 from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2LMHeadModel
@@ -66,7 +67,8 @@ def _through(block: Any, layer: int, states: Tensor, attend: Attend) -> Tensor:
 
 def _again(block: Any, layer: int, states: Tensor, attend: Attend) -> Tensor:
     """Return what leaves a block, and forget what its way back needs: (B, T, D)."""
-    drawn = block.attn.resid_dropout.p > 0  # to draw the same again, the generators are read: a GPU is waited for
+    # To draw the same again, the generators are read, and a GPU is waited for: only where there is something to draw.
+    drawn = any(part.p > 0 for part in block.modules() if isinstance(part, Dropout))
     left: Tensor = checkpoint(_through, block, layer, states, attend, use_reentrant=False, preserve_rng_state=drawn)
     return left
 

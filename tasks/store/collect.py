@@ -99,7 +99,9 @@ def lineage(manifests: list[tuple[Path, Manifest]], ids: set[str]) -> set[str]:
     for folder, manifest in manifests:
         name = _id(folder)
         by_digest.setdefault(manifest.digest, []).append(name)
-        inputs[name] = list(manifest.recipe.get("inputs", {}).values())
+        # A setting may hold a digest, too: train.model does, of what a model started from.
+        params = [value for value in manifest.recipe.get("params", {}).values() if isinstance(value, str)]
+        inputs[name] = [*manifest.recipe.get("inputs", {}).values(), *params]
     needed: set[str] = set()
     waiting = list(ids)
     while waiting:

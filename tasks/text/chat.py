@@ -56,9 +56,12 @@ class Template:
 
     def plain(self) -> tuple[str, ...]:
         """Return the pieces that are plain text: a vocabulary must never join them with the text beside them."""
+        return tuple(piece for piece in self.pieces() if piece not in SPECIALS)
+
+    def pieces(self) -> tuple[str, ...]:
+        """Return all pieces, each once."""
         turns = [pieces for by_role in (self.opens, self.closes) for pieces in by_role.values()]
-        pieces = [piece for group in (self.start, *turns, self.tail) for piece in group]
-        return tuple(dict.fromkeys(piece for piece in pieces if piece not in SPECIALS))
+        return tuple(dict.fromkeys(piece for group in (self.start, *turns, self.tail) for piece in group))
 
     def jinja(self) -> str:
         """Return the same template in Jinja, for `apply_chat_template` of transformers."""

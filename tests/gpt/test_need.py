@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tasks.gpt.need import Shape, flops, largest_micro_batch, memory, seconds
 
+ADAPTED = pytest.mark.skipif(find_spec("peft") is None, reason="peft comes with the extras `lora` and `test`")
 ROOT = Path(__file__).parents[2]
 GPT2 = Shape(12, 12, 768, 50_304, 124_475_904, 1024, dropout=False, half=False, keeps_best=True)
 CODE = """
@@ -18,6 +20,7 @@ import json, resource, sys, tempfile, time
 from pathlib import Path
 import numpy as np
 import torch
+from tasks.gpt import lora
 from tasks.gpt.average import copies
 from tasks.gpt.batches import Split
 from tasks.gpt.device import hold_memory, spare_memory
@@ -30,10 +33,12 @@ from dataclasses import replace
 torch.set_num_threads(1)
 layers, heads, width, vocab, block, size = map(int, sys.argv[1:7])
 dropout, recompute, frozen = float(sys.argv[7]), bool(int(sys.argv[8])), int(sys.argv[9])
-average = [*sys.argv, "none"][10]
-(spare_memory if recompute else hold_memory)()
+average, rank = [*sys.argv, "none"][10], int([*sys.argv, "none", 0][11])
+(spare_memory if recompute or rank else hold_memory)()
 model = build_start(scratch_spec(layers=layers, heads=heads, width=width, positions=block, vocab_size=vocab, seed=0))
 set_dropout(model, dropout)
+if rank:
+    lora.attach(model, rank, 16.0, dropout, seed=0)
 freeze(model, frozen)
 ids = np.random.default_rng(0).integers(0, vocab, (4 * size, block))
 one = np.ones_like(ids)
@@ -47,7 +52,8 @@ status = Path("/proc/self/status").read_text().splitlines()  # `ru_maxrss` would
 (peak,) = [int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")]
 count = sum(weight.numel() for weight in trained(model).values())
 held = copies(average, 4, True)
-shape = Shape(layers, heads, width, vocab, count, block, dropout > 0, False, True, frozen, not frozen, held, recompute)
+table = not frozen and not rank
+shape = Shape(layers, heads, width, vocab, count, block, dropout > 0, False, True, frozen, table, held, recompute)
 print(json.dumps([resident + memory(shape, size), peak]))
 """
 
@@ -65,8 +71,21 @@ print(json.dumps([resident + memory(shape, size), peak]))
         (6, 6, 384, 8_192, 128, 8, 0.0, 0, 4),
         (6, 6, 384, 8_192, 128, 2, 0.0, 0, 0, "ema"),
         (6, 6, 384, 8_192, 128, 2, 0.0, 0, 0, "last"),
+        pytest.param((6, 6, 384, 8_192, 128, 8, 0.0, 0, 0, "none", 16), marks=ADAPTED),
+        pytest.param((6, 6, 384, 8_192, 128, 8, 0.1, 0, 0, "none", 16), marks=ADAPTED),
     ],
-    ids=["narrow", "small", "dropout", "recomputed", "recomputed dropout", "frozen", "ema", "last"],
+    ids=[
+        "narrow",
+        "small",
+        "dropout",
+        "again",
+        "again dropout",
+        "frozen",
+        "ema",
+        "last",
+        "adapters",
+        "adapters dropout",
+    ],
 )
 def test_the_plan_is_wrong_by_a_fifth_at_most(shape: tuple[float | str, ...]) -> None:
     done = subprocess.run(
