@@ -21,6 +21,7 @@ from tasks.artifacts import Artifact
 from tasks.errors import ParameterError, PermissionRefused, StoreError
 from tasks.step import Step, home, session
 from tasks.store.folders import Store
+from tasks.together import in_torchrun
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ def _wanted(asked: argparse.Namespace) -> _Wanted:
 
 def run(asked: argparse.Namespace) -> int:
     """Run a recipe; its last line on standard output is the id of what it ends with."""
+    with in_torchrun() as leads:  # as all but rank 0 of torchrun's processes, nothing is left to do afterwards
+        return _run(asked) if leads else 0
+
+
+def _run(asked: argparse.Namespace) -> int:
     wanted, started = _wanted(asked), time.monotonic()
     planned = wanted.plan()
     if chain.done(planned):
@@ -74,6 +80,11 @@ def run(asked: argparse.Namespace) -> int:
 
 def sweep(asked: argparse.Namespace) -> int:
     """Run the arms of a sweep, and print the table that compares them."""
+    with in_torchrun() as leads:
+        return _sweep(asked) if leads else 0
+
+
+def _sweep(asked: argparse.Namespace) -> int:
     from flows import sweep as sweeps
 
     base = recipe.load(asked.recipe)

@@ -7,6 +7,7 @@ TreelineError                 70  our own bug, unless a subclass says otherwise
 │   └── GateError             65  encoded data that must not reach training
 ├── UnavailableError          69  a service (hub, server) did not answer
 ├── TrainingError             70  the run cannot go on: loss not finite, checkpoint unusable
+│   └── RankLost              75  a process of a run of many died or hung too often; another try may do better
 ├── StoreError                74  an artifact could not be written or read; 73 where the store cannot be made
 ├── PermissionRefused         77  the system or a service denies access
 └── ConfigurationError        78  this installation or environment cannot work
@@ -78,6 +79,13 @@ class TrainingError(TreelineError):
     """A training run that cannot go on."""
 
     code = "train"
+
+
+class RankLost(TrainingError):
+    """A process of a run of many that died or hung, more often than it may."""
+
+    code = "train.rank"
+    exit_code = 75
 
 
 class StoreError(TreelineError):

@@ -14,6 +14,7 @@ from pydantic import Field
 from tasks.artifacts import Contests, Counts, Model, References
 from tasks.errors import InputError
 from tasks.step import step
+from tasks.together import together
 from tasks.tuning import TuningParams, TuningRuntime, refuse_strangers, split_of, tune, write_json
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ def prefer(
     from tasks.gpt.weights import export, load_model, parameter_count
 
     refuse_strangers(model, contests)
+    inputs = {"contests": contests, "references": references, "model": model}
+    if (counts := together("prefer", out, inputs, params, run)) is not None:
+        return counts
     fitted, held = (_side(contests, references, name) for name in ("train", "val"))
     aim = EachPair(fitted, held, params.beta)
     tuned, encoding = load_model(model.path), contests.encoding()

@@ -16,6 +16,7 @@ from tasks.gpt.folder import CONFIG, WEIGHTS, digests, read_config
 from tasks.sources import MODELS
 from tasks.start import FOLDER, MODEL, SCRATCH, allowed_folder, fetch_published, model_of
 from tasks.step import Params, step
+from tasks.together import together
 from tasks.tuning import (
     Count,
     TuningParams,
@@ -105,6 +106,8 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     splits = split_of(tokens, "train"), split_of(tokens, "val")
     refuse_unfit(spec, *splits)
     refuse_foreign(params.start, tokens.path / "tokenizer.json")
+    if (counts := together("train", out, {"tokens": tokens}, params, run)) is not None:
+        return counts
     model = build_start(spec, folder)
     warn_of_new_words(encoding, folder, params)
     aim = EachToken(*splits, worth_of(tokens, params))

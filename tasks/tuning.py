@@ -116,6 +116,14 @@ class TuningRuntime(Runtime):
     """Seconds between checkpoints, from which a killed run goes on; more where saving is slow. 0: after each step."""
     keep_checkpoints: Count = 2
     """Checkpoints kept. With one, a disk that spoils it costs the run so far. The best weights are in each."""
+    processes: Count | Literal["auto"] = 1
+    """Processes that train together, each on a GPU of its own; auto: one a GPU. On the CPU, one is best. Under torchrun, those that it started."""  # noqa: E501
+    sharding: Literal["auto", "none", "full"] = "auto"
+    """With many processes, whether each holds the whole model (none) or a part of it (full), which takes less memory and more talk. auto: full where the whole would fill half a GPU."""  # noqa: E501
+    restarts: Annotated[int, Field(ge=0, le=1_000)] = 2
+    """With many processes, how often all go on from the last checkpoint after one was lost. Under torchrun, its --max-restarts counts."""  # noqa: E501
+    silence_seconds: Annotated[float, Field(gt=0, le=604_800)] = 900.0
+    """With many processes, seconds without a sign of life, or without getting on, after which one counts as lost."""
 
 
 def tune(
@@ -128,7 +136,7 @@ def tune(
     named: Callable[[Sequence[int]], str] | None = None,
     objective: Objective | None = None,
 ) -> Progress:
-    """Plan a run, then go through it; asked to stop, it saves first.
+    """Plan a run, then go through it; asked to stop, it saves first. Of many ranks, only rank 0 returns.
 
     Args:
         model: At its starting weights; dropout, and what stays as it is, are set here.
@@ -138,6 +146,9 @@ def tune(
         workplace: Gets the log and the checkpoints.
         named: Says where training sequences, given by row, come from: for errors.
         objective: What is made small. None: the loss of each supervised token.
+
+    Raises:
+        Done: On all other ranks, when training has ended.
     """
     from tasks.gpt import lora
     from tasks.gpt.attention import by_blocks, set_blocks
@@ -146,20 +157,23 @@ def tune(
     from tasks.gpt.loop import fit
     from tasks.gpt.planning import memory_named, planned
     from tasks.gpt.run import Machine
+    from tasks.gpt.spread import parted
     from tasks.gpt.weights import freeze, set_dropout
+    from tasks.gpt.world import Done, here
 
     set_dropout(model, params.dropout)
     how = params.lora_rank, params.lora_alpha, params.lora_dropout
     adapted = lora.attach(model, *how, params.seed) if params.lora_rank else None
     freeze(model, params.frozen)
     settings = params.settings(splits[0].block, splits[0].supervised())
-    interrupt, device = Interrupt(), device_of(run.device)
+    interrupt, world = Interrupt(), here()
+    device = world.device(device_of(run.device))
     set_blocks(model, by_blocks(run.attention, device, run.compile, params.dropout))
     if run.compile:
         keep_compiled(home() / COMPILED)
     with threads(run.threads, model.config.n_embd), fast_products(device), kept_signals(interrupt.ask):
         micro_batch, recompute = planned(
-            model, splits, settings, device, run.micro_batch, time.monotonic, run.recompute
+            model, splits, settings, device, run.micro_batch, time.monotonic, run.recompute, world
         )
         if (recompute or adapted) and device.type == "cpu":
             spare_memory()
@@ -173,14 +187,18 @@ def tune(
             checkpoint_seconds=run.checkpoint_seconds,
             keep=run.keep_checkpoints,
             interrupt=interrupt,
+            world=world,
+            sharded=parted(model, device, run.sharding, params.average, world),
             **({"named": named} if named else {}),
         )
         with memory_named(machine, splits[0].block):
-            progress = fit(model, *splits, settings=settings, machine=machine, workplace=workplace, objective=objective)
+            told = fit(model, *splits, settings=settings, machine=machine, workplace=workplace, objective=objective)
+    if not world.first:
+        raise Done
     if adapted:
         lora.pack(adapted, workplace)
         lora.merge(adapted)
-    return progress
+    return told
 
 
 def split_of(tokens: Sequences, name: str | None) -> Split:

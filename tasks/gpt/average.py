@@ -124,7 +124,7 @@ class Last(Average):
         self.kept = {}
         for key, weight in saved.items():
             step, _, name = key.partition("/")
-            self.kept.setdefault(int(step), {})[name] = weight
+            self.kept.setdefault(int(step), {})[name] = weight.to("cpu")
 
 
 def average_of(weights: Weights, kind: str, decay: float, count: int) -> Average:

@@ -33,6 +33,11 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
+def count_of(device: torch.device) -> int:
+    """Return how many devices of a kind this machine has."""
+    return torch.cuda.device_count() if device.type == "cuda" else 1
+
+
 @contextmanager
 def threads(count: int | None, width: int) -> Iterator[None]:
     """Let torch use that many CPU threads inside the block; None: one for a narrow model, else as torch finds best."""

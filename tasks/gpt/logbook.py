@@ -11,23 +11,29 @@ from typing import Any
 
 
 class Logbook:
-    """`log.jsonl`: one JSON object a line, in the order of the steps."""
+    """`log.jsonl`: one JSON object a line, in the order of the steps; only rank 0 of many ranks writes it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
 
     def write(self, entry: dict[str, Any]) -> None:
         """Add an entry."""
+        if not self.writes:
+            return
         with self.path.open("a", encoding="utf-8") as opened:
             opened.write(json.dumps(entry, allow_nan=False) + "\n")
 
     def flush(self) -> None:
         """Make sure that what was written outlives the machine."""
+        if not self.writes:
+            return
         with self.path.open("rb") as opened:
             os.fsync(opened.fileno())
 
     def cut_after(self, step: int) -> None:
         """Drop the entries of steps that a resumed run will do again, and what a kill or the disk spoilt after them."""
+        if not self.writes:
+            return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
         kept = "".join(f"{line}\n" for line in takewhile(lambda line: _step(line) <= step, lines))
         draft = self.path.with_name(f".{self.path.name}")

@@ -6,12 +6,13 @@
         now and then: a checkpoint, from which a killed run goes on to the bit; also when asked to stop
 
 Nothing random outlives a step: the order of the data and the seed of dropout are functions of seed and step alone.
+Many ranks go through the same steps: each does its share of a step's rows, and sums are taken over all of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
@@ -34,6 +35,7 @@ from tasks.gpt.objective import EachToken, Objective
 from tasks.gpt.optim import adamw, moments, set_moments, set_rate
 from tasks.gpt.run import Machine, Progress, Settings
 from tasks.gpt.schedule import learning_rate
+from tasks.gpt.spread import Spread, number
 from tasks.gpt.trunk import Trunk, hidden_states, recomputing
 from tasks.gpt.weights import trained
 from tasks.progress import bar
@@ -51,7 +53,7 @@ def fit(
     workplace: Path,
     objective: Objective | None = None,
 ) -> Progress:
-    """Tune a model; afterwards it holds the weights that were best on the validation split.
+    """Tune a model; afterwards it holds, on rank 0, the weights that were best on the validation split.
 
     Args:
         model: At its starting weights, with its dropout set.
@@ -59,14 +61,13 @@ def fit(
         val: May be empty: then the last weights are the best.
         settings: What decides the outcome.
         machine: Where and how fast.
-        workplace: Gets `log.jsonl` and `checkpoints/`; a run that was killed there goes on.
+        workplace: Gets `log.jsonl` and `checkpoints/`; a run that was killed there goes on. Only rank 0 uses it.
         objective: What is made small over the same splits. None: the loss of each supervised token.
 
     Raises:
         TrainingError: `train.nonfinite`, before any weight takes harm; `train.checkpoint`, for one of another run.
         Interrupted: When the machine's interrupt is asked; a checkpoint was saved.
     """
-    model.to(machine.device)
     devices = [machine.device] if machine.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):  # each step seeds the global generators: give them back as they were
         aim = objective or EachToken(train, val)
@@ -79,7 +80,9 @@ class _Run:
     def __init__(
         self, model: GPT2LMHeadModel, objective: Objective, *, settings: Settings, machine: Machine, workplace: Path
     ) -> None:
-        self.model, self.objective, self.settings, self.machine = model, objective, settings, machine
+        self.objective, self.settings, self.machine, self.world = objective, settings, machine, machine.world
+        self.spread = Spread(model, self.world, machine.device, machine.sharded)
+        self.model = model = self.spread.model
         self.train = train = objective.train
         self.plan = Plan(len(train), settings.sequences, settings.epochs, settings.seed)
         self.evaluations = self.plan.evaluations(settings.evals_per_epoch)
@@ -93,7 +96,7 @@ class _Run:
         self.pending: dict[str, Any] | None = {}  # measured in a step whose evaluation and entry are still to come
         self.kept = -1  # step of the last checkpoint
         self.best: dict[str, Tensor] = {}
-        self.log = Logbook(workplace / "log.jsonl")
+        self.log = Logbook(workplace / "log.jsonl", self.world.first)
         self.checkpoints = workplace / "checkpoints"
         self.started = self.saved = machine.clock()
         self.saving = 0.0
@@ -111,13 +114,14 @@ class _Run:
         except Interrupted:
             self.save()
             raise
-        if self.best:
-            self.restore(self.best)
+        if self.progress.best_nll is not None:
+            self.spread.leave(self.best)
         elif not isfinite(self.largest()):  # nothing was measured after the last update
             raise self.nonfinite(self.progress.step)
         else:
             self.average.take_over()
             self.progress.best_step = self.progress.step
+            self.spread.leave(self.spread.whole(self.weights))
         return self.progress
 
     def go_on(self) -> None:
@@ -130,7 +134,16 @@ class _Run:
             while progress.step < self.plan.total and not self.out_of_patience():
                 entry = self.advance()
                 shown.advance(note=f"loss {entry['loss']:.3f}")
-                self.machine.interrupt.check()
+                self.check()
+
+    def check(self) -> None:
+        """Raise `Interrupted` if somebody asked, on any rank: all of them stop at the same step."""
+        if self.world.any(self.machine.interrupt.asked):
+            raise Interrupted
+
+    def loose(self) -> AbstractContextManager[None]:
+        """Open a block that may be cut off anywhere; not where other ranks would wait for this one."""
+        return self.machine.interrupt.loose() if self.world.alone else nullcontext()
 
     def out_of_patience(self) -> bool:
         """Tell whether the validation loss has not fallen for too long."""
@@ -166,12 +179,12 @@ class _Run:
             warmup_share=settings.warmup_share,
             min_share=settings.min_lr_share,
         )
-        torch.manual_seed(_seed(settings.seed, progress.step))
+        torch.manual_seed(_seed(settings.seed, progress.step, self.world.rank))
         wanted = self.objective.units(rows)
-        with self.machine.interrupt.loose():
+        with self.loose():
             loss = self.accumulate(rows, self.objective.weight(rows) or 1.0)
         limit = math.inf if settings.clip is None else settings.clip
-        norm = clip_grad_norm_(self.model.parameters(), limit).item()
+        norm = number(clip_grad_norm_(self.model.parameters(), limit))
         if not all(isfinite(found) for found in (loss, norm, self.largest())):
             raise self.nonfinite(progress.step + 1, loss, norm)
         set_rate(self.optimizer, rate)
@@ -190,13 +203,17 @@ class _Run:
         """
         self.model.train()
         total = torch.zeros((), device=self.machine.device)
-        for first in range(0, len(rows), self.at_once):
-            some = rows[first : first + self.at_once]
-            with self.autocast():
-                loss = self.objective.loss(self.model, some, 1 / weight, self.machine.device, self.trunk)
+        turns = list(self.world.dealt(rows, self.at_once))
+        for turn, (some, counts) in enumerate(turns, 1):
+            with self.autocast(), self.spread.adding(last=turn == len(turns)):
+                loss = self.loss_of(some, counts / weight, self.trunk)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        return total.item()  # the one wait for the device in a step, with the gradient's norm
+        return self.world.total(total).item()  # the one wait for the device in a step, with the gradient's norm
+
+    def loss_of(self, rows: Array, share: float, trunk: Trunk) -> Tensor:
+        """Return the loss of some training sequences, summed over units, times `share`."""
+        return self.spread.within(lambda: self.objective.loss(self.model, rows, share, self.machine.device, trunk))
 
     def evaluate(self) -> dict[str, float]:
         """Measure the whole validation split, and keep the weights if they are the best; nothing without a split.
@@ -209,8 +226,8 @@ class _Run:
     def measure(self) -> dict[str, float]:
         """Measure the validation split as the weights stand, and keep them if they are the best."""
         self.model.eval()
-        with self.machine.interrupt.loose(), self.autocast():
-            measured = self.objective.measure(self.model, self.at_once, self.machine.device, self.trunk)
+        with self.loose(), self.autocast():
+            measured = self.asked()
         if measured is None:
             return {}
         nll, progress = measured["val_nll"], self.progress
@@ -225,10 +242,19 @@ class _Run:
             progress.start_nll = nll
         if progress.best_nll is None or nll < progress.best_nll:
             progress.best_nll, progress.best_step, progress.waited = nll, progress.step, 0
-            self.best = {name: weight.detach().to("cpu", copy=True) for name, weight in self.weights.items()}
+            found = self.spread.whole(self.weights)
+            self.best = {name: weight.detach().to("cpu", copy=True) for name, weight in found.items()}
         else:
             progress.waited += 1
         return measured
+
+    @torch.no_grad()
+    def asked(self) -> dict[str, float] | None:
+        """Return what the objective finds in the validation split."""
+        device = self.machine.device
+        return self.spread.within(
+            lambda: self.objective.measure(self.model, self.at_once, device, self.trunk, self.world)
+        )
 
     def autocast(self) -> torch.autocast:
         """Open a block in which products are in the precision that is asked for."""
@@ -255,30 +281,39 @@ class _Run:
         found = [
             f"{name} is {value}" for name, value in (("loss", loss), ("gradient norm", norm)) if not isfinite(value)
         ]
-        ruined = [name for name, weight in self.model.named_parameters() if not weight.isfinite().all()]
+        ruined = [name for name, weight in self.model.named_parameters() if not number(weight.isfinite().all())]
         found += [f"weight {name} is not finite" for name in ruined[:1]]
-        guilty = [int(row) for row in rows if not isfinite(self.loss_of(row))] or sorted(int(row) for row in rows)
+        guilty = self.guilty(rows)
+        ranks = sorted({int(rank) for rank in self.world.owners(len(rows))[guilty]}) if guilty.any() else []
+        which = f" on rank {', '.join(map(str, ranks))}" if ranks and not self.world.alone else ""
+        named = [int(row) for row in rows[guilty]] or sorted(int(row) for row in rows)
         return TrainingError(
-            f"{', '.join(found)} at step {step}",
-            self.machine.named(guilty),
+            f"{', '.join(found)} at step {step}{which}",
+            self.machine.named(named),
             "The last checkpoint is as it was; look at these, and if nothing is odd there, lower train.lr",
             "train.nonfinite",
         )
 
     def largest(self) -> float:
         """Return the largest size of a weight's number; NaN if one is that."""
-        return get_total_norm(list(self.model.parameters()), math.inf).item()
+        return number(get_total_norm(list(self.model.parameters()), math.inf))
 
-    def loss_of(self, row: int) -> float:
-        """Return the loss of one training sequence as the model stands."""
+    @torch.no_grad()
+    def guilty(self, rows: Array) -> Array:
+        """Tell of each of some training sequences whether its loss is no finite number as the model stands: bool."""
         self.model.eval()
-        with torch.no_grad():
-            return self.objective.loss(self.model, np.array([row]), 1.0, self.machine.device, hidden_states).item()
+        odd = torch.zeros(len(rows))
+        for places, counts in self.world.dealt(np.arange(len(rows)), 1):
+            loss = self.loss_of(rows[places], 1.0, hidden_states).item()
+            odd[places] += float(counts and not isfinite(loss))
+        found: Array = self.world.total(odd).numpy() > 0
+        return found
 
     def save_now_and_then(self) -> None:
         """Write a checkpoint if the last one is long enough ago."""
         began, pause = self.machine.clock(), self.machine.checkpoint_seconds
-        if began - self.saved >= (pause and max(pause, self.saving / SAVING_SHARE)):
+        due = began - self.saved >= (pause and max(pause, self.saving / SAVING_SHARE))
+        if self.world.any(due and self.world.first):
             self.save()
             self.saved = self.machine.clock()
             self.saving = self.saved - began
@@ -293,41 +328,38 @@ class _Run:
         now = Progress(**{**asdict(self.progress), "seconds": seconds})
         state: dict[str, Any] = {"progress": asdict(now), "settings": asdict(self.settings)}
         state |= {"pending": self.pending, "at_once": self.at_once}
-        tensors: dict[str, Mapping[str, Tensor]] = {"model": self.weights}
-        tensors |= {"optimizer": moments(self.optimizer, self.model), "best": self.best}
-        if average := self.average.state():
+        tensors = {"model": self.spread.whole(self.weights)}
+        tensors |= {"optimizer": self.spread.whole(moments(self.optimizer, self.model)), "best": self.best}
+        if average := self.spread.whole(self.average.state()):
             tensors["average"] = average
-        self.log.flush()
-        checkpoint.save(self.checkpoints, checkpoint.Checkpoint(now.step, state, tensors), self.machine.keep)
+        if self.world.first:
+            self.log.flush()
+            checkpoint.save(self.checkpoints, checkpoint.Checkpoint(now.step, state, tensors), self.machine.keep)
         self.kept = now.step
 
     def resume(self) -> None:
         """Go on from the last whole checkpoint; without one, from the start."""
-        found = checkpoint.latest(self.checkpoints)
-        if found is None:
+        found = checkpoint.latest(self.checkpoints) if self.world.first else None
+        state, tensors = self.world.told(found and found.state), found.tensors if found else {}
+        if state is None:
             self.log.cut_after(-1)
             return
-        if found.state["settings"] != asdict(self.settings):
+        if state["settings"] != asdict(self.settings):
             raise TrainingError(
                 "checkpoint of a run with other settings", str(self.checkpoints), "Remove it", "train.checkpoint"
             )
-        self.restore(found.tensors["model"])
-        set_moments(self.optimizer, self.model, found.tensors["optimizer"])
-        self.best = dict(found.tensors["best"])
-        self.average.set_state(found.tensors.get("average", {}))
-        self.progress = Progress(**found.state["progress"])
-        self.pending, self.kept = found.state["pending"], found.step
-        if self.machine.yielding and (found.state["at_once"] <= self.at_once):  # another one rounds otherwise
-            self.at_once = found.state["at_once"]
-        self.log.cut_after(found.step - (self.pending is not None))
-
-    @torch.no_grad()
-    def restore(self, weights: Mapping[str, Tensor]) -> None:
-        """Set the weights that are trained."""
         for name, weight in self.weights.items():
-            weight.copy_(weights[name])
+            self.spread.put(weight, tensors.get("model", {}).get(name))
+        set_moments(self.optimizer, self.model, self.spread.received(tensors.get("optimizer", {})))
+        self.best = dict(tensors.get("best", {}))
+        self.average.set_state(self.spread.received(tensors.get("average", {})))
+        self.progress = Progress(**state["progress"])
+        self.pending, self.kept = state["pending"], self.progress.step
+        if self.machine.yielding and (state["at_once"] <= self.at_once):  # another one rounds otherwise
+            self.at_once = state["at_once"]
+        self.log.cut_after(self.kept - (self.pending is not None))
 
 
-def _seed(seed: int, step: int) -> int:
-    """Return the seed of a step's dropout: neighbouring steps and seeds get unrelated ones."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+def _seed(seed: int, step: int, rank: int) -> int:
+    """Return the seed of a step's dropout on a rank: neighbouring steps and seeds get unrelated ones."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)

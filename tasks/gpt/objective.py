@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
@@ -15,6 +16,7 @@ from transformers import GPT2LMHeadModel
 from tasks.gpt.batches import Array, Split
 from tasks.gpt.loss import supervised_nats, token_nats
 from tasks.gpt.trunk import Trunk
+from tasks.gpt.world import ALONE, World
 from tasks.gpt.worth import Worth
 
 
@@ -47,9 +49,12 @@ class Objective(Protocol):
         """Return the same over batches that are filled up to so many sequences, with empty ones."""
 
     def measure(
-        self, model: GPT2LMHeadModel, at_once: int, device: torch.device, trunk: Trunk
+        self, model: GPT2LMHeadModel, at_once: int, device: torch.device, trunk: Trunk, world: World = ALONE
     ) -> dict[str, float] | None:
-        """Measure the validation split; `val_nll` is what the best weights have least of. None: there are no units."""
+        """Measure the validation split; `val_nll` is what the best weights have least of. None: there are no units.
+
+        Each rank measures its share; what is returned is the same on all of them.
+        """
 
 
 @dataclass(frozen=True)
@@ -87,13 +92,13 @@ class EachToken:
 
     @torch.no_grad()
     def measure(
-        self, model: GPT2LMHeadModel, at_once: int, device: torch.device, trunk: Trunk
+        self, model: GPT2LMHeadModel, at_once: int, device: torch.device, trunk: Trunk, world: World = ALONE
     ) -> dict[str, float] | None:
         """Return the mean loss of the validation split's supervised tokens."""
         supervised = self.val.supervised() if len(self.val) else 0
         if not supervised:
             return None
         total = torch.zeros((), dtype=torch.float64)
-        for batch in self.val.in_order(at_once, device):
-            total += token_nats(model, *batch, trunk=trunk).cpu().double().sum()
-        return {"val_nll": total.item() / supervised}
+        for rows, count in world.dealt(np.arange(len(self.val)), at_once):
+            total += token_nats(model, *self.val.batch(rows, device), trunk=trunk).cpu().double().sum() * count
+        return {"val_nll": world.total(total).item() / supervised}

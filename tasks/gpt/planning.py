@@ -21,6 +21,7 @@ from tasks.gpt.loss import supervised_nats
 from tasks.gpt.run import Machine, Settings
 from tasks.gpt.trunk import Trunk, hidden_states, recomputing
 from tasks.gpt.weights import trained
+from tasks.gpt.world import ALONE, World
 
 log = logging.getLogger("treeline.train")
 LESS = "lower encode.pack or block, or take a smaller model"
@@ -36,6 +37,7 @@ def planned(
     asked: int | Literal["auto"] | None,
     clock: Callable[[], float],
     recompute: bool | Literal["auto"] = False,
+    world: World = ALONE,
 ) -> tuple[int, bool]:
     """Return the sequences to take at once, and whether to compute blocks again on the way back.
 
@@ -49,6 +51,7 @@ def planned(
         clock: Seconds since whenever.
         asked: So many; None: as many as hold 8,192 tokens; auto: of these, as many as fit.
         recompute: auto: only where what is asked, or for auto a single sequence, does not fit without.
+        world: Who shares the work; what one of them has memory for, all take.
     """
     (train, val), config = splits, model.config
     half = settings.precision == "bfloat16"
@@ -78,10 +81,12 @@ def planned(
     formula = need.seconds(shape, size * train.block, 0, supervised, rate)
     if formula < BRIEF:  # then calls cost more than their work, which no formula knows
         took *= max(1.0, _timed(model, train, size, half, device, clock, trunk) / formula)
-    log.info("train.plan: %s", need.said(shape, size, free, took))
+    took /= world.size
+    if world.first:
+        log.info("train.plan: %s", need.said(shape, size, free, took))
     if free is not None and need.memory(shape, size) > free:
         log.warning("train.plan: that is more than is free; set train.micro_batch to auto, or lower encode.block")
-    return size, shape.recompute
+    return world.least(size), world.any(shape.recompute)
 
 
 def _fitted(

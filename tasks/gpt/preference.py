@@ -24,6 +24,7 @@ from transformers import GPT2LMHeadModel
 from tasks.gpt.batches import Array, Batch, Split
 from tasks.gpt.loss import CHUNK, predictors
 from tasks.gpt.trunk import Trunk, hidden_states
+from tasks.gpt.world import ALONE, World
 from tasks.progress import track
 
 Ints = NDArray[np.int64]
@@ -207,16 +208,15 @@ class EachPair:
 
     @torch.no_grad()
     def measure(
-        self, model: GPT2LMHeadModel, at_once: int, device: torch.device, trunk: Trunk
+        self, model: GPT2LMHeadModel, at_once: int, device: torch.device, trunk: Trunk, world: World = ALONE
     ) -> dict[str, float] | None:
         """Return means over the validation pairs: loss, share told right, margin, log-probability of the better."""
-        loss, right, margin, chosen, count = 0.0, 0, 0.0, 0.0, 0
-        for first in range(0, len(self.val), at_once):
-            rows = np.arange(first, min(first + at_once, len(self.val)))
+        names = ("val_nll", "accuracy", "margin", "chosen", "count")
+        sums = torch.zeros(len(names), dtype=torch.float64)
+        for rows, count in world.dealt(np.arange(len(self.val)), at_once):
             found = self.held.judge(model, rows, self.beta, device, trunk)
-            loss, margin = loss + found.loss.sum().item(), margin + found.margin.sum().item()
-            chosen, right = chosen + found.chosen.sum().item(), right + int((found.margin > 0).sum())
-            count += len(found.loss)
-        if not count:
-            return None
-        return {"val_nll": loss / count, "accuracy": right / count, "margin": margin / count, "chosen": chosen / count}
+            right, ones = (found.margin > 0).float(), torch.ones_like(found.loss)
+            parts = (found.loss, right, found.margin, found.chosen, ones)
+            sums += torch.stack([part.sum().cpu().double() for part in parts]) * count
+        *totals, pairs = world.total(sums).tolist()
+        return {name: total / pairs for name, total in zip(names, totals, strict=False)} if pairs else None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tasks.gpt.interrupt import Interrupt
+from tasks.gpt.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class Machine:
         checkpoint_seconds: Between two checkpoints, more where saving is slow; 0: after each step.
         keep: Checkpoints kept, at least 1; the best weights are in each of them.
         interrupt: Asked to stop, the run saves a checkpoint and raises `Interrupted`.
+        world: Who else does the same run.
+        sharded: Leave a part of the model on each of its ranks, in place of a copy.
         named: Says where training sequences, given by row, come from: for errors.
     """
 
@@ -82,6 +85,8 @@ class Machine:
     checkpoint_seconds: float = 120.0
     keep: int = 2
     interrupt: Interrupt = field(default_factory=Interrupt)
+    world: World = ALONE
+    sharded: bool = False
     named: Callable[[Sequence[int]], str] = _numbers
 
 

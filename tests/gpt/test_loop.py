@@ -173,7 +173,7 @@ def lose(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elif what == "schedule":
         monkeypatch.setattr(loop, "learning_rate", lambda step, *rest, **named: rate(step - 4, *rest, **named))
     elif what == "dropout":
-        monkeypatch.setattr(loop, "_seed", lambda base, step: seed(base, step - 4))
+        monkeypatch.setattr(loop, "_seed", lambda base, step, rank: seed(base, step - 4, rank))
 
 
 @pytest.mark.parametrize("lost", ["optimizer", "data", "schedule", "dropout"])

@@ -1,0 +1,141 @@
+"""Together: a step that many processes do at once, started here, or there already because of a user's own torchrun.
+
+    processes = 4, started here:  this process waits, four `python -m tasks.rank` do the step's function, rank 0 writes
+    torchrun ... -m flows run:    rank 0 runs the recipe; the others follow it, and join in steps that many can do
+
+All do the function of the step, from the same artifacts and settings, up to the end of training; rank 0 goes on alone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.errors import ParameterError, RankLost
+from tasks.signals import kept_signals
+from tasks.step import ROOT, Params
+
+if TYPE_CHECKING:
+    from tasks.artifacts import Artifact, Counts
+    from tasks.tuning import TuningRuntime
+
+_performing: ContextVar[bool] = ContextVar("treeline_performing", default=False)
+PATIENCE = 1.5  # times the silence that is allowed: whoever supervises is to speak before the ranks do
+OVER = "over"
+
+
+@contextmanager
+def performing() -> Iterator[None]:
+    """Do a step as one rank of many while the block runs."""
+    token = _performing.set(True)
+    try:
+        yield
+    finally:
+        _performing.reset(token)
+
+
+def together(step: str, out: Path, inputs: Mapping[str, Artifact], params: Params, run: TuningRuntime) -> Counts | None:
+    """Let many processes do a step, if that is wanted, and return its counts; None: go on, alone or as one of them.
+
+    Args:
+        step: Its name.
+        out: The folder that its rank 0 writes into.
+        inputs: Its artifacts, by argument.
+        params: What decides the outcome.
+        run: Says how many.
+    """
+    from tasks.gpt.world import here
+
+    if _performing.get():
+        return None
+    folders = {name: str(artifact.path.absolute()) for name, artifact in inputs.items()}
+    settings = {"params": params.model_dump(mode="json"), "run": run.model_dump(mode="json")}
+    order = {"step": step, "out": str(out.absolute()), "inputs": folders, **settings}
+    if not here().alone:
+        here().told(order)
+        return None
+    size = processes(run)
+    return None if size == 1 else _launched(order, size, run)
+
+
+def processes(run: TuningRuntime) -> int:
+    """Return how many processes a runtime asks for."""
+    from tasks.gpt.device import count_of, device_of
+
+    device = device_of(run.device)
+    there = count_of(device)
+    size = there if run.processes == "auto" else run.processes
+    if device.type != "cpu" and size > there:
+        raise ParameterError(
+            f"expected at most {there} processes, one a GPU, found {size}",
+            "processes",
+            "Set it to auto",
+            "param.processes",
+        )
+    return size
+
+
+def _launched(order: Mapping[str, Any], size: int, run: TuningRuntime) -> Counts:
+    """Start processes for an order, and wait until it is done; asked to stop, they save first."""
+    from tasks.gpt.interrupt import Interrupt
+    from tasks.gpt.launch import done_by_many
+
+    interrupt = Interrupt()
+    threads = str(max(1, (os.cpu_count() or 1) // size))  # else each would take all cores
+    with kept_signals(interrupt.ask):
+        counts: Counts = done_by_many(
+            [sys.executable, "-m", "tasks.rank"],
+            {**order, "patience": PATIENCE * run.silence_seconds},
+            size,
+            where=str(order["out"]),
+            folder=ROOT,
+            interrupt=interrupt,
+            restarts=run.restarts,
+            silence=run.silence_seconds,
+            environment={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)},
+        )
+    return counts
+
+
+@contextmanager
+def in_torchrun() -> Iterator[bool]:
+    """Meet the processes that a user's own torchrun has started; yield whether this one is to run the recipe.
+
+    Without torchrun, it is. Of its processes, rank 0 is; the others do here what it orders, until it is done.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        yield True
+        return
+    from tasks.gpt.world import here, joined
+    from tasks.rank import tie_to
+
+    tie_to(os.getppid())  # killed, torchrun leaves its workers alive
+    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    with joined(rank, size, local):
+        if rank == 0:
+            yield True
+            here().told(OVER)
+        else:
+            _follow()
+            yield False
+
+
+def _follow() -> None:
+    """Do what rank 0 orders, until it says that all is over."""
+    from tasks.gpt.world import here
+    from tasks.rank import perform
+
+    while True:
+        try:
+            order = here().told()
+        except RuntimeError as error:  # torch's way to say that the other end is closed
+            rank = f"rank {here().rank}"
+            raise RankLost("rank 0 has ended without a word", rank, "What stopped it is among what it said") from error
+        if order == OVER:
+            return
+        perform(order)

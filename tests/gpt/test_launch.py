@@ -1,0 +1,151 @@
+"""Laws of the launcher, with processes that load nothing: who is lost is named, who is left is ended."""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.errors import InputError, RankLost, TrainingError
+from tasks.gpt.interrupt import Interrupt, Interrupted
+from tasks.gpt.launch import done_by_many
+from tasks.progress import listening
+
+RANK = """
+import json, os, signal, sys, time
+mouth, order = os.fdopen(int(os.environ["TREELINE_TELL"]), "w"), json.loads(sys.stdin.readline())
+def say(**one): print(json.dumps(one), file=mouth, flush=True)
+def forever(beats=lambda: 0):
+    while True: say(beat=beats()); time.sleep(0.1)
+rank, here = order["rank"], order["here"]
+open(f"{here}/{rank}-{os.getpid()}", "w").close()
+tries = len([name for name in os.listdir(here) if name.startswith(f"{rank}-")])
+"""
+
+
+def many(here: Path, body: str, interrupt: Interrupt | None = None, **more: Any) -> Any:
+    order = {"here": str(here)}
+    command = [sys.executable, "-c", RANK + body]
+    given: dict[str, Any] = {"restarts": 0, "silence": 30.0, **more}
+    return done_by_many(command, order, 2, where="here", folder=here, interrupt=interrupt or Interrupt(), **given)
+
+
+def nobody_is_left(here: Path) -> bool:
+    return not any(Path(f"/proc/{path.name.split('-')[1]}").exists() for path in here.glob("?-*"))
+
+
+class Screen:
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    @contextmanager
+    def bar(self, label: str, total: float | None, unit: str) -> Iterator["Screen"]:
+        self.seen.append((label, total, unit))
+        yield self
+        self.seen.append("closed")
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        self.seen.append((amount, note))
+
+
+def test_the_result_and_the_progress_are_those_of_rank_0(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    body = """
+if rank == 0:
+    say(open=["train", 2, "steps"]); say(advance=[1, "loss 2"]); say(close=None)
+    say(log=[20, "told"]); say(result={"steps": order["size"]})
+"""
+    with listening(screen := Screen()):
+        assert many(tmp_path, body) == {"steps": 2}
+    assert screen.seen == [("train", 2, "steps"), (1, "loss 2"), "closed"]
+    assert "told" in caplog.messages
+
+
+def test_after_a_rank_was_killed_all_begin_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    body = """
+if rank == 1 and tries == 1: os.kill(os.getpid(), signal.SIGKILL)
+if tries == 1: forever()
+if rank == 0: say(result=tries)
+"""
+    assert many(tmp_path, body, restarts=1) == 2
+    assert "rank 1 of 2 was killed by SIGKILL; all go on from the last checkpoint" in caplog.text
+
+
+def test_once_restarts_are_used_up_the_error_says_what_the_rank_said(tmp_path: Path) -> None:
+    body = """
+if rank == 1: say(error={"at": 1.0, "what": "RuntimeError: the cat sat on it"}); sys.exit(70)
+say(error={"at": 2.0, "what": "RuntimeError: connection closed by peer"}); sys.exit(70)
+"""
+    with pytest.raises(RankLost, match="rank 1 of 2 ended with code 70: RuntimeError: the cat sat on it") as caught:
+        many(tmp_path, body, restarts=2)
+    assert (caught.value.exit_code, caught.value.code) == (75, "train.rank")
+    assert len(list(tmp_path.glob("1-*"))) == 3
+
+
+def test_a_rank_that_is_frozen_is_named_and_ended(tmp_path: Path) -> None:
+    body = "os.kill(os.getpid(), signal.SIGSTOP) if rank == 1 else forever()"
+    with pytest.raises(RankLost, match="rank 1 of 2 gave no sign of life for 1 s"):
+        many(tmp_path, body, silence=1.0)
+    assert nobody_is_left(tmp_path)
+
+
+def test_of_ranks_that_wait_for_each_other_the_one_behind_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RankLost, match="rank 1 of 2 got no further for 1 s; others wait"):
+        many(tmp_path, "forever(lambda: 7 - rank)", silence=1.0)
+    assert nobody_is_left(tmp_path)
+
+
+def test_an_error_of_ours_is_raised_as_it_was_and_not_tried_again(tmp_path: Path) -> None:
+    body = """
+if rank == 0: forever()
+say(error={"at": 1.0, "what": "x", "kind": "InputError", "parts": ["odd", "line 3", "mend it", "train.odd"]})
+sys.exit(65)
+"""
+    with pytest.raises(InputError) as caught:
+        many(tmp_path, body, restarts=2)
+    assert type(caught.value) is InputError
+    assert str(caught.value) == "error[train.odd]: odd. line 3. mend it."
+    assert len(list(tmp_path.glob("1-*"))) == 1
+    assert nobody_is_left(tmp_path)
+
+
+def test_an_error_of_the_system_is_raised_as_it_was(tmp_path: Path) -> None:
+    body = 'say(error={"at": 1.0, "what": "x", "kind": "OSError", "parts": [28, "No space left", "/x"]}); sys.exit(70)'
+    with pytest.raises(OSError, match="No space left") as caught:
+        many(tmp_path, body)
+    assert (caught.value.errno, caught.value.filename) == (28, "/x")
+
+
+def test_asked_to_stop_all_may_save_first(tmp_path: Path) -> None:
+    body = """
+def save(*_): open(f"{here}/saved-{rank}", "w").close(); sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+open(f"{here}/ready-{rank}", "w").close()
+forever()
+"""
+    interrupt = Interrupt()
+
+    def ask() -> None:
+        while len(list(tmp_path.glob("ready-*"))) < 2:
+            time.sleep(0.02)
+        interrupt.ask()
+
+    threading.Thread(target=ask).start()
+    with pytest.raises(Interrupted):
+        many(tmp_path, body, interrupt)
+    assert len(list(tmp_path.glob("saved-*"))) == 2
+
+
+def test_a_listener_that_fails_leaves_nobody_behind(tmp_path: Path) -> None:
+    class Broken(Screen):
+        def advance(self, amount: float = 1, note: str = "") -> None:
+            raise TrainingError("broken")
+
+    with pytest.raises(TrainingError, match="broken"), listening(Broken()):
+        many(tmp_path, 'say(open=["train", 2, "steps"]); say(advance=[1, ""]); forever()')
+    assert nobody_is_left(tmp_path)

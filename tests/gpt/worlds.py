@@ -1,0 +1,186 @@
+"""Worlds of ranks for tests: `python -m tests.gpt.worlds FOLDER NAME ...` loads torch once and forks each rank."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tasks.errors import TrainingError
+from tasks.gpt.batches import Array, Split
+from tasks.gpt.interrupt import Interrupted
+from tasks.gpt.loop import fit
+from tasks.gpt.objective import EachToken
+from tasks.gpt.preference import EachPair, Replies, Side
+from tasks.gpt.run import Machine, Settings
+from tasks.gpt.weights import freeze
+from tasks.gpt.world import World, joined
+from tests.gpt import test_loop
+
+STEP = replace(test_loop.SETTINGS, sequences=8, epochs=2)  # of 21 sequences: steps of 8, 8 and 5
+MACHINE = replace(test_loop.MACHINE, micro_batch=2)
+Told = dict[str, Any]
+
+
+def trained(
+    folder: Path, world: World, settings: Settings = STEP, machine: Machine = MACHINE, rows: int = 21, **more: Any
+) -> Told:
+    """Train as this rank, and tell what came of it."""
+    folder.mkdir(exist_ok=True)
+    model = test_loop.start(0.0)
+    freeze(model, more.pop("frozen", 0))
+    train, val = more.pop("train", test_loop.split(rows)), test_loop.split(5, seed=1)
+    told: Told = {"rank": world.rank}
+    try:
+        machine = replace(machine, world=world)
+        told["progress"] = vars(fit(model, train, val, settings=settings, machine=machine, workplace=folder, **more))
+    except TrainingError as error:
+        told["error"] = str(error)
+    except Interrupted:
+        told["interrupted"] = True
+    told["weights"] = {name: weight.detach().flatten().tolist() for name, weight in model.named_parameters()}
+    return told
+
+
+def plain(folder: Path, world: World) -> Told:
+    return trained(folder, world)
+
+
+def sharded(folder: Path, world: World) -> Told:
+    return trained(folder, world, machine=replace(MACHINE, sharded=True))
+
+
+def recomputed(folder: Path, world: World) -> Told:
+    """Parts of the model, and blocks that are computed again on the way back."""
+    return trained(folder, world, machine=replace(MACHINE, sharded=True, recompute=True))
+
+
+def averaged(folder: Path, world: World) -> Told:
+    return trained(folder, world, replace(STEP, average="ema"))
+
+
+def averaged_stopped(folder: Path, world: World) -> Told:
+    return stopped(folder, world, settings=replace(STEP, average="ema"))
+
+
+def last(folder: Path, world: World) -> Told:
+    return trained(folder, world, replace(STEP, average="last", average_count=2))
+
+
+def last_stopped(folder: Path, world: World) -> Told:
+    return stopped(folder, world, settings=replace(STEP, average="last", average_count=2))
+
+
+def frozen(folder: Path, world: World) -> Told:
+    return trained(folder, world, frozen=1)
+
+
+def frozen_sharded(folder: Path, world: World) -> Told:
+    return trained(folder, world, machine=replace(MACHINE, sharded=True), frozen=1)
+
+
+def lonely(folder: Path, world: World) -> Told:
+    """One sequence in the last step: the other ranks have none."""
+    return trained(folder, world, rows=17)
+
+
+def lonely_sharded(folder: Path, world: World) -> Told:
+    return trained(folder, world, machine=replace(MACHINE, sharded=True), rows=17)
+
+
+def preferred(folder: Path, world: World) -> Told:
+    """Two replies to each of some prompts, the first one better."""
+    sides: list[Side] = []
+    for rows in (21, 5):
+        given = replace(test_loop.split(rows), mask=np.tile(np.arange(12) % 6 > 0, (rows, 1)))
+        twice = np.arange(rows).repeat(2)
+        replies = Replies(twice, np.full(2 * rows, 5), twice, np.tile([0, 1], rows))
+        sides.append(Side(given, replies, np.full(2 * rows, -16, np.float32)))
+    aim = EachPair(sides[0], sides[1], 0.1)
+    return trained(folder, world, train=aim.train, objective=aim)
+
+
+def stopped(folder: Path, world: World, sharded: bool = False, settings: Settings = STEP) -> Told:
+    """Stop all at the fourth step, because one rank was asked to."""
+    machine = replace(MACHINE, sharded=sharded, interrupt=type(MACHINE.interrupt)())
+    saving = replace(machine, checkpoint_seconds=0.0)
+    return trained(folder, world, settings, machine=saving, objective=Asking(machine, world))
+
+
+def stopped_sharded(folder: Path, world: World) -> Told:
+    return stopped(folder, world, sharded=True)
+
+
+def poisoned(folder: Path, world: World) -> Told:
+    """The loss of one sequence is no number."""
+    return trained(folder, world, objective=Poisoned(test_loop.split(21), test_loop.split(5, seed=1), 7))
+
+
+def poisoned_sharded(folder: Path, world: World) -> Told:
+    machine = replace(MACHINE, sharded=True)
+    return trained(folder, world, machine=machine, objective=Poisoned(test_loop.split(21), test_loop.split(5), 7))
+
+
+class Asking(EachToken):
+    """Asks to stop in the middle of the fourth step, on the last rank."""
+
+    def __init__(self, machine: Machine, world: World) -> None:
+        super().__init__(test_loop.split(21), test_loop.split(5, seed=1))
+        object.__setattr__(self, "asks", (machine.interrupt, world, []))
+
+    def weight(self, rows: Array) -> float:
+        interrupt, world, steps = self.asks  # type: ignore[attr-defined]
+        steps.append(rows)
+        if len(steps) == 4 and world.rank == world.size - 1:
+            interrupt.ask()
+        return super().weight(rows)
+
+
+class Poisoned(EachToken):
+    """Makes the loss of one sequence no number."""
+
+    def __init__(self, train: Split, val: Split, row: int) -> None:
+        super().__init__(train, val)
+        object.__setattr__(self, "row", row)
+
+    def loss(self, model: Any, rows: Array, share: float, *rest: Any) -> torch.Tensor:
+        found = super().loss(model, rows, share, *rest)
+        return found * torch.nan if self.row in rows and share else found  # type: ignore[attr-defined]
+
+
+def in_world(size: int, folder: Path, work: Callable[[Path, World], Told]) -> list[Told]:
+    """Do some work on each rank of a world of its own, and return what they tell."""
+    children, meeting = [], folder.with_suffix(".meeting")
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                with joined(rank, size, rank, f"file://{meeting}", patience=60.0) as world:
+                    told = work(folder, world)
+                folder.with_suffix(f".{rank}").write_text(json.dumps(told))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        children.append(child)
+    ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    meeting.unlink(missing_ok=True)
+    assert not any(ended), ended
+    return [json.loads(folder.with_suffix(f".{rank}").read_text()) for rank in range(size)]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    home, told = Path(sys.argv[1]), {}
+    for order in sys.argv[2:]:  # size:work:folder
+        number, name, place = order.split(":")
+        told[order] = in_world(int(number), home / place, globals()[name])
+    print(json.dumps(told))
