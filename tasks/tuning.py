@@ -192,13 +192,13 @@ def tune(
             **({"named": named} if named else {}),
         )
         with memory_named(machine, splits[0].block):
-            told = fit(model, *splits, settings=settings, machine=machine, workplace=workplace, objective=objective)
+            progress = fit(model, *splits, settings=settings, machine=machine, workplace=workplace, objective=objective)
     if not world.first:
         raise Done
     if adapted:
         lora.pack(adapted, workplace)
         lora.merge(adapted)
-    return told
+    return progress
 
 
 def split_of(tokens: Sequences, name: str | None) -> Split:

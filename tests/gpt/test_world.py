@@ -45,6 +45,9 @@ ORDERS = [
     "1:frozen:one-frozen",
     "2:frozen:two-frozen",
     "2:frozen_sharded:parts-frozen",
+    "1:adapted:one-adapted",
+    "2:adapted:two-adapted",
+    "2:adapted_sharded:parts-adapted",
     "1:poisoned:one-poisoned",
     "2:poisoned:two-poisoned",
     "2:poisoned_sharded:parts-poisoned",
@@ -86,6 +89,7 @@ SAME = [
     ("2:averaged:two-averaged", "1:averaged:one-averaged"), ("2:averaged:averaged", "1:averaged:one-averaged"),
     ("2:last:last", "1:last:one-last"),
     ("2:frozen:two-frozen", "1:frozen:one-frozen"), ("2:frozen_sharded:parts-frozen", "1:frozen:one-frozen"),
+    ("2:adapted:two-adapted", "1:adapted:one-adapted"), ("2:adapted_sharded:parts-adapted", "1:adapted:one-adapted"),
     ("2:sharded:parted", "1:plain:one"), ("1:plain:gathered", "1:plain:one"),
 ]  # fmt: skip
 

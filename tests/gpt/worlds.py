@@ -16,6 +16,7 @@ from tasks.errors import TrainingError
 from tasks.gpt.batches import Array, Split
 from tasks.gpt.interrupt import Interrupted
 from tasks.gpt.loop import fit
+from tasks.gpt.lora import attach
 from tasks.gpt.objective import EachToken
 from tasks.gpt.preference import EachPair, Replies, Side
 from tasks.gpt.run import Machine, Settings
@@ -34,6 +35,8 @@ def trained(
     """Train as this rank, and tell what came of it."""
     folder.mkdir(exist_ok=True)
     model = test_loop.start(0.0)
+    if rank := more.pop("lora", 0):
+        attach(model, rank, 2.0 * rank, 0.0, seed=0)
     freeze(model, more.pop("frozen", 0))
     train, val = more.pop("train", test_loop.split(rows)), test_loop.split(5, seed=1)
     told: Told = {"rank": world.rank}
@@ -83,6 +86,14 @@ def frozen(folder: Path, world: World) -> Told:
 
 def frozen_sharded(folder: Path, world: World) -> Told:
     return trained(folder, world, machine=replace(MACHINE, sharded=True), frozen=1)
+
+
+def adapted(folder: Path, world: World) -> Told:
+    return trained(folder, world, lora=2)
+
+
+def adapted_sharded(folder: Path, world: World) -> Told:
+    return trained(folder, world, machine=replace(MACHINE, sharded=True), lora=2)
 
 
 def lonely(folder: Path, world: World) -> Told:
