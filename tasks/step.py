@@ -43,7 +43,18 @@ log = logging.getLogger("treeline.step")
 P = ParamSpec("P")
 A = TypeVar("A", bound=Artifact)
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("numpy", "orjson", "polars", "prefect", "pyarrow", "tiktoken", "tokenizers", "torch", "transformers")
+PACKAGES = (
+    "numpy",
+    "orjson",
+    "peft",
+    "polars",
+    "prefect",
+    "pyarrow",
+    "tiktoken",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
 # What the system says when it is the disk, not the step, that is at fault.
 _NAMES = ("ENOSPC", "EDQUOT", "EROFS", "EIO", "EFBIG", "EMFILE", "EACCES", "EPERM")
 WRITE_ERRORS = {getattr(errno, name) for name in _NAMES if hasattr(errno, name)}

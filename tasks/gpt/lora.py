@@ -11,6 +11,7 @@ import io
 import json
 import tarfile
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,9 @@ def attach(model: GPT2LMHeadModel, rank: int, alpha: float, dropout: float, seed
         target_modules=list(TARGETS),
         fan_in_fan_out=True,  # GPT-2's matrices are stored the other way round
     )
-    with torch.random.fork_rng(devices=[]):  # peft draws from the global generator: give it back as it was
+    # peft draws from the global generator: give it back as it was. It also asks transformers for an old name.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     config.base_model_name_or_path = None  # a path of this machine; start.json names the start by its content
