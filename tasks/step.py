@@ -139,6 +139,13 @@ def session(
             _session.reset(token)
 
 
+def hold(artifact: Artifact) -> None:
+    """Keep an artifact that a setting names from being collected, as inputs are, while the run lasts."""
+    run = _session.get(None)
+    if run is not None and run.lease:
+        run.lease.hold(artifact.id)
+
+
 def step(
     name: str, *, version: int, makes: type[A], resumable: bool = False
 ) -> Callable[[Callable[Concatenate[Path, P], Counts]], Step[P, A]]:

@@ -15,7 +15,7 @@ from tasks.errors import InputError, ParameterError
 from tasks.gpt.folder import CONFIG, WEIGHTS, digests, read_config
 from tasks.sources import MODELS
 from tasks.start import FOLDER, MODEL, SCRATCH, allowed_folder, fetch_published, model_of
-from tasks.step import Params, step
+from tasks.step import Params, hold, step
 from tasks.together import together
 from tasks.tuning import (
     Count,
@@ -98,6 +98,7 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     encoding = tokens.encoding()
     earlier = model_of(params.model) if params.model else None
     if earlier:
+        hold(earlier)  # the evaluation will want it, too
         refuse_strangers(earlier, tokens)
     folder = earlier.path if earlier else fetch_start(params)
     spec = start_of(params, folder, encoding)

@@ -26,7 +26,7 @@ from tasks.gpt.folder import digests
 from tasks.gpt.loss import token_nats
 from tasks.gpt.weights import build_start, load_model
 from tasks.start import folder_of
-from tasks.step import home
+from tasks.step import home, session
 from tasks.store.collect import lineage
 from tasks.store.folders import Store
 from tasks.store.manifest import Manifest
@@ -381,7 +381,10 @@ def earlier(tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_model_is_tuned_further_and_says_from_which_it_started(earlier: Model, tokens: Tokens) -> None:
     params = TrainParams(**MORE, start="model", model=earlier.id)
-    found = train(tokens, params, RUN)
+    with session() as run:
+        found = train(tokens, params, RUN)
+        assert run.lease
+        assert earlier.id in run.lease.ids  # a `gc` meanwhile leaves it there
     assert found.id != earlier.id
     start = found.json("start.json")
     assert (start["start"], start["model"], start["from"]) == (
