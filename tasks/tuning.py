@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from pydantic import Field
 from tasks.artifacts import Encoding, Model, Sequences
 from tasks.errors import ParameterError
 from tasks.signals import kept_signals
-from tasks.step import Params, Runtime, home
+from tasks.step import Params, Runtime
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from tasks.gpt.objective import Objective
     from tasks.gpt.run import Progress, Settings
 
-COMPILED = ".compiled"  # a folder of the store: what torch.compile made, for the next run
+COMPILED = "treeline/compiled"  # under the user's own cache: it is code, so never in a store that others may write
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
@@ -181,7 +182,7 @@ def tune(
     device = world.device(device_of(run.device))
     set_blocks(model, by_blocks(run.attention, device, run.compile, params.dropout))
     if run.compile:
-        keep_compiled(home() / COMPILED)
+        keep_compiled(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / COMPILED)
     with threads(run.threads, model.config.n_embd), fast_products(device), kept_signals(interrupt.ask):
         micro_batch, recompute = planned(
             model, splits, settings, device, run.micro_batch, time.monotonic, run.recompute, world
