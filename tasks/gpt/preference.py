@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2LMHeadModel
 
 from tasks.gpt.batches import Array, Batch, Split
-from tasks.gpt.loss import CHUNK, predictors
+from tasks.gpt.loss import predictors
+from tasks.gpt.need import CHUNK
 from tasks.gpt.trunk import Trunk, hidden_states
 from tasks.gpt.world import ALONE, World
 from tasks.progress import track
