@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.errors import ParameterError, RankLost
 from tasks.signals import kept_signals
-from tasks.step import ROOT, Params
+from tasks.step import ROOT
 
 if TYPE_CHECKING:
     from tasks.artifacts import Artifact, Counts
-    from tasks.tuning import TuningRuntime
+    from tasks.tuning import TuningParams, TuningRuntime
 
 _performing: ContextVar[bool] = ContextVar("treeline_performing", default=False)
 PATIENCE = 1.5  # times the silence that is allowed: whoever supervises is to speak before the ranks do
@@ -39,7 +39,9 @@ def performing() -> Iterator[None]:
         _performing.reset(token)
 
 
-def together(step: str, out: Path, inputs: Mapping[str, Artifact], params: Params, run: TuningRuntime) -> Counts | None:
+def together(
+    step: str, out: Path, inputs: Mapping[str, Artifact], params: TuningParams, run: TuningRuntime
+) -> Counts | None:
     """Let many processes do a step, if that is wanted, and return its counts; None: go on, alone or as one of them.
 
     Args:
@@ -48,18 +50,23 @@ def together(step: str, out: Path, inputs: Mapping[str, Artifact], params: Param
         inputs: Its artifacts, by argument.
         params: What decides the outcome.
         run: Says how many.
+
+    Raises:
+        ParameterError: If an average is asked for of weights that no process would hold whole.
     """
     from tasks.gpt.world import here
 
     if _performing.get():
         return None
+    size = processes(run) if here().alone else here().size
+    if size > 1:
+        refuse_parted_average(step, params, run)
     folders = {name: str(artifact.path.absolute()) for name, artifact in inputs.items()}
     settings = {"params": params.model_dump(mode="json"), "run": run.model_dump(mode="json")}
     order = {"step": step, "out": str(out.absolute()), "inputs": folders, **settings}
     if not here().alone:
         here().told(order)
         return None
-    size = processes(run)
     return None if size == 1 else _launched(order, size, run)
 
 
@@ -78,6 +85,17 @@ def processes(run: TuningRuntime) -> int:
             "param.processes",
         )
     return size
+
+
+def refuse_parted_average(step: str, params: TuningParams, run: TuningRuntime) -> None:
+    """Raise an error if each process would hold a part of the weights that an average is asked for of."""
+    if run.sharding == "full" and params.average != "none":
+        raise ParameterError(
+            f"an average ({params.average}) is of whole weights, and each process would hold a part",
+            f"{step}.sharding = full",
+            f"Set it to none, or {step}.average to none",
+            "param.sharding",
+        )
 
 
 def _launched(order: Mapping[str, Any], size: int, run: TuningRuntime) -> Counts:
@@ -115,8 +133,9 @@ def in_torchrun() -> Iterator[bool]:
     from tasks.rank import tie_to
 
     tie_to(os.getppid())  # killed, torchrun leaves its workers alive
-    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    with joined(rank, size, local):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, size, local, neighbours = (int(os.environ[name]) for name in names)
+    with joined(rank, size, local, neighbours=neighbours):
         if rank == 0:
             yield True
             here().told(OVER)

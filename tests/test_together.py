@@ -22,7 +22,7 @@ from tasks.progress import listening
 from tasks.step import ROOT
 from tasks.store.canonical import sha256_of
 from tasks.store.manifest import write_manifest
-from tasks.together import processes
+from tasks.together import processes, together
 from tasks.train import TrainParams, TrainRuntime, train
 from tests.test_train import MORE, RUN, tokens_in
 
@@ -206,3 +206,10 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     assert processes(TrainRuntime(device="cpu", processes="auto")) == 1
     with pytest.raises(ParameterError, match="expected at most 2 processes, one a GPU, found 3"):
         processes(TrainRuntime(device="cuda", processes=3))
+
+
+@pytest.mark.parametrize("step", ["train", "prefer"])
+def test_an_average_of_parts_is_refused_before_anything_is_started(tokens: Tokens, tmp_path: Path, step: str) -> None:
+    params, run = PARAMS.model_copy(update={"average": "ema"}), TWO.model_copy(update={"sharding": "full"})
+    with pytest.raises(ParameterError, match=rf"{step}\.sharding = full\. Set it to none, or {step}\.average to none"):
+        together(step, tmp_path, {"tokens": tokens}, params, run)

@@ -35,11 +35,12 @@ class World:
         rank: This one's number; 0 is the one that writes.
         size: How many there are.
         local: This one's number on its machine: that of its GPU.
+        neighbours: How many there are on its machine, this one among them.
         beats: Goes up with each thing that is begun; who supervises sees by it that a rank has come to a halt.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local: int = 0) -> None:
-        self.rank, self.size, self.local = rank, size, local
+    def __init__(self, rank: int = 0, size: int = 1, local: int = 0, neighbours: int = 1) -> None:
+        self.rank, self.size, self.local, self.neighbours = rank, size, local, neighbours
         self.beats = 0
         # Orders come by a way of their own: there, waiting for days is no fault.
         self.idle: Any = dist.new_group(backend="gloo", timeout=IDLE) if size > 1 else None
@@ -119,7 +120,14 @@ def here() -> World:
 
 
 @contextmanager
-def joined(rank: int, size: int, local: int, meeting: str = "env://", patience: float = 1800.0) -> Iterator[World]:
+def joined(
+    rank: int,
+    size: int,
+    local: int,
+    meeting: str = "env://",
+    patience: float = 1800.0,
+    neighbours: int | None = None,
+) -> Iterator[World]:
     """Be a rank of a world while the block runs.
 
     Args:
@@ -128,11 +136,12 @@ def joined(rank: int, size: int, local: int, meeting: str = "env://", patience: 
         local: Which one of this machine.
         meeting: Where they find each other, as torch's `init_method`; env://: where torchrun says.
         patience: Seconds after which a rank that waits for another one gives up.
+        neighbours: How many of them are on this machine. None: all.
     """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     wait = timedelta(seconds=patience)
     dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=size, timeout=wait)
-    token = _here.set(World(rank, size, local))
+    token = _here.set(World(rank, size, local, neighbours or size))
     try:
         yield here()
         dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
