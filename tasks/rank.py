@@ -138,6 +138,7 @@ def main() -> int:
         with _joined(order) as world, listening(mouth) if first else nullcontext():
             worlds.append(world)
             counts = perform(order)
+            mouth.say(**{"result": counts} if first else {"done": None})  # before the ranks part: that may fail
     except Exception as error:
         mouth.say(error=error_said(error))
         if not isinstance(error, TreelineError):
@@ -145,8 +146,6 @@ def main() -> int:
         return error.exit_code if isinstance(error, TreelineError) else 70
     except Interrupted:
         return 128 + signal.SIGTERM
-    if first:
-        mouth.say(result=counts)
     return 0
 
 

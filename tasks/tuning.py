@@ -182,8 +182,9 @@ def tune(
             interrupt=interrupt,
             world=world,
             sharded=parted(model, device, run.sharding, params.average, world),
-            **({"named": named} if named else {}),
         )
+        if named:
+            machine = replace(machine, named=named)
         with memory_named(machine, splits[0].block):
             asked = run.micro_batch, time.monotonic, run.recompute
             micro_batch, recompute = planned(model, splits, settings, device, *asked, world, machine.sharded)

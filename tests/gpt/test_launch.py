@@ -149,3 +149,42 @@ def test_a_listener_that_fails_leaves_nobody_behind(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="broken"), listening(Broken()):
         many(tmp_path, 'say(open=["train", 2, "steps"]); say(advance=[1, ""]); forever()')
     assert nobody_is_left(tmp_path)
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "sys.exit(70)", "forever()"])
+def test_once_rank_0_has_told_the_result_nobody_can_spoil_it(tmp_path: Path, end: str) -> None:
+    body = f"""
+if rank == 0: say(result="made"); time.sleep(0.1)
+else:
+    while not os.path.exists(here + "/told"): time.sleep(0.02)
+{end}
+"""
+
+    class Told(Screen):
+        def advance(self, amount: float = 1, note: str = "") -> None:
+            (tmp_path / "told").touch()
+
+    told = 'if rank == 0: say(open=["train", 1, ""]); say(advance=[1, ""])\n'
+    with listening(Told()):
+        assert many(tmp_path, told + body) == "made"
+    assert nobody_is_left(tmp_path)
+
+
+def test_whoever_has_done_its_part_may_end_as_it_likes_while_rank_0_goes_on_in_silence(tmp_path: Path) -> None:
+    body = """
+if rank == 1:
+    say(error={"at": 1.0, "what": "x", "kind": "InputError", "parts": ["odd", "", "", "train.odd"]})
+    say(done=None)
+    sys.exit(70)
+for _ in range(15): say(beat=7); time.sleep(0.1)
+say(result="made")
+"""
+    assert many(tmp_path, body, silence=0.8) == "made"
+
+
+def test_one_that_ends_before_its_order_is_named_by_its_code(tmp_path: Path) -> None:
+    with pytest.raises(RankLost, match="rank 0 of 2 ended with code 3"):
+        done_by_many(
+            [sys.executable, "-S", "-c", "import os; os.close(0); os._exit(3)"], {"long": "x" * (1 << 20)}, 2,
+            where="here", folder=tmp_path, interrupt=Interrupt(), restarts=0,
+        )  # fmt: skip

@@ -1,6 +1,7 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +80,12 @@ def test_ranks_of_one_machine_share_its_memory(
 
 def test_a_model_that_is_to_be_parted_is_not_tried_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
-    monkeypatch.setattr(planning, "_timed", lambda *given: tried.append(given[2]) or 1.0)
+
+    def timed(*given: Any) -> float:
+        tried.append(given[2])
+        return 1.0
+
+    monkeypatch.setattr(planning, "_timed", timed)
     of_two(3, sharded=True)
     assert tried == []
     of_two(3)
