@@ -137,6 +137,7 @@ def main() -> int:
     try:
         with _joined(order) as world, listening(mouth) if first else nullcontext():
             worlds.append(world)
+            world.begin()
             counts = perform(order)
             mouth.say(**{"result": counts} if first else {"done": None})  # before the ranks part: that may fail
     except Exception as error:

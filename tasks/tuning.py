@@ -122,8 +122,8 @@ class TuningRuntime(Runtime):
     """With many processes, whether each holds the whole model (none) or a part of it (full), which takes less memory and more talk. auto: full where the whole would fill half a GPU. A part is no whole: full and an average exclude each other, and with one auto means none."""  # noqa: E501
     restarts: Annotated[int, Field(ge=0, le=1_000)] = 2
     """With many processes, how often all go on from the last checkpoint after one was lost. Under torchrun, its --max-restarts counts."""  # noqa: E501
-    silence_seconds: Annotated[float, Field(gt=0, le=604_800)] = 900.0
-    """With many processes, seconds without a sign of life, or without getting on, after which one counts as lost."""
+    silence_seconds: Annotated[float, Field(ge=30, le=604_800)] = 900.0
+    """With many processes, seconds without a sign of life, or without getting on, after which one counts as lost. To get on is to begin something: a micro-batch, a sum, a file of a checkpoint. It must be longer than whatever is done in one go: loading the weights, compiling."""  # noqa: E501
 
 
 def tune(
@@ -161,6 +161,7 @@ def tune(
     from tasks.gpt.weights import freeze, set_dropout
     from tasks.gpt.world import Done, here
 
+    here().begin()  # the weights are there
     set_dropout(model, params.dropout)
     how = params.lora_rank, params.lora_alpha, params.lora_dropout
     adapted = lora.attach(model, *how, params.seed) if params.lora_rank else None

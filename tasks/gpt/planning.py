@@ -56,6 +56,7 @@ def planned(
         world: Who shares the work; what one of them has memory for, all take.
         sharded: Whether each of them is to hold a part of the model.
     """
+    world.begin()
     (train, val), config = splits, model.config
     half = settings.precision == "bfloat16"
     there = next(model.parameters()).device.type == device.type
@@ -92,6 +93,7 @@ def planned(
     if formula < BRIEF and not sharded:
         took *= max(1.0, _timed(model, train, size, half, device, clock, trunk) / formula)
     took /= world.size
+    world.begin()
     if world.first:
         log.info("train.plan: %s", need.said(shape, size, free, took))
     if free is not None and need.memory(shape, size) > free:

@@ -68,7 +68,7 @@ class Spread:
             return dict(tensors) if self.world.first else {}
         found = {}
         for name, tensor in tensors.items():
-            self.world.beats += 1
+            self.world.begin()
             full = _full(tensor)
             if self.world.first:
                 found[name] = full.to("cpu")
@@ -77,7 +77,7 @@ class Spread:
     @torch.no_grad()
     def put(self, place: Tensor, whole: Tensor | None) -> None:
         """Set a tensor to what rank 0 gives in full."""
-        self.world.beats += 1
+        self.world.begin()
         if self.world.alone:
             place.copy_(_given(whole))
         elif isinstance(place, DTensor):

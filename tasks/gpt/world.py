@@ -55,6 +55,10 @@ class World:
         """Whether there is no other rank."""
         return self.size == 1
 
+    def begin(self) -> None:
+        """Note that something is begun: a sign that this rank gets on."""
+        self.beats += 1
+
     def dealt(self, rows: Array, at_once: int) -> Iterator[tuple[Array, bool]]:
         """Yield this rank's share of some rows, `at_once` at a time, and whether they count.
 
@@ -64,7 +68,7 @@ class World:
         mine = rows[self.owners(len(rows)) == self.rank]
         turns = math.ceil(math.ceil(len(rows) / self.size) / at_once)
         for first in range(0, turns * at_once, at_once):
-            self.beats += 1
+            self.begin()
             some = mine[first : first + at_once]
             yield (some, True) if len(some) else (rows[:1], False)
 
@@ -74,7 +78,7 @@ class World:
 
     def total(self, part: Tensor) -> Tensor:
         """Add up what each rank has; the tensor is changed and returned."""
-        self.beats += 1
+        self.begin()
         if not self.alone:
             dist.all_reduce(part)
         return part
@@ -99,7 +103,7 @@ class World:
         dist.broadcast(size, 0, group=self.idle)
         text = said if self.first else torch.empty(int(size), dtype=torch.uint8)
         dist.broadcast(text, 0, group=self.idle)
-        self.beats += 1
+        self.begin()
         return json.loads(bytes(text.tolist()))
 
     def device(self, device: torch.device) -> torch.device:
