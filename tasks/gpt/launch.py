@@ -32,7 +32,7 @@ from tasks.progress import Bar, bar
 log = logging.getLogger("treeline.train")
 TICK = 0.2  # seconds between two looks
 AFTERMATH = 1.0  # seconds in which the others may say what they know, when one has ended badly
-GRACE = 60.0  # seconds to save in, once asked to stop
+GRACE = 60.0  # seconds without getting on, once asked to stop, after which nobody is waited for any more
 TELL = "TREELINE_TELL"  # the number of the file that a rank tells things through
 PARENT = "TREELINE_PARENT"  # the number of the process that it must not outlive
 AGAIN = "Run again: it goes on from the last checkpoint; if it is always the same rank, look at its device"
@@ -124,6 +124,7 @@ class _Crew:
         self.bars: list[tuple[ExitStack, Bar]] = []
         self.result: list[Any] = []
         self.stopping: float | None = None
+        self.warned = False
         self.ranks: list[_Rank] = []
         try:
             for number in range(size):
@@ -216,14 +217,24 @@ class _Crew:
             self.bars.pop()[0].close()
 
     def stop_if_asked(self) -> None:
-        """Ask all to save and end, if somebody wants that; end them if they do not."""
+        """Ask all to save and end, if somebody wants that; end them if they do not.
+
+        A large model on a slow disk is not cut off while it is saved: who gets on is waited for.
+        """
         if self.stopping is None and self.interrupt.asked:
             self.stopping = time.monotonic()
             for rank in self.ranks:
                 rank.process.terminate()
-        if self.stopping is not None and time.monotonic() - self.stopping > GRACE:
+        if self.stopping is None:
+            return
+        now, last = time.monotonic(), max(self.stopping, *(rank.moved for rank in self.ranks))
+        if now - last > GRACE or now - self.stopping > max(GRACE, self.silence):
+            log.warning("train.rank: asked to stop, not all ranks did in %.0f s: ended", now - self.stopping)
             self.end()
             raise Interrupted
+        if now - self.stopping > GRACE and not self.warned:
+            self.warned = True
+            log.warning("train.rank: asked to stop %g s ago, the ranks are still saving, and waited for", GRACE)
 
     def look(self) -> None:
         """Raise an error if a process has ended badly or come to a halt."""

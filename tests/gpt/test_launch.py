@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import InputError, RankLost, TrainingError
+from tasks.gpt import launch
 from tasks.gpt.interrupt import Interrupt, Interrupted
 from tasks.gpt.launch import done_by_many
 from tasks.progress import listening
@@ -188,3 +189,35 @@ def test_one_that_ends_before_its_order_is_named_by_its_code(tmp_path: Path) -> 
             [sys.executable, "-S", "-c", "import os; os.close(0); os._exit(3)"], {"long": "x" * (1 << 20)}, 2,
             where="here", folder=tmp_path, interrupt=Interrupt(), restarts=0,
         )  # fmt: skip
+
+
+SLOW = """
+def save(*_):
+    for beat in range(10): say(beat=beat); time.sleep(0.1)
+    open(f"{here}/saved-{rank}", "w").close(); sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+open(f"{here}/ready-{rank}", "w").close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("after", "saved"), [("forever()", 2), ("signal.signal(signal.SIGTERM, signal.SIG_IGN); forever()", 0)]
+)
+def test_asked_to_stop_who_gets_on_is_waited_for_and_who_does_not_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, after: str, saved: int
+) -> None:
+    monkeypatch.setattr(launch, "GRACE", 0.5)
+    interrupt = Interrupt()
+
+    def ask() -> None:
+        while len(list(tmp_path.glob("ready-*"))) < 2:
+            time.sleep(0.02)
+        time.sleep(0.2)
+        interrupt.ask()
+
+    threading.Thread(target=ask).start()
+    with pytest.raises(Interrupted):
+        many(tmp_path, SLOW + after, interrupt)
+    assert len(list(tmp_path.glob("saved-*"))) == saved
+    assert ("still saving, and waited for" if saved else "not all ranks did in 1 s: ended") in caplog.text
+    assert nobody_is_left(tmp_path)
