@@ -9,6 +9,8 @@ All do the function of the step, from the same artifacts and settings, up to the
 from __future__ import annotations
 
 import os
+import re
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 _performing: ContextVar[bool] = ContextVar("treeline_performing", default=False)
 PATIENCE = 1.5  # times the silence that is allowed: whoever supervises is to speak before the ranks do
 OVER = "over"
+LOST = re.compile("gloo|nccl|connection|peer|timed out|timeout", re.IGNORECASE)  # what torch says of a lost rank
 
 
 @contextmanager
@@ -129,19 +132,23 @@ def in_torchrun() -> Iterator[bool]:
     if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         yield True
         return
+    from tasks.gpt.interrupt import Interrupted
     from tasks.gpt.world import here, joined
     from tasks.rank import tie_to
 
     tie_to(os.getppid())  # killed, torchrun leaves its workers alive
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     rank, size, local, neighbours = (int(os.environ[name]) for name in names)
-    with joined(rank, size, local, neighbours=neighbours):
-        if rank == 0:
-            yield True
-            here().told(OVER)
-        else:
-            _follow()
-            yield False
+    try:
+        with joined(rank, size, local, neighbours=neighbours):
+            if rank == 0:
+                yield True
+                here().told(OVER)
+            else:
+                _follow()
+                yield False
+    except Interrupted:  # another rank was asked to stop, and this one by it
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 def _follow() -> None:
@@ -150,11 +157,22 @@ def _follow() -> None:
     from tasks.rank import perform
 
     while True:
-        try:
+        with _loss_named("rank 0 has ended without a word"):
             order = here().told()
-        except RuntimeError as error:  # torch's way to say that the other end is closed
-            rank = f"rank {here().rank}"
-            raise RankLost("rank 0 has ended without a word", rank, "What stopped it is among what it said") from error
         if order == OVER:
             return
-        perform(order)
+        with _loss_named("another rank has ended in the midst of a step"):
+            perform(order)
+
+
+@contextmanager
+def _loss_named(what: str) -> Iterator[None]:
+    """Turn torch's way to say that the other end is closed into an error that says whose words to look for."""
+    from tasks.gpt.world import here
+
+    try:
+        yield
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        raise RankLost(what, f"rank {here().rank}", "What stopped it is among what it said") from error

@@ -17,12 +17,14 @@ import pytest
 
 from flows import running
 from tasks.artifacts import Tokens
-from tasks.errors import ParameterError
+from tasks.errors import InputError, ParameterError, RankLost
+from tasks.gpt.interrupt import Interrupted
+from tasks.gpt.world import World
 from tasks.progress import listening
 from tasks.step import ROOT
 from tasks.store.canonical import sha256_of
 from tasks.store.manifest import write_manifest
-from tasks.together import processes, together
+from tasks.together import _follow, in_torchrun, processes, together
 from tasks.train import TrainParams, TrainRuntime, train
 from tests.test_train import MORE, RUN, tokens_in
 
@@ -213,3 +215,37 @@ def test_an_average_of_parts_is_refused_before_anything_is_started(tokens: Token
     params, run = PARAMS.model_copy(update={"average": "ema"}), TWO.model_copy(update={"sharding": "full"})
     with pytest.raises(ParameterError, match=rf"{step}\.sharding = full\. Set it to none, or {step}\.average to none"):
         together(step, tmp_path, {"tokens": tokens}, params, run)
+
+
+@pytest.mark.parametrize(
+    ("raised", "found"),
+    [
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer"), RankLost),
+        (RuntimeError("shapes differ"), RuntimeError),
+        (InputError("odd"), InputError),
+    ],
+)
+def test_a_follower_says_of_a_lost_rank_that_it_is_lost_and_of_anything_else_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, found: type[Exception]
+) -> None:
+    def fail(order: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr("tasks.rank.perform", fail)
+    monkeypatch.setattr(World, "told", lambda self: {})
+    with pytest.raises(found) as caught:
+        _follow()
+    assert type(caught.value) is found
+
+
+def test_a_rank_of_torchrun_that_another_one_stopped_ends_as_if_it_had_been_asked_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    named = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in named.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("tasks.rank.tie_to", lambda parent: None)
+    monkeypatch.setattr("tasks.gpt.world.joined", lambda *given, **more: nullcontext())
+    with pytest.raises(SystemExit) as ended, in_torchrun():
+        raise Interrupted
+    assert ended.value.code == 143
