@@ -126,6 +126,15 @@ def _watch(parent: _Mouth, beats: Callable[[], int]) -> None:
 
 def main() -> int:
     """Be a rank, and return the exit code."""
+    if PARENT not in os.environ or TELL not in os.environ:
+        lost = ConfigurationError(
+            "a rank was started by hand",
+            "python -m tasks.rank",
+            "Set train.processes, and run the recipe",
+            "config.rank",
+        )
+        sys.stderr.write(f"{lost}\n")
+        return lost.exit_code
     tie_to(int(os.environ[PARENT]))
     mouth, order = _Mouth(int(os.environ[TELL])), json.loads(sys.stdin.buffer.readline())
     worlds: list[World] = []

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.errors import ParameterError, RankLost
 from tasks.signals import kept_signals
-from tasks.step import ROOT
+from tasks.step import ROOT, home
 
 if TYPE_CHECKING:
     from tasks.artifacts import Artifact, Counts
@@ -65,7 +65,10 @@ def together(
     if size > 1:
         refuse_parted_average(step, params, run)
     folders = {name: str(artifact.path.absolute()) for name, artifact in inputs.items()}
-    settings = {"params": params.model_dump(mode="json"), "run": run.model_dump(mode="json")}
+    asked = params.model_dump(mode="json")
+    if asked.get("folder"):
+        asked["folder"] = str(Path(asked["folder"]).absolute())
+    settings = {"params": asked, "run": run.model_dump(mode="json")}
     order = {"step": step, "out": str(out.absolute()), "inputs": folders, **settings}
     if not here().alone:
         here().told(order)
@@ -118,9 +121,19 @@ def _launched(order: Mapping[str, Any], size: int, run: TuningRuntime) -> Counts
             interrupt=interrupt,
             restarts=run.restarts,
             silence=run.silence_seconds,
-            environment={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)},
+            environment={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), **folders_named()},
         )
     return counts
+
+
+def folders_named() -> dict[str, str]:
+    """Return the environment's variables that name our folders, made absolute: ranks start in another folder."""
+    roots = {
+        name: os.pathsep.join(str(Path(root).absolute()) for root in value.split(os.pathsep) if root)
+        for name, value in os.environ.items()
+        if name.startswith("TREELINE_") and name.endswith("_ROOTS")
+    }
+    return {**roots, "TREELINE_ARTIFACTS": str(home())}
 
 
 @contextmanager

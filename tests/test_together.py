@@ -24,7 +24,7 @@ from tasks.progress import listening
 from tasks.step import ROOT
 from tasks.store.canonical import sha256_of
 from tasks.store.manifest import write_manifest
-from tasks.together import _follow, in_torchrun, processes, together
+from tasks.together import _follow, folders_named, in_torchrun, processes, together
 from tasks.train import TrainParams, TrainRuntime, train
 from tests.test_train import MORE, RUN, tokens_in
 
@@ -249,3 +249,29 @@ def test_a_rank_of_torchrun_that_another_one_stopped_ends_as_if_it_had_been_aske
     with pytest.raises(SystemExit) as ended, in_torchrun():
         raise Interrupted
     assert ended.value.code == 143
+
+
+def test_folders_that_are_named_from_here_are_the_same_for_ranks_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: Tokens
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = {"TREELINE_ARTIFACTS": "a", "TREELINE_MODEL_ROOTS": f"m{os.pathsep}/n", "TREELINE_SOURCE_ROOTS": "s"}
+    for name, value in named.items():
+        monkeypatch.setenv(name, value)
+    assert folders_named() == {
+        "TREELINE_ARTIFACTS": f"{tmp_path}/a",
+        "TREELINE_MODEL_ROOTS": f"{tmp_path}/m{os.pathsep}/n",
+        "TREELINE_SOURCE_ROOTS": f"{tmp_path}/s",
+    }
+    orders: list[dict[str, Any]] = []
+    monkeypatch.setattr("tasks.together._launched", lambda order, *rest: orders.append(order))
+    together("train", tmp_path, {"tokens": tokens}, PARAMS.model_copy(update={"folder": "m/gpt"}), TWO)
+    assert orders[0]["params"]["folder"] == f"{tmp_path}/m/gpt"
+
+
+def test_a_rank_that_is_started_by_hand_says_what_to_do_instead(tmp_path: Path) -> None:
+    asked = [sys.executable, "-m", "tasks.rank"]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    assert done.returncode == 78
+    assert "error[config.rank]: a rank was started by hand." in done.stderr
+    assert "Traceback" not in done.stderr
