@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tasks.errors import ConfigurationError
 from tasks.gpt.batches import Array
 
 IDLE = timedelta(days=7)  # a rank that waits for an order does so while rank 0 does other steps
@@ -107,11 +108,24 @@ class World:
         return json.loads(bytes(text.tolist()))
 
     def device(self, device: torch.device) -> torch.device:
-        """Return this rank's device of a kind; of GPUs, each rank has its own."""
+        """Return this rank's device of a kind; of GPUs, each rank has its own.
+
+        Raises:
+            ConfigurationError: If there are some, but none for this rank.
+        """
         if self.alone or device.type != "cuda":
             return device
-        torch.cuda.set_device(self.local)
-        return torch.device("cuda", self.local)
+        there = torch.cuda.device_count()
+        number = 0 if there == 1 else self.local  # Slurm can show each process its own, alone
+        if number >= there:
+            raise ConfigurationError(
+                f"expected a GPU for each process of this machine, found {there}",
+                f"rank {self.rank}, number {self.local} of its machine",
+                "Start as many processes as there are GPUs",
+                "config.device",
+            )
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
 
 
 ALONE = World()
