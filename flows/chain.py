@@ -22,7 +22,8 @@ from tasks.pair import pair
 from tasks.parse import parse
 from tasks.prefer import prefer
 from tasks.refer import refer
-from tasks.step import Step, home
+from tasks.start import model_of
+from tasks.step import Step, hold, home
 from tasks.store.canonical import sha256_of
 from tasks.store.check import Fault
 from tasks.store.explain import why_missing
@@ -91,6 +92,8 @@ def settings(step: Step[Any, Any], recipe: Recipe) -> dict[str, Any]:
 def run(recipe: Recipe, steps: Sequence[Step[Any, Any]], made: Mapping[type[Artifact], Artifact] | None = None) -> Made:
     """Call steps in order, each on what the ones before it made; inside a flow each call is a task run."""
     have: Made = dict(made or {})
+    if recipe.train.model:  # for hours, the data half may be at work before training asks for it
+        hold(model_of(recipe.train.model))
     for step in steps:
         inputs = {arg: have[kind] for arg, kind in step.inputs.items()}
         have[step.makes] = step(**inputs, **settings(step, recipe))

@@ -118,7 +118,7 @@ def verify(asked: argparse.Namespace) -> int:
 def gc(asked: argparse.Namespace) -> int:
     """Remove what nobody needs, or say what that is."""
     store = Store(home())
-    forgotten = [name for pattern in asked.forget for name in _runs_like(store, pattern)]
+    forgotten = sorted({name for pattern in asked.forget for name in _runs_like(store, pattern)})
     unused = collect.garbage(store, asked.grace * 3600, forgotten=forgotten)
     if not asked.dry_run:
         store.forget(forgotten)

@@ -38,7 +38,7 @@ class PreferParams(TuningParams):
 
 
 class PreferRuntime(TuningRuntime):
-    """How fast, and where. The outcome is the same but for rounding."""
+    """How fast, and where. The outcome is the same but for rounding and the draws of dropout."""
 
 
 @step("prefer", version=2, makes=Model, resumable=True)
@@ -46,6 +46,8 @@ def prefer(
     out: Path, contests: Contests, references: References, model: Model, params: PreferParams, run: PreferRuntime
 ) -> Counts:
     """Write the model that prefers, as a folder like that of the train step.
+
+    Adapters, if any, lie over the model that `from` in training.json names, not over what start.json tells.
 
     Raises:
         ParameterError: If the model speaks another language than the contests.

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -294,16 +294,22 @@ class _Call:
 
 
 def _origin(recipe: str, runtime: Runtime | None) -> dict[str, Any]:
-    loaded = [name for name in PACKAGES if name in sys.modules]
     return {
         "recipe": recipe,
         "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in loaded},
+        "packages": dict(_installed()),
         "revision": _revision(),
         "runtime": runtime.model_dump(mode="json") if runtime else {},
     }
+
+
+def _installed() -> Iterator[tuple[str, str]]:
+    """Yield the version of each package that may have had a say; a step's work may be done in other processes."""
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            yield name, importlib.metadata.version(name)
 
 
 def _revision() -> str:

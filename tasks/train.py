@@ -70,12 +70,17 @@ class TrainParams(TuningParams, StartParams):
             raise ValueError("start = model and model = ID go together")
         if self.start == SCRATCH and self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.start == SCRATCH and self.keeps_table():
+            raise ValueError("start = scratch has random weights: with frozen or lora_rank, they would stay so")
         return self
 
+    def idle(self) -> set[str]:
+        """Return the settings that have no say: also the shape, where the start has one."""
+        return super().idle() | (set() if self.start == SCRATCH else {"layers", "heads", "width"})
+
     def keyed(self) -> dict[str, Any]:
-        """Return what enters the key: settings that have a say at this start; content in place of names and paths."""
-        shape = set() if self.start == SCRATCH else {"layers", "heads", "width"}
-        kept = self.model_dump(mode="json", exclude={"folder", "model", *shape})
+        """Return what enters the key: settings that have a say; content in place of names and paths."""
+        kept = self.model_dump(mode="json", exclude={"folder", "model", *self.idle()})
         if self.start == FOLDER:
             return {**kept, "weights": digests(allowed_folder(self.folder or ""))}
         if self.start == MODEL:

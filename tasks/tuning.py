@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from pydantic import Field
 from tasks.artifacts import Encoding, Model, Sequences
 from tasks.errors import ParameterError
 from tasks.signals import kept_signals
-from tasks.step import Params, Runtime, home
+from tasks.step import Params, Runtime
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from tasks.gpt.objective import Objective
     from tasks.gpt.run import Progress, Settings
 
-COMPILED = ".compiled"  # a folder of the store: what torch.compile made, for the next run
+COMPILED = "treeline/compiled"  # under the user's own cache: it is code, so never in a store that others may write
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
@@ -57,7 +58,7 @@ class TuningParams(Params):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of numbers dropped after embeddings, attention and both halves of a block."""
     frozen: Annotated[int, Field(ge=0, le=1_000)] = 0
-    """Lowest blocks that stay as they are, with the embeddings and a head that shares their table. 0: everything is trained. Tokens that were added for the chat template are then never learnt."""  # noqa: E501
+    """Lowest blocks that stay as they are, with the embeddings and a head that shares their table, and adapters beside these blocks. 0: everything is trained. Tokens that were added for the chat template are then never learnt."""  # noqa: E501
     lora_rank: Annotated[int, Field(ge=0, le=1_024)] = 0
     """Rank of LoRA adapters beside every matrix of the blocks: they alone are trained, then merged, and kept apart as adapter.tar, too. 0: none, all weights are trained. They want ten times the learning rate."""  # noqa: E501
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
@@ -75,7 +76,18 @@ class TuningParams(Params):
     average_count: Annotated[int, Field(ge=1, le=64)] = 4
     """Evaluations that average = last is over, each a copy of the weights in memory and in checkpoints."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of products; weights and sums stay float32. bfloat16 is for GPUs and for CPUs that have instructions for it."""
+    """Of products; weights and sums stay float32. float32: a GPU rounds factors to 10 bits (TF32) while it trains. bfloat16 is for GPUs and for CPUs that have instructions for it."""  # noqa: E501
+
+    def keyed(self) -> dict[str, Any]:
+        """Return what enters the key: settings that have a say."""
+        return self.model_dump(mode="json", exclude=self.idle())
+
+    def idle(self) -> set[str]:
+        """Return the settings that have no say beside the others: to change one of them must not cost a run."""
+        found = set() if self.lora_rank else {"lora_alpha", "lora_dropout"}
+        found |= {"average_decay"} if self.average != "ema" else set()
+        found |= {"average_count"} if self.average != "last" else set()
+        return found if self.targets is None else found | {"epochs"}
 
     def keeps_table(self) -> bool:
         """Tell whether the token table stays as it is."""
@@ -171,7 +183,7 @@ def tune(
     device = world.device(device_of(run.device))
     set_blocks(model, by_blocks(run.attention, device, run.compile, params.dropout))
     if run.compile:
-        keep_compiled(home() / COMPILED)
+        keep_compiled(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / COMPILED)
     with threads(run.threads, model.config.n_embd), fast_products(device), kept_signals(interrupt.ask):
         machine = Machine(
             device,

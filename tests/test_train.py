@@ -226,7 +226,11 @@ def test_the_key_holds_the_folders_content_and_not_its_path(folder: Path, roots:
 
 def test_the_key_holds_every_setting_that_has_a_say() -> None:
     scratch = PARAMS.keyed()
-    assert set(scratch) == set(TrainParams.model_fields) - {"folder", "model"}
+    idle = {"folder", "model", "lora_alpha", "lora_dropout", "average_decay", "average_count"}
+    assert set(scratch) == set(TrainParams.model_fields) - idle
+    busy = TrainParams(start="gpt2", lora_rank=8, average="ema", targets=9).keyed()
+    assert {"lora_alpha", "lora_dropout", "average_decay"} <= set(busy)
+    assert not {"average_count", "epochs"} & set(busy)
     published = HUB.keyed()
     assert set(scratch) - set(published) == {"layers", "heads", "width"}
     assert len(published["weights"]["model.safetensors"]) == 64
@@ -245,6 +249,8 @@ def test_every_setting_is_described() -> None:
         {"start": "model"},
         {"model": "x"},
         {"width": 10, "heads": 4},
+        {"frozen": 1},
+        {"lora_rank": 4},
         {"epochs": 0},
         {"lr": -1.0},
         {"dropout": 1.0},

@@ -24,6 +24,7 @@ from tasks.gpt.blocks import block_mask
 from tasks.gpt.trunk import Attend
 
 log = logging.getLogger("treeline.train")
+BY_BLOCKS = "attends_by_blocks"  # an attribute of a model
 QUERIES = 256  # at once, on a CPU: 128 and 512 were slower by 3 and 14 % (6 heads, 2,048 tokens)
 
 
@@ -109,9 +110,6 @@ def _by_blocks(model: GPT2LMHeadModel, ends: Tensor, lower: torch.dtype, lowered
         return mixed
 
     return attend
-
-
-BY_BLOCKS = "attends_by_blocks"  # an attribute of a model
 
 
 def set_blocks(model: GPT2LMHeadModel, wanted: bool) -> None:

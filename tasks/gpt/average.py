@@ -49,8 +49,9 @@ class Average:
     def standing_in(self, step: int) -> Iterator[None]:
         """Let the average stand in for the weights inside the block, which evaluates after `step` updates."""
         self.note(step)
-        held = {name: self.weights[name].data for name in self.mean()}
-        self.take_over()
+        found = self.mean()
+        held = {name: self.weights[name].data for name in found}
+        self._put(found)
         try:
             yield
         finally:
@@ -59,8 +60,11 @@ class Average:
 
     def take_over(self) -> None:
         """Put the average in the place of the weights; what was there is not written over."""
-        for name, found in self.mean().items():
-            self.weights[name].data = found.to(self.weights[name].device)
+        self._put(self.mean())
+
+    def _put(self, found: Mapping[str, Tensor]) -> None:
+        for name, weight in found.items():
+            self.weights[name].data = weight.to(self.weights[name].device)
 
 
 class Decaying(Average):

@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -64,9 +64,12 @@ def fast_products(device: torch.device) -> Iterator[None]:
 def keep_compiled(folder: Path) -> None:
     """Let what is compiled stay in a folder for the next run, unless $TORCHINDUCTOR_CACHE_DIR names one.
 
-    By default that is one in /tmp, which a restart of the machine empties.
+    By default that is one in /tmp, which a restart of the machine empties. Nobody else may write into this one: what
+    lies there is run.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    with suppress(OSError):  # a home that cannot be written keeps nothing
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def hold_memory() -> None:

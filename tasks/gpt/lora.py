@@ -64,12 +64,15 @@ def attach(model: GPT2LMHeadModel, rank: int, alpha: float, dropout: float, seed
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
-    config.base_model_name_or_path = None  # a path of this machine; start.json names the start by its content
+    config.base_model_name_or_path = None  # a path of this machine; what they lie over is told by its content
     return adapted
 
 
 def pack(adapted: PeftModel, folder: Path) -> None:
-    """Write the adapters as `adapter.tar`; unpacked, `PeftModel.from_pretrained` opens them over the start."""
+    """Write the adapters as `adapter.tar`; unpacked, `PeftModel.from_pretrained` opens them over the model given.
+
+    That is what start.json tells of where the train step wrote them, and `from` in training.json where prefer did.
+    """
     from peft import get_peft_model_state_dict
 
     # Unless told, peft asks the hub whether the vocabulary has grown.

@@ -16,9 +16,8 @@ from torch.autograd.function import once_differentiable
 from transformers import GPT2LMHeadModel
 
 from tasks.gpt.attention import by_ends
+from tasks.gpt.need import CHUNK
 from tasks.gpt.trunk import Trunk, hidden_states
-
-CHUNK = 512  # rows: smaller ones re-read the table's gradient too often (128: 3-25 % slower), larger ones cost memory
 
 
 def supervised_nats(

@@ -198,7 +198,7 @@ def freeze(model: GPT2LMHeadModel, blocks: int) -> None:
     """Keep the embeddings and the lowest blocks as they are, and with a tied table the head; 0 freezes nothing.
 
     Raises:
-        ParameterError: If the model has fewer blocks.
+        ParameterError: If the model has fewer blocks, or nothing is left to train.
     """
     gpt = model.transformer
     if blocks > len(gpt.h):
@@ -210,6 +210,9 @@ def freeze(model: GPT2LMHeadModel, blocks: int) -> None:
         )
     for part in (gpt.wte, gpt.wpe, *gpt.h[:blocks]) if blocks else ():
         part.requires_grad_(False)
+    if not trained(model):
+        what = f"with {blocks} blocks as they are, nothing is left to train: adapters beside them stay as they are, too"
+        raise ParameterError(what, "frozen", f"Set it to less than {len(gpt.h)}", code="param.frozen")
 
 
 def parameter_count(model: nn.Module) -> int:

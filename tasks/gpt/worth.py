@@ -18,9 +18,8 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 UNRANKED = -1
-LEAST = (
-    1e-6  # of a weight: decay ** rank would be 0 in float32 somewhere, and a reply that weighs nothing is not trained
-)
+# Of a weight: decay ** rank would be 0 in float32 somewhere, and a reply that weighs nothing is not trained.
+LEAST = 1e-6
 
 
 def weights_of(prompt: Ints, rank: Ints, decay: float, shared: bool) -> Floats:
