@@ -126,6 +126,15 @@ def _watch(parent: _Mouth, beats: Callable[[], int]) -> None:
 
 def main() -> int:
     """Be a rank, and return the exit code."""
+    if PARENT not in os.environ or TELL not in os.environ:
+        lost = ConfigurationError(
+            "a rank was started by hand",
+            "python -m tasks.rank",
+            "Set train.processes, and run the recipe",
+            "config.rank",
+        )
+        sys.stderr.write(f"{lost}\n")
+        return lost.exit_code
     tie_to(int(os.environ[PARENT]))
     mouth, order = _Mouth(int(os.environ[TELL])), json.loads(sys.stdin.buffer.readline())
     worlds: list[World] = []
@@ -137,7 +146,9 @@ def main() -> int:
     try:
         with _joined(order) as world, listening(mouth) if first else nullcontext():
             worlds.append(world)
+            world.begin()
             counts = perform(order)
+            mouth.say(**{"result": counts} if first else {"done": None})  # before the ranks part: that may fail
     except Exception as error:
         mouth.say(error=error_said(error))
         if not isinstance(error, TreelineError):
@@ -145,8 +156,6 @@ def main() -> int:
         return error.exit_code if isinstance(error, TreelineError) else 70
     except Interrupted:
         return 128 + signal.SIGTERM
-    if first:
-        mouth.say(result=counts)
     return 0
 
 

@@ -9,6 +9,8 @@ All do the function of the step, from the same artifacts and settings, up to the
 from __future__ import annotations
 
 import os
+import re
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,15 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.errors import ParameterError, RankLost
 from tasks.signals import kept_signals
-from tasks.step import ROOT, Params
+from tasks.step import ROOT, home
 
 if TYPE_CHECKING:
     from tasks.artifacts import Artifact, Counts
-    from tasks.tuning import TuningRuntime
+    from tasks.tuning import TuningParams, TuningRuntime
 
 _performing: ContextVar[bool] = ContextVar("treeline_performing", default=False)
 PATIENCE = 1.5  # times the silence that is allowed: whoever supervises is to speak before the ranks do
 OVER = "over"
+LOST = re.compile("gloo|nccl|connection|peer|timed out|timeout", re.IGNORECASE)  # what torch says of a lost rank
 
 
 @contextmanager
@@ -39,7 +42,9 @@ def performing() -> Iterator[None]:
         _performing.reset(token)
 
 
-def together(step: str, out: Path, inputs: Mapping[str, Artifact], params: Params, run: TuningRuntime) -> Counts | None:
+def together(
+    step: str, out: Path, inputs: Mapping[str, Artifact], params: TuningParams, run: TuningRuntime
+) -> Counts | None:
     """Let many processes do a step, if that is wanted, and return its counts; None: go on, alone or as one of them.
 
     Args:
@@ -48,18 +53,26 @@ def together(step: str, out: Path, inputs: Mapping[str, Artifact], params: Param
         inputs: Its artifacts, by argument.
         params: What decides the outcome.
         run: Says how many.
+
+    Raises:
+        ParameterError: If an average is asked for of weights that no process would hold whole.
     """
     from tasks.gpt.world import here
 
     if _performing.get():
         return None
+    size = processes(run) if here().alone else here().size
+    if size > 1:
+        refuse_parted_average(step, params, run)
     folders = {name: str(artifact.path.absolute()) for name, artifact in inputs.items()}
-    settings = {"params": params.model_dump(mode="json"), "run": run.model_dump(mode="json")}
+    asked = params.model_dump(mode="json")
+    if asked.get("folder"):
+        asked["folder"] = str(Path(asked["folder"]).absolute())
+    settings = {"params": asked, "run": run.model_dump(mode="json")}
     order = {"step": step, "out": str(out.absolute()), "inputs": folders, **settings}
     if not here().alone:
         here().told(order)
         return None
-    size = processes(run)
     return None if size == 1 else _launched(order, size, run)
 
 
@@ -80,6 +93,17 @@ def processes(run: TuningRuntime) -> int:
     return size
 
 
+def refuse_parted_average(step: str, params: TuningParams, run: TuningRuntime) -> None:
+    """Raise an error if each process would hold a part of the weights that an average is asked for of."""
+    if run.sharding == "full" and params.average != "none":
+        raise ParameterError(
+            f"an average ({params.average}) is of whole weights, and each process would hold a part",
+            f"{step}.sharding = full",
+            f"Set it to none, or {step}.average to none",
+            "param.sharding",
+        )
+
+
 def _launched(order: Mapping[str, Any], size: int, run: TuningRuntime) -> Counts:
     """Start processes for an order, and wait until it is done; asked to stop, they save first."""
     from tasks.gpt.interrupt import Interrupt
@@ -97,9 +121,19 @@ def _launched(order: Mapping[str, Any], size: int, run: TuningRuntime) -> Counts
             interrupt=interrupt,
             restarts=run.restarts,
             silence=run.silence_seconds,
-            environment={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)},
+            environment={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), **folders_named()},
         )
     return counts
+
+
+def folders_named() -> dict[str, str]:
+    """Return the environment's variables that name our folders, made absolute: ranks start in another folder."""
+    roots = {
+        name: os.pathsep.join(str(Path(root).absolute()) for root in value.split(os.pathsep) if root)
+        for name, value in os.environ.items()
+        if name.startswith("TREELINE_") and name.endswith("_ROOTS")
+    }
+    return {**roots, "TREELINE_ARTIFACTS": str(home())}
 
 
 @contextmanager
@@ -111,18 +145,23 @@ def in_torchrun() -> Iterator[bool]:
     if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         yield True
         return
+    from tasks.gpt.interrupt import Interrupted
     from tasks.gpt.world import here, joined
     from tasks.rank import tie_to
 
     tie_to(os.getppid())  # killed, torchrun leaves its workers alive
-    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    with joined(rank, size, local):
-        if rank == 0:
-            yield True
-            here().told(OVER)
-        else:
-            _follow()
-            yield False
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, size, local, neighbours = (int(os.environ[name]) for name in names)
+    try:
+        with joined(rank, size, local, neighbours=neighbours):
+            if rank == 0:
+                yield True
+                here().told(OVER)
+            else:
+                _follow()
+                yield False
+    except Interrupted:  # another rank was asked to stop, and this one by it
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 def _follow() -> None:
@@ -131,11 +170,22 @@ def _follow() -> None:
     from tasks.rank import perform
 
     while True:
-        try:
+        with _loss_named("rank 0 has ended without a word"):
             order = here().told()
-        except RuntimeError as error:  # torch's way to say that the other end is closed
-            rank = f"rank {here().rank}"
-            raise RankLost("rank 0 has ended without a word", rank, "What stopped it is among what it said") from error
         if order == OVER:
             return
-        perform(order)
+        with _loss_named("another rank has ended in the midst of a step"):
+            perform(order)
+
+
+@contextmanager
+def _loss_named(what: str) -> Iterator[None]:
+    """Turn torch's way to say that the other end is closed into an error that says whose words to look for."""
+    from tasks.gpt.world import here
+
+    try:
+        yield
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        raise RankLost(what, f"rank {here().rank}", "What stopped it is among what it said") from error

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -131,11 +131,11 @@ class TuningRuntime(Runtime):
     processes: Count | Literal["auto"] = 1
     """Processes that train together, each on a GPU of its own; auto: one a GPU. On the CPU, one is best. Under torchrun, those that it started."""  # noqa: E501
     sharding: Literal["auto", "none", "full"] = "auto"
-    """With many processes, whether each holds the whole model (none) or a part of it (full), which takes less memory and more talk. auto: full where the whole would fill half a GPU."""  # noqa: E501
+    """With many processes, whether each holds the whole model (none) or a part of it (full), which takes less memory and more talk. auto: full where the whole would fill half a GPU. A part is no whole: full and an average exclude each other, and with one auto means none."""  # noqa: E501
     restarts: Annotated[int, Field(ge=0, le=1_000)] = 2
     """With many processes, how often all go on from the last checkpoint after one was lost. Under torchrun, its --max-restarts counts."""  # noqa: E501
-    silence_seconds: Annotated[float, Field(gt=0, le=604_800)] = 900.0
-    """With many processes, seconds without a sign of life, or without getting on, after which one counts as lost."""
+    silence_seconds: Annotated[float, Field(ge=30, le=604_800)] = 900.0
+    """With many processes, seconds without a sign of life, or without getting on, after which one counts as lost. To get on is to begin something: a micro-batch, a sum, a file of a checkpoint. It must be longer than whatever is done in one go: loading the weights, compiling."""  # noqa: E501
 
 
 def tune(
@@ -173,6 +173,7 @@ def tune(
     from tasks.gpt.weights import freeze, set_dropout
     from tasks.gpt.world import Done, here
 
+    here().begin()  # the weights are there
     set_dropout(model, params.dropout)
     how = params.lora_rank, params.lora_alpha, params.lora_dropout
     adapted = lora.attach(model, *how, params.seed) if params.lora_rank else None
@@ -184,16 +185,9 @@ def tune(
     if run.compile:
         keep_compiled(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / COMPILED)
     with threads(run.threads, model.config.n_embd), fast_products(device), kept_signals(interrupt.ask):
-        micro_batch, recompute = planned(
-            model, splits, settings, device, run.micro_batch, time.monotonic, run.recompute, world
-        )
-        if (recompute or adapted) and device.type == "cpu":
-            spare_memory()
         machine = Machine(
             device,
             time.monotonic,
-            micro_batch=micro_batch,
-            recompute=recompute,
             yielding=run.micro_batch == "auto",
             compile=run.compile,
             checkpoint_seconds=run.checkpoint_seconds,
@@ -201,8 +195,15 @@ def tune(
             interrupt=interrupt,
             world=world,
             sharded=parted(model, device, run.sharding, params.average, world),
-            **({"named": named} if named else {}),
         )
+        if named:
+            machine = replace(machine, named=named)
+        with memory_named(machine, splits[0].block):
+            asked = run.micro_batch, time.monotonic, run.recompute
+            micro_batch, recompute = planned(model, splits, settings, device, *asked, world, machine.sharded)
+        if (recompute or adapted) and device.type == "cpu":
+            spare_memory()
+        machine = replace(machine, micro_batch=micro_batch, recompute=recompute)
         with memory_named(machine, splits[0].block):
             progress = fit(model, *splits, settings=settings, machine=machine, workplace=workplace, objective=objective)
     if not world.first:

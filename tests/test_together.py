@@ -17,12 +17,14 @@ import pytest
 
 from flows import running
 from tasks.artifacts import Tokens
-from tasks.errors import ParameterError
+from tasks.errors import InputError, ParameterError, RankLost
+from tasks.gpt.interrupt import Interrupted
+from tasks.gpt.world import World
 from tasks.progress import listening
 from tasks.step import ROOT
 from tasks.store.canonical import sha256_of
 from tasks.store.manifest import write_manifest
-from tasks.together import processes
+from tasks.together import _follow, folders_named, in_torchrun, processes, together
 from tasks.train import TrainParams, TrainRuntime, train
 from tests.test_train import MORE, RUN, tokens_in
 
@@ -206,3 +208,70 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     assert processes(TrainRuntime(device="cpu", processes="auto")) == 1
     with pytest.raises(ParameterError, match="expected at most 2 processes, one a GPU, found 3"):
         processes(TrainRuntime(device="cuda", processes=3))
+
+
+@pytest.mark.parametrize("step", ["train", "prefer"])
+def test_an_average_of_parts_is_refused_before_anything_is_started(tokens: Tokens, tmp_path: Path, step: str) -> None:
+    params, run = PARAMS.model_copy(update={"average": "ema"}), TWO.model_copy(update={"sharding": "full"})
+    with pytest.raises(ParameterError, match=rf"{step}\.sharding = full\. Set it to none, or {step}\.average to none"):
+        together(step, tmp_path, {"tokens": tokens}, params, run)
+
+
+@pytest.mark.parametrize(
+    ("raised", "found"),
+    [
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer"), RankLost),
+        (RuntimeError("shapes differ"), RuntimeError),
+        (InputError("odd"), InputError),
+    ],
+)
+def test_a_follower_says_of_a_lost_rank_that_it_is_lost_and_of_anything_else_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, found: type[Exception]
+) -> None:
+    def fail(order: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr("tasks.rank.perform", fail)
+    monkeypatch.setattr(World, "told", lambda self: {})
+    with pytest.raises(found) as caught:
+        _follow()
+    assert type(caught.value) is found
+
+
+def test_a_rank_of_torchrun_that_another_one_stopped_ends_as_if_it_had_been_asked_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    named = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in named.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("tasks.rank.tie_to", lambda parent: None)
+    monkeypatch.setattr("tasks.gpt.world.joined", lambda *given, **more: nullcontext())
+    with pytest.raises(SystemExit) as ended, in_torchrun():
+        raise Interrupted
+    assert ended.value.code == 143
+
+
+def test_folders_that_are_named_from_here_are_the_same_for_ranks_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: Tokens
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = {"TREELINE_ARTIFACTS": "a", "TREELINE_MODEL_ROOTS": f"m{os.pathsep}/n", "TREELINE_SOURCE_ROOTS": "s"}
+    for name, value in named.items():
+        monkeypatch.setenv(name, value)
+    assert folders_named() == {
+        "TREELINE_ARTIFACTS": f"{tmp_path}/a",
+        "TREELINE_MODEL_ROOTS": f"{tmp_path}/m{os.pathsep}/n",
+        "TREELINE_SOURCE_ROOTS": f"{tmp_path}/s",
+    }
+    orders: list[dict[str, Any]] = []
+    monkeypatch.setattr("tasks.together._launched", lambda order, *rest: orders.append(order))
+    together("train", tmp_path, {"tokens": tokens}, PARAMS.model_copy(update={"folder": "m/gpt"}), TWO)
+    assert orders[0]["params"]["folder"] == f"{tmp_path}/m/gpt"
+
+
+def test_a_rank_that_is_started_by_hand_says_what_to_do_instead(tmp_path: Path) -> None:
+    asked = [sys.executable, "-m", "tasks.rank"]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    assert done.returncode == 78
+    assert "error[config.rank]: a rank was started by hand." in done.stderr
+    assert "Traceback" not in done.stderr

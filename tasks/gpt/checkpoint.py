@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,8 @@ from torch import Tensor
 
 log = logging.getLogger("treeline.train")
 NAME = "checkpoint.json"
+PIECE = 1 << 26  # bytes that are hashed between two signs of getting on
+Begin = Callable[[], None]  # called with each thing that is begun: a large checkpoint on a slow disk takes minutes
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Checkpoint:
     tensors: Mapping[str, Mapping[str, Tensor]]
 
 
-def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
+def save(folder: Path, checkpoint: Checkpoint, keep: int = 2, begin: Begin = lambda: None) -> Path:
     """Write a checkpoint into the folder of checkpoints, whole or not at all, and drop all but the last `keep`.
 
     Those of later steps are dropped, too, and do not count: had they been whole, the run had gone on from there. An old
@@ -62,12 +64,14 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
     draft.mkdir()
     for name, tensors in checkpoint.tensors.items():
         file, whole = draft / f"{name}.safetensors", {key: one.detach().contiguous() for key, one in tensors.items()}
+        begin()
         with disk_named(file):
             save_file(whole, file)
-    files = {path.name: _sha256(path) for path in sorted(draft.iterdir())}
+    files = {path.name: _sha256(path, begin) for path in sorted(draft.iterdir())}
     body = {"step": checkpoint.step, "state": dict(checkpoint.state), "files": files}
     (draft / NAME).write_text(json.dumps({"seal": _seal(body), **body}, indent=1), encoding="utf-8")
     for path in (*draft.iterdir(), draft):
+        begin()
         _sync(path)
     draft.rename(place)
     _point_to(folder, place.name)
@@ -96,26 +100,29 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def latest(folder: Path) -> Checkpoint | None:
+def latest(folder: Path, begin: Begin = lambda: None) -> Checkpoint | None:
     """Read the newest checkpoint that is whole; say which broken ones were passed over."""
     for place in _newest_first(folder):
         try:
-            return _read(place)
+            return _read(place, begin)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("train.checkpoint: %s is broken and passed over: %s", place, error)
     return None
 
 
-def _read(place: Path) -> Checkpoint:
+def _read(place: Path, begin: Begin) -> Checkpoint:
     body = json.loads((place / NAME).read_bytes())
     if not isinstance(body, dict):
         raise ValueError(f"{NAME} holds no object")
     if body.pop("seal") != _seal(body):
         raise ValueError(f"{NAME} was altered: its seal does not match")
     for name, expected in body["files"].items():
-        if (found := _sha256(place / name)) != expected:
+        if (found := _sha256(place / name, begin)) != expected:
             raise ValueError(f"{name} has sha256 {found}, expected {expected}")
-    tensors = {Path(name).stem: load_file(place / name) for name in body["files"]}
+    tensors = {}
+    for name in body["files"]:
+        begin()
+        tensors[Path(name).stem] = load_file(place / name)
     return Checkpoint(body["step"], body["state"], tensors)
 
 
@@ -134,9 +141,13 @@ def _seal(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, begin: Begin) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+        while piece := opened.read(PIECE):
+            begin()
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -1,11 +1,11 @@
 """Many processes for one piece of work: started, watched, begun again where one is lost, and ended with their parent.
 
 Each process reads its order, one line of JSON, from its standard input, which then stays open: it ends when the parent
-does. What it has to say comes back as lines of JSON: progress and log entries of rank 0, errors, the result, and once a
-second a sign of life. Nothing that either side reads can be code.
+does. What it has to say comes back as lines of JSON: progress and log entries of rank 0, errors, the result, that its
+part is done, and once a second a sign of life. Nothing that either side reads can be code.
 
     {"beat": 12}   {"open": ["train", 90, "steps"]}   {"advance": [1, "loss 2.1"]}   {"close": null}
-    {"log": [20, "train.plan: ..."]}   {"error": {...}}   {"result": ...}
+    {"log": [20, "train.plan: ..."]}   {"error": {...}}   {"result": ...}   {"done": null}
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +32,7 @@ from tasks.progress import Bar, bar
 log = logging.getLogger("treeline.train")
 TICK = 0.2  # seconds between two looks
 AFTERMATH = 1.0  # seconds in which the others may say what they know, when one has ended badly
-GRACE = 60.0  # seconds to save in, once asked to stop
+GRACE = 60.0  # seconds without getting on, once asked to stop, after which nobody is waited for any more
 TELL = "TREELINE_TELL"  # the number of the file that a rank tells things through
 PARENT = "TREELINE_PARENT"  # the number of the process that it must not outlive
 AGAIN = "Run again: it goes on from the last checkpoint; if it is always the same rank, look at its device"
@@ -51,6 +51,7 @@ class _Rank:
     heard: float = field(default_factory=time.monotonic)
     moved: float = field(default_factory=time.monotonic)
     error: dict[str, Any] | None = None
+    done: bool = False  # its part: how it ends is then nobody's business
 
     @property
     def code(self) -> int | None:
@@ -123,6 +124,7 @@ class _Crew:
         self.bars: list[tuple[ExitStack, Bar]] = []
         self.result: list[Any] = []
         self.stopping: float | None = None
+        self.warned = False
         self.ranks: list[_Rank] = []
         try:
             for number in range(size):
@@ -149,25 +151,32 @@ class _Crew:
             rank.process.wait()
             rank.ear.close()
             if rank.process.stdin:
-                rank.process.stdin.close()
+                with suppress(BrokenPipeError):  # one that ended before its order left it in the pipe's buffer
+                    rank.process.stdin.close()
         self.eyes.close()
 
     def to_the_end(self) -> Any:
-        """Listen until all have ended, and return what rank 0 has made."""
-        while any(rank.code is None for rank in self.ranks):
+        """Listen until rank 0 tells what it has made, and return that; the others have a moment to end."""
+        while not self.result and any(rank.code is None for rank in self.ranks):
             self.listen(TICK)
             self.stop_if_asked()
             if self.stopping is None:
                 self.look()
         while self.listen(0):
             pass
-        if self.stopping is None:
-            self.look()
-        elif not self.result:
+        if self.result:  # what anybody does from now on takes nothing from it
+            self.until(lambda: all(rank.code is not None for rank in self.ranks))
+            return self.result[0]
+        if self.stopping is not None:
             raise Interrupted
-        if not self.result:
-            raise _Lost(f"rank 0 of {len(self.ranks)} ended without a result")
-        return self.result[0]
+        self.look()
+        raise _Lost(f"rank 0 of {len(self.ranks)} ended without a result")
+
+    def until(self, law: Callable[[], bool]) -> None:
+        """Listen until something is so, but no longer than a moment."""
+        end = time.monotonic() + AFTERMATH
+        while not law() and time.monotonic() < end:
+            self.listen(TICK)
 
     def listen(self, patience: float) -> bool:
         """Take in what the processes say; tell whether there was anything."""
@@ -195,6 +204,8 @@ class _Crew:
             rank.error = rank.error or value
         elif kind == "result":
             self.result.append(value)
+        elif kind == "done":
+            rank.done = True
         elif kind == "log":
             log.log(*value)
         elif kind == "open":
@@ -206,38 +217,53 @@ class _Crew:
             self.bars.pop()[0].close()
 
     def stop_if_asked(self) -> None:
-        """Ask all to save and end, if somebody wants that; end them if they do not."""
+        """Ask all to save and end, if somebody wants that; end them if they do not.
+
+        A large model on a slow disk is not cut off while it is saved: who gets on is waited for.
+        """
         if self.stopping is None and self.interrupt.asked:
             self.stopping = time.monotonic()
             for rank in self.ranks:
                 rank.process.terminate()
-        if self.stopping is not None and time.monotonic() - self.stopping > GRACE:
+        if self.stopping is None:
+            return
+        now, last = time.monotonic(), max(self.stopping, *(rank.moved for rank in self.ranks))
+        if now - last > GRACE or now - self.stopping > max(GRACE, self.silence):
+            log.warning("train.rank: asked to stop, not all ranks did in %.0f s: ended", now - self.stopping)
             self.end()
             raise Interrupted
+        if now - self.stopping > GRACE and not self.warned:
+            self.warned = True
+            log.warning("train.rank: asked to stop %g s ago, the ranks are still saving, and waited for", GRACE)
 
     def look(self) -> None:
         """Raise an error if a process has ended badly or come to a halt."""
-        if any(rank.code for rank in self.ranks):
-            until = time.monotonic() + AFTERMATH  # the first to be seen need not be the one that began it
-            while time.monotonic() < until:
-                self.listen(TICK)
+        if any(rank.code and not rank.done for rank in self.ranks):
+            # The first to be seen need not be the one that began it; and who ended may have been heard only in part.
+            self.until(lambda: bool(self.result))
+            if self.result or not any(rank.code and not rank.done for rank in self.ranks):
+                return
             raise self.reason()
-        now, running = time.monotonic(), [rank for rank in self.ranks if rank.code is None]
+        now = time.monotonic()
+        running = [rank for rank in self.ranks if rank.code is None and not rank.done]
         for rank in running:
             if now - rank.heard > self.silence:
                 raise _Lost(f"rank {rank.number} of {len(self.ranks)} gave no sign of life for {self.silence:g} s")
+        if any(rank.done for rank in self.ranks):
+            return  # rank 0 goes on alone, and nobody waits for it but us
         if running and all(now - rank.moved > self.silence for rank in running):
             last = min(running, key=lambda rank: rank.beats)
             raise _Lost(f"rank {last.number} of {len(self.ranks)} got no further for {self.silence:g} s; others wait")
 
     def reason(self) -> Exception:
         """Say what went wrong first: what we know to be an error, else whoever was killed, else whoever spoke up."""
-        for rank in self.ranks:
+        blamed = [rank for rank in self.ranks if not rank.done]
+        for rank in blamed:
             if rank.error and (known := _known(rank.error)):
                 return known
-        killed = [rank for rank in self.ranks if (rank.code or 0) < 0]
+        killed = [rank for rank in blamed if (rank.code or 0) < 0]
         odd = killed or sorted(
-            (rank for rank in self.ranks if rank.code), key=lambda rank: rank.error["at"] if rank.error else 0.0
+            (rank for rank in blamed if rank.code), key=lambda rank: rank.error["at"] if rank.error else 0.0
         )
         rank = odd[0]
         how = f"was killed by {signal.Signals(-(rank.code or 0)).name}" if killed else f"ended with code {rank.code}"

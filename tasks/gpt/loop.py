@@ -334,12 +334,13 @@ class _Run:
             tensors["average"] = average
         if self.world.first:
             self.log.flush()
-            checkpoint.save(self.checkpoints, checkpoint.Checkpoint(now.step, state, tensors), self.machine.keep)
+            found = checkpoint.Checkpoint(now.step, state, tensors)
+            checkpoint.save(self.checkpoints, found, self.machine.keep, self.world.begin)
         self.kept = now.step
 
     def resume(self) -> None:
         """Go on from the last whole checkpoint; without one, from the start."""
-        found = checkpoint.latest(self.checkpoints) if self.world.first else None
+        found = checkpoint.latest(self.checkpoints, self.world.begin) if self.world.first else None
         state, tensors = self.world.told(found and found.state), found.tensors if found else {}
         if state is None:
             self.log.cut_after(-1)

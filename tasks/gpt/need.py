@@ -36,6 +36,8 @@ class Shape:
         table: Whether the head's table is trained.
         copies: Of the trained weights, held for an average.
         recompute: Whether blocks keep only what enters them, and are computed again on the way back.
+        parts: How many ranks hold a part of weights, gradients and moments each; 1: this one holds them whole.
+        brought: Numbers of the whole model, where it is still to be brought to the device, whole or in parts.
     """
 
     layers: int
@@ -51,13 +53,21 @@ class Shape:
     table: bool = True
     copies: int = 0
     recompute: bool = False
+    parts: int = 1
+    brought: int = 0
 
 
 def memory(shape: Shape, micro_batch: int) -> int:
-    """Return the bytes that training takes at its peak, besides the weights themselves."""
-    held = 4 * shape.parameters * (1 + 2)  # gradients and two moments; on a GPU, the best weights are held elsewhere
+    """Return the bytes that training takes at its peak, besides weights that are on the device already."""
+    # Gradients and two moments; on a GPU, the best weights are held elsewhere.
+    held = 4 * (shape.parameters * (1 + 2) + shape.brought) // shape.parts + (shape.parts > 1) * _gathered(shape)
     best = 4 * shape.parameters * (shape.keeps_best + shape.copies)
     return held + best + micro_batch * _sequence(shape) + _head(shape, micro_batch) + ANY
+
+
+def _gathered(shape: Shape) -> int:
+    """Return the bytes of what a rank that holds parts sees whole: the tables all the time, a block in its turn."""
+    return 2 * 4 * shape.width * (shape.vocab + shape.block + 12 * shape.width)  # and as much in gradients
 
 
 def _sequence(shape: Shape) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from tasks.gpt.device import free_memory, product_rate
 from tasks.gpt.loss import supervised_nats
 from tasks.gpt.run import Machine, Settings
 from tasks.gpt.trunk import Trunk, hidden_states, recomputing
-from tasks.gpt.weights import trained
+from tasks.gpt.weights import parameter_count, trained
 from tasks.gpt.world import ALONE, World
 
 log = logging.getLogger("treeline.train")
@@ -38,6 +39,7 @@ def planned(
     clock: Callable[[], float],
     recompute: bool | Literal["auto"] = False,
     world: World = ALONE,
+    sharded: bool = False,
 ) -> tuple[int, bool]:
     """Return the sequences to take at once, and whether to compute blocks again on the way back.
 
@@ -52,9 +54,12 @@ def planned(
         asked: So many; None: as many as hold 8,192 tokens; auto: of these, as many as fit.
         recompute: auto: only where what is asked, or for auto a single sequence, does not fit without.
         world: Who shares the work; what one of them has memory for, all take.
+        sharded: Whether each of them is to hold a part of the model.
     """
+    world.begin()
     (train, val), config = splits, model.config
     half = settings.precision == "bfloat16"
+    there = next(model.parameters()).device.type == device.type
     shape = need.Shape(
         config.n_layer,
         config.n_head,
@@ -68,9 +73,14 @@ def planned(
         frozen=sum(not trained(block) for block in model.transformer.h),
         table=model.lm_head.weight.requires_grad,
         copies=copies(settings.average, settings.average_count, device.type == "cpu"),
+        parts=world.size if sharded else 1,
+        brought=parameter_count(model) if sharded or not there else 0,  # parts are of a copy
     )
     free = free_memory(device)
-    size, shape = _fitted(shape, free or 1 << 62, settings.sequences, asked, recompute)
+    if free is not None and device.type == "cpu":
+        free //= world.neighbours  # who all take from the same memory
+    share = math.ceil(settings.sequences / world.size)  # more at once would be rows that count as nothing
+    size, shape = _fitted(shape, free or 1 << 62, share, asked, recompute)
     plan = Plan(len(train), settings.sequences, settings.epochs, settings.seed)
     evaluated = len(plan.evaluations(settings.evals_per_epoch)) * len(val) * train.block
     supervised = train.supervised() / max(1, len(train) * train.block)
@@ -79,9 +89,11 @@ def planned(
     trunk = recomputing if shape.recompute else hidden_states
     took = need.seconds(shape, tokens, evaluated, supervised, rate)
     formula = need.seconds(shape, size * train.block, 0, supervised, rate)
-    if formula < BRIEF:  # then calls cost more than their work, which no formula knows
+    # Then calls cost more than their work, which no formula knows; a model that is to be parted need not fit whole.
+    if formula < BRIEF and not sharded:
         took *= max(1.0, _timed(model, train, size, half, device, clock, trunk) / formula)
     took /= world.size
+    world.begin()
     if world.first:
         log.info("train.plan: %s", need.said(shape, size, free, took))
     if free is not None and need.memory(shape, size) > free:
@@ -118,7 +130,8 @@ def _timed(
     clock: Callable[[], float],
     trunk: Trunk,
 ) -> float:
-    """Return the seconds of one micro-batch forth and back, the second of two; the model is as it was."""
+    """Return the seconds of one micro-batch forth and back, the second of two; the model is, and lies, as it was."""
+    before = next(model.parameters()).device
     model.to(device).train()
     batch, took = train.batch(slice(0, size), device), 0.0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -130,6 +143,9 @@ def _timed(
             loss.item()  # waits for the device
             took = clock() - began
     model.zero_grad()
+    model.to(before)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # else torch keeps what it took, and nobody sees it as free
     return took * size / len(batch.ids)
 
 
@@ -141,7 +157,8 @@ def memory_named(machine: Machine, block: int) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _SHORT.search(str(error)):
             raise
-        told = f"{machine.micro_batch} sequences of {block:,} tokens at once"
+        many = "the first" if machine.micro_batch is None else str(machine.micro_batch)
+        told = f"{many} sequences of {block:,} tokens at once"
         first = "Set train.micro_batch to auto, or to less; at 1, "
         do = first + ("" if machine.recompute else "set train.recompute to true, ") + LESS
         raise TrainingError(f"out of memory with {told}", str(machine.device), do, "train.memory") from error

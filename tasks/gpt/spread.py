@@ -7,6 +7,7 @@ them. Gradients are summed over ranks, not averaged: the loss is already divided
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -21,13 +22,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2LMHeadModel
 
-from tasks.errors import ParameterError
 from tasks.gpt.device import free_memory
-from tasks.gpt.weights import parameter_count
+from tasks.gpt.weights import parameter_count, trained
 from tasks.gpt.world import World
 
+log = logging.getLogger("treeline.train")
 T = TypeVar("T")
-HELD = 16  # bytes that training holds for a number: weight, gradient and two means, each float32
+NUMBER = 4  # bytes of a weight, float32; one that is trained has a gradient and two means of that size besides
 
 
 class Spread:
@@ -67,7 +68,7 @@ class Spread:
             return dict(tensors) if self.world.first else {}
         found = {}
         for name, tensor in tensors.items():
-            self.world.beats += 1
+            self.world.begin()
             full = _full(tensor)
             if self.world.first:
                 found[name] = full.to("cpu")
@@ -76,7 +77,7 @@ class Spread:
     @torch.no_grad()
     def put(self, place: Tensor, whole: Tensor | None) -> None:
         """Set a tensor to what rank 0 gives in full."""
-        self.world.beats += 1
+        self.world.begin()
         if self.world.alone:
             place.copy_(_given(whole))
         elif isinstance(place, DTensor):
@@ -113,18 +114,21 @@ class Spread:
 def parted(model: GPT2LMHeadModel, device: torch.device, asked: str, average: str, world: World) -> bool:
     """Tell whether each rank is to hold a part of the model: if asked to, or, for auto, if it would fill half a GPU.
 
-    Raises:
-        ParameterError: If an average of the weights is asked for, too: it takes their place, which FSDP2 does not see.
+    An average of the weights takes their place, which FSDP2 does not see: with one, auto leaves the model whole.
     """
-    if average != "none" and asked == "full" and not world.alone:
-        what = f"an average ({average}) is of whole weights, and each process would hold a part"
-        raise ParameterError(
-            what, "train.sharding = full", "Set it to none, or train.average to none", "param.sharding"
-        )
-    if asked != "auto" or average != "none" or world.alone:
-        return asked == "full"
+    if asked != "auto" or world.alone:
+        return asked == "full" and not world.alone
     free = free_memory(device) if device.type == "cuda" else None
-    return world.any(free is not None and HELD * parameter_count(model) > free / 2)
+    filled = world.any(free is not None and held(model) > free / 2)
+    if filled and average != "none" and world.first:
+        what = "train.plan: the model fills half a GPU and stays whole all the same: average = %s is of whole weights"
+        log.warning(what, average)
+    return filled and average == "none"
+
+
+def held(model: GPT2LMHeadModel) -> int:
+    """Return the bytes that training holds of a model, whatever the batch: only trained weights have more than one."""
+    return NUMBER * (parameter_count(model) + 3 * sum(weight.numel() for weight in trained(model).values()))
 
 
 def number(tensor: Tensor) -> float:

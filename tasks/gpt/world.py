@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tasks.errors import ConfigurationError
 from tasks.gpt.batches import Array
 
 IDLE = timedelta(days=7)  # a rank that waits for an order does so while rank 0 does other steps
@@ -35,11 +36,12 @@ class World:
         rank: This one's number; 0 is the one that writes.
         size: How many there are.
         local: This one's number on its machine: that of its GPU.
+        neighbours: How many there are on its machine, this one among them.
         beats: Goes up with each thing that is begun; who supervises sees by it that a rank has come to a halt.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local: int = 0) -> None:
-        self.rank, self.size, self.local = rank, size, local
+    def __init__(self, rank: int = 0, size: int = 1, local: int = 0, neighbours: int = 1) -> None:
+        self.rank, self.size, self.local, self.neighbours = rank, size, local, neighbours
         self.beats = 0
         # Orders come by a way of their own: there, waiting for days is no fault.
         self.idle: Any = dist.new_group(backend="gloo", timeout=IDLE) if size > 1 else None
@@ -54,6 +56,10 @@ class World:
         """Whether there is no other rank."""
         return self.size == 1
 
+    def begin(self) -> None:
+        """Note that something is begun: a sign that this rank gets on."""
+        self.beats += 1
+
     def dealt(self, rows: Array, at_once: int) -> Iterator[tuple[Array, bool]]:
         """Yield this rank's share of some rows, `at_once` at a time, and whether they count.
 
@@ -63,7 +69,7 @@ class World:
         mine = rows[self.owners(len(rows)) == self.rank]
         turns = math.ceil(math.ceil(len(rows) / self.size) / at_once)
         for first in range(0, turns * at_once, at_once):
-            self.beats += 1
+            self.begin()
             some = mine[first : first + at_once]
             yield (some, True) if len(some) else (rows[:1], False)
 
@@ -73,7 +79,7 @@ class World:
 
     def total(self, part: Tensor) -> Tensor:
         """Add up what each rank has; the tensor is changed and returned."""
-        self.beats += 1
+        self.begin()
         if not self.alone:
             dist.all_reduce(part)
         return part
@@ -98,15 +104,28 @@ class World:
         dist.broadcast(size, 0, group=self.idle)
         text = said if self.first else torch.empty(int(size), dtype=torch.uint8)
         dist.broadcast(text, 0, group=self.idle)
-        self.beats += 1
+        self.begin()
         return json.loads(bytes(text.tolist()))
 
     def device(self, device: torch.device) -> torch.device:
-        """Return this rank's device of a kind; of GPUs, each rank has its own."""
+        """Return this rank's device of a kind; of GPUs, each rank has its own.
+
+        Raises:
+            ConfigurationError: If there are some, but none for this rank.
+        """
         if self.alone or device.type != "cuda":
             return device
-        torch.cuda.set_device(self.local)
-        return torch.device("cuda", self.local)
+        there = torch.cuda.device_count()
+        number = 0 if there == 1 else self.local  # Slurm can show each process its own, alone
+        if number >= there:
+            raise ConfigurationError(
+                f"expected a GPU for each process of this machine, found {there}",
+                f"rank {self.rank}, number {self.local} of its machine",
+                "Start as many processes as there are GPUs",
+                "config.device",
+            )
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
 
 
 ALONE = World()
@@ -119,7 +138,14 @@ def here() -> World:
 
 
 @contextmanager
-def joined(rank: int, size: int, local: int, meeting: str = "env://", patience: float = 1800.0) -> Iterator[World]:
+def joined(
+    rank: int,
+    size: int,
+    local: int,
+    meeting: str = "env://",
+    patience: float = 1800.0,
+    neighbours: int | None = None,
+) -> Iterator[World]:
     """Be a rank of a world while the block runs.
 
     Args:
@@ -128,11 +154,12 @@ def joined(rank: int, size: int, local: int, meeting: str = "env://", patience: 
         local: Which one of this machine.
         meeting: Where they find each other, as torch's `init_method`; env://: where torchrun says.
         patience: Seconds after which a rank that waits for another one gives up.
+        neighbours: How many of them are on this machine. None: all.
     """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     wait = timedelta(seconds=patience)
     dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=size, timeout=wait)
-    token = _here.set(World(rank, size, local))
+    token = _here.set(World(rank, size, local, neighbours or size))
     try:
         yield here()
         dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone

@@ -149,3 +149,11 @@ def test_a_disk_that_refuses_is_an_error_of_the_disk(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space") as caught, disk_named(tmp_path):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_who_supervises_sees_each_file_written_read_and_hashed(tmp_path: Path) -> None:
+    begun: list[None] = []
+    save(tmp_path / "c", made(1), begin=lambda: begun.append(None))
+    assert len(begun) == 2 * 2 + 4  # two tables, their hashes; flushed: both, what names them, the folder
+    latest(tmp_path / "c", begin=lambda: begun.append(None))
+    assert len(begun) == 8 + 2 * 2

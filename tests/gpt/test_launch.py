@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import InputError, RankLost, TrainingError
+from tasks.gpt import launch
 from tasks.gpt.interrupt import Interrupt, Interrupted
 from tasks.gpt.launch import done_by_many
 from tasks.progress import listening
@@ -148,4 +149,75 @@ def test_a_listener_that_fails_leaves_nobody_behind(tmp_path: Path) -> None:
 
     with pytest.raises(TrainingError, match="broken"), listening(Broken()):
         many(tmp_path, 'say(open=["train", 2, "steps"]); say(advance=[1, ""]); forever()')
+    assert nobody_is_left(tmp_path)
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "sys.exit(70)", "forever()"])
+def test_once_rank_0_has_told_the_result_nobody_can_spoil_it(tmp_path: Path, end: str) -> None:
+    body = f"""
+if rank == 0: say(result="made"); time.sleep(0.1)
+else:
+    while not os.path.exists(here + "/told"): time.sleep(0.02)
+{end}
+"""
+
+    class Told(Screen):
+        def advance(self, amount: float = 1, note: str = "") -> None:
+            (tmp_path / "told").touch()
+
+    told = 'if rank == 0: say(open=["train", 1, ""]); say(advance=[1, ""])\n'
+    with listening(Told()):
+        assert many(tmp_path, told + body) == "made"
+    assert nobody_is_left(tmp_path)
+
+
+def test_whoever_has_done_its_part_may_end_as_it_likes_while_rank_0_goes_on_in_silence(tmp_path: Path) -> None:
+    body = """
+if rank == 1:
+    say(error={"at": 1.0, "what": "x", "kind": "InputError", "parts": ["odd", "", "", "train.odd"]})
+    say(done=None)
+    sys.exit(70)
+for _ in range(15): say(beat=7); time.sleep(0.1)
+say(result="made")
+"""
+    assert many(tmp_path, body, silence=0.8) == "made"
+
+
+def test_one_that_ends_before_its_order_is_named_by_its_code(tmp_path: Path) -> None:
+    with pytest.raises(RankLost, match="rank 0 of 2 ended with code 3"):
+        done_by_many(
+            [sys.executable, "-S", "-c", "import os; os.close(0); os._exit(3)"], {"long": "x" * (1 << 20)}, 2,
+            where="here", folder=tmp_path, interrupt=Interrupt(), restarts=0,
+        )  # fmt: skip
+
+
+SLOW = """
+def save(*_):
+    for beat in range(10): say(beat=beat); time.sleep(0.1)
+    open(f"{here}/saved-{rank}", "w").close(); sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+open(f"{here}/ready-{rank}", "w").close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("after", "saved"), [("forever()", 2), ("signal.signal(signal.SIGTERM, signal.SIG_IGN); forever()", 0)]
+)
+def test_asked_to_stop_who_gets_on_is_waited_for_and_who_does_not_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, after: str, saved: int
+) -> None:
+    monkeypatch.setattr(launch, "GRACE", 0.5)
+    interrupt = Interrupt()
+
+    def ask() -> None:
+        while len(list(tmp_path.glob("ready-*"))) < 2:
+            time.sleep(0.02)
+        time.sleep(0.2)
+        interrupt.ask()
+
+    threading.Thread(target=ask).start()
+    with pytest.raises(Interrupted):
+        many(tmp_path, SLOW + after, interrupt)
+    assert len(list(tmp_path.glob("saved-*"))) == saved
+    assert ("still saving, and waited for" if saved else "not all ranks did in 1 s: ended") in caplog.text
     assert nobody_is_left(tmp_path)

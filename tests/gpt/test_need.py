@@ -111,6 +111,14 @@ def test_it_is_never_none_nor_more_than_a_step_or_8192_tokens() -> None:
     assert largest_micro_batch(GPT2, 1 << 50, 64) == 8
 
 
+def test_parts_of_a_model_take_less_than_the_whole_and_more_than_their_share() -> None:
+    large = replace(GPT2, brought=GPT2.parameters, keeps_best=False)
+    whole, half, eighth = (memory(replace(large, parts=parts), 1) for parts in (1, 2, 8))
+    held = 16 * GPT2.parameters
+    assert whole - held / 2 < half < whole
+    assert half - held * 3 / 8 == pytest.approx(eighth)
+
+
 def test_work_grows_with_what_is_done() -> None:
     assert flops(GPT2, 1.0) == pytest.approx(6 * 124e6, rel=0.15)  # 6 N, attention and positions aside
     once = seconds(GPT2, 1e6, 0, 0.9, 1e11)

@@ -1,6 +1,7 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ import torch
 from tasks.errors import TrainingError
 from tasks.gpt import planning
 from tasks.gpt.planning import memory_named, planned
+from tasks.gpt.spread import held, parted
+from tasks.gpt.weights import freeze, parameter_count
+from tasks.gpt.world import World
 from tests.gpt.test_loop import CPU, MACHINE, SETTINGS, killed, run, split, start
 
 
@@ -40,6 +44,69 @@ def test_blocks_are_computed_again_where_asked_or_where_memory_would_run_out(mon
     assert choice(3, "auto") == (3, False)
     monkeypatch.setattr(planning, "free_memory", lambda device: 1)
     assert (choice(3, "auto"), choice(3, False), choice("auto", "auto")) == ((3, True), (3, False), (1, True))
+
+
+class Two(World):
+    """A world of two ranks, of which the other one is always of this one's opinion."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = self.neighbours = 2
+
+    def any(self, mine: bool) -> bool:
+        return mine
+
+    def least(self, mine: int) -> int:
+        return mine
+
+
+def of_two(asked: object, sharded: bool = False) -> int:
+    clock = iter(range(99)).__next__
+    return planned(start(), [split(), split(6)], SETTINGS, CPU, asked, clock, False, Two(), sharded)[0]  # type: ignore[arg-type]
+
+
+def test_a_rank_takes_no_more_at_once_than_its_share_of_a_step() -> None:
+    assert [of_two(3), of_two(99), of_two(None), of_two("auto")] == [3, 4, 4, 4]
+
+
+def test_ranks_of_one_machine_share_its_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(planning, "free_memory", lambda device: 10 << 30)
+    with caplog.at_level(logging.INFO, logger="treeline.train"):
+        of_two(3)
+    assert "of 5.4 GB free" in caplog.text
+
+
+def test_a_model_that_is_to_be_parted_is_not_tried_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def timed(*given: Any) -> float:
+        tried.append(given[2])
+        return 1.0
+
+    monkeypatch.setattr(planning, "_timed", timed)
+    of_two(3, sharded=True)
+    assert tried == []
+    of_two(3)
+    assert tried == [3]
+
+
+def test_training_holds_one_number_of_what_is_frozen_and_four_of_what_is_trained() -> None:
+    model = start()
+    assert held(model) == 16 * parameter_count(model)
+    freeze(model, 1)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert held(model) == 4 * parameter_count(model) + 12 * trained < 16 * parameter_count(model)
+
+
+def test_auto_says_so_where_an_average_keeps_a_large_model_whole(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tasks.gpt.spread.free_memory", lambda device: 1)
+    gpu = torch.device("cuda", 0)
+    assert [parted(start(), gpu, "auto", average, Two()) for average in ("none", "ema")] == [True, False]
+    assert "stays whole all the same: average = ema is of whole weights" in caplog.text
 
 
 @pytest.mark.parametrize(

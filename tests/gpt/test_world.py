@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from tasks.errors import ConfigurationError
 from tasks.gpt.world import World
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +29,7 @@ ORDERS = [
     "2:lonely_sharded:parts-lonely",
     "1:preferred:one-preferred",
     "2:preferred:two-preferred",
+    "2:preferred_sharded:parts-preferred",
     "2:stopped:shrunk",
     "1:plain:shrunk",
     "1:stopped:grown",
@@ -48,6 +51,8 @@ ORDERS = [
     "1:adapted:one-adapted",
     "2:adapted:two-adapted",
     "2:adapted_sharded:parts-adapted",
+    "1:adapted_averaged:one-adapted-averaged",
+    "2:adapted_averaged:two-adapted-averaged",
     "1:poisoned:one-poisoned",
     "2:poisoned:two-poisoned",
     "2:poisoned_sharded:parts-poisoned",
@@ -85,6 +90,8 @@ SAME = [
     ("2:recomputed:again", "1:plain:one"),
     ("2:lonely:two-lonely", "1:lonely:one-lonely"), ("2:lonely_sharded:parts-lonely", "1:lonely:one-lonely"),
     ("2:preferred:two-preferred", "1:preferred:one-preferred"),
+    ("2:preferred_sharded:parts-preferred", "1:preferred:one-preferred"),
+    ("2:adapted_averaged:two-adapted-averaged", "1:adapted_averaged:one-adapted-averaged"),
     ("1:plain:shrunk", "1:plain:one"), ("2:plain:grown", "1:plain:one"),
     ("2:averaged:two-averaged", "1:averaged:one-averaged"), ("2:averaged:averaged", "1:averaged:one-averaged"),
     ("2:last:last", "1:last:one-last"),
@@ -146,3 +153,25 @@ def test_each_row_counts_once_in_order_and_all_ranks_take_equally_many_turns(siz
     assert [row for turns in dealt for some, counts in turns if counts for row in some] == list(range(rows))
     assert {len(turns) for turns in dealt} == {math.ceil(math.ceil(rows / size) / 2)}
     assert all(some for turns in dealt for some, _ in turns)
+
+
+@pytest.mark.parametrize(("there", "number"), [(1, 0), (4, 2)])
+def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_that_it_is_shown(
+    monkeypatch: pytest.MonkeyPatch, there: int, number: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    assert third().device(torch.device("cuda")) == torch.device("cuda", number)
+    assert third().device(torch.device("cpu")) == torch.device("cpu")
+
+
+def test_a_rank_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigurationError, match=r"expected a GPU for each process of this machine, found 2\. rank 2"):
+        third().device(torch.device("cuda"))
+
+
+def third() -> World:
+    world = World(rank=2, local=2)
+    world.size = 4
+    return world

@@ -105,7 +105,15 @@ def lonely_sharded(folder: Path, world: World) -> Told:
     return trained(folder, world, machine=replace(MACHINE, sharded=True), rows=17)
 
 
-def preferred(folder: Path, world: World) -> Told:
+def adapted_averaged(folder: Path, world: World) -> Told:
+    return trained(folder, world, replace(STEP, average="ema"), lora=2)
+
+
+def preferred_sharded(folder: Path, world: World) -> Told:
+    return preferred(folder, world, replace(MACHINE, sharded=True))
+
+
+def preferred(folder: Path, world: World, machine: Machine = MACHINE) -> Told:
     """Two replies to each of some prompts, the first one better."""
     sides: list[Side] = []
     for rows in (21, 5):
@@ -114,7 +122,7 @@ def preferred(folder: Path, world: World) -> Told:
         replies = Replies(twice, np.full(2 * rows, 5), twice, np.tile([0, 1], rows))
         sides.append(Side(given, replies, np.full(2 * rows, -16, np.float32)))
     aim = EachPair(sides[0], sides[1], 0.1)
-    return trained(folder, world, train=aim.train, objective=aim)
+    return trained(folder, world, machine=machine, train=aim.train, objective=aim)
 
 
 def stopped(folder: Path, world: World, sharded: bool = False, settings: Settings = STEP) -> Told:
