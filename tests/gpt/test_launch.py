@@ -191,33 +191,34 @@ def test_one_that_ends_before_its_order_is_named_by_its_code(tmp_path: Path) -> 
         )  # fmt: skip
 
 
+# Saving begins where the step ends, as in training: inside the handler, a line might be cut into another one.
 SLOW = """
-def save(*_):
-    for beat in range(10): say(beat=beat); time.sleep(0.1)
-    open(f"{here}/saved-{rank}", "w").close(); sys.exit(143)
-signal.signal(signal.SIGTERM, save)
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
 open(f"{here}/ready-{rank}", "w").close()
+while not asked: say(beat=0); time.sleep(0.05)
+"""
+SAVING = """
+for beat in range(1, 11): say(beat=beat); time.sleep(0.1)
+open(f"{here}/saved-{rank}", "w").close(); sys.exit(143)
 """
 
 
-@pytest.mark.parametrize(
-    ("after", "saved"), [("forever()", 2), ("signal.signal(signal.SIGTERM, signal.SIG_IGN); forever()", 0)]
-)
+@pytest.mark.parametrize(("after", "saved"), [(SAVING, 2), ("forever()", 0)])
 def test_asked_to_stop_who_gets_on_is_waited_for_and_who_does_not_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, after: str, saved: int
 ) -> None:
-    monkeypatch.setattr(launch, "GRACE", 0.5)
+    monkeypatch.setattr(launch, "GRACE", 0.7)
     interrupt = Interrupt()
 
     def ask() -> None:
         while len(list(tmp_path.glob("ready-*"))) < 2:
             time.sleep(0.02)
-        time.sleep(0.2)
         interrupt.ask()
 
     threading.Thread(target=ask).start()
     with pytest.raises(Interrupted):
         many(tmp_path, SLOW + after, interrupt)
     assert len(list(tmp_path.glob("saved-*"))) == saved
-    assert ("still saving, and waited for" if saved else "not all ranks did in 1 s: ended") in caplog.text
+    assert ("still saving, and waited for" if saved else "not all ranks did in") in caplog.text
     assert nobody_is_left(tmp_path)
