@@ -26,6 +26,7 @@ from tasks.gpt.world import ALONE, World
 
 log = logging.getLogger("treeline.train")
 LESS = "lower encode.pack or block, or take a smaller model"
+HALF = "bfloat16"
 BRIEF = 1.0  # seconds of a micro-batch by the formula, below which one is tried
 _SHORT = re.compile("out of memory|can't allocate|not enough memory", re.IGNORECASE)
 
@@ -57,10 +58,28 @@ def planned(
         sharded: Whether each of them is to hold a part of the model.
     """
     world.begin()
+    shape = _shape(model, splits, settings, device, world.size if sharded else 1)
+    free = free_memory(device)
+    if free is not None and device.type == "cpu":
+        free //= world.neighbours  # who all take from the same memory
+    share = math.ceil(settings.sequences / world.size)  # more at once would be rows that count as nothing
+    size, shape = _fitted(shape, free or 1 << 62, share, asked, recompute)
+    took = _seconds(model, splits, settings, device, clock, shape, size) / world.size
+    world.begin()
+    if world.first:
+        log.info("train.plan: %s", need.said(shape, size, free, took))
+    if free is not None and need.memory(shape, size) > free:
+        log.warning("train.plan: that is more than is free; set train.micro_batch to auto, or lower encode.block")
+    return world.least(size), world.any(shape.recompute)
+
+
+def _shape(
+    model: GPT2LMHeadModel, splits: Sequence[Split], settings: Settings, device: torch.device, parts: int
+) -> need.Shape:
+    """Return the model's shape, and how it is trained; with many parts, each rank is to hold one."""
     (train, val), config = splits, model.config
-    half = settings.precision == "bfloat16"
     there = next(model.parameters()).device.type == device.type
-    shape = need.Shape(
+    return need.Shape(
         config.n_layer,
         config.n_head,
         config.n_embd,
@@ -68,37 +87,38 @@ def planned(
         sum(weight.numel() for weight in trained(model).values()),
         train.block,
         dropout=config.attn_pdrop > 0,
-        half=half,
+        half=settings.precision == HALF,
         keeps_best=bool(len(val)),
         frozen=sum(not trained(block) for block in model.transformer.h),
         table=model.lm_head.weight.requires_grad,
         copies=copies(settings.average, settings.average_count, device.type == "cpu"),
-        parts=world.size if sharded else 1,
-        brought=parameter_count(model) if sharded or not there else 0,  # parts are of a copy
+        parts=parts,
+        brought=parameter_count(model) if parts > 1 or not there else 0,  # parts are of a copy
     )
-    free = free_memory(device)
-    if free is not None and device.type == "cpu":
-        free //= world.neighbours  # who all take from the same memory
-    share = math.ceil(settings.sequences / world.size)  # more at once would be rows that count as nothing
-    size, shape = _fitted(shape, free or 1 << 62, share, asked, recompute)
+
+
+def _seconds(
+    model: GPT2LMHeadModel,
+    splits: Sequence[Split],
+    settings: Settings,
+    device: torch.device,
+    clock: Callable[[], float],
+    shape: need.Shape,
+    size: int,
+) -> float:
+    """Return how long one process would take for the run, with `size` sequences at once."""
+    train, val = splits
     plan = Plan(len(train), settings.sequences, settings.epochs, settings.seed)
     evaluated = len(plan.evaluations(settings.evals_per_epoch)) * len(val) * train.block
     supervised = train.supervised() / max(1, len(train) * train.block)
-    tokens = settings.epochs * len(train) * train.block
-    rate = product_rate(device, half, clock)
-    trunk = recomputing if shape.recompute else hidden_states
-    took = need.seconds(shape, tokens, evaluated, supervised, rate)
+    rate = product_rate(device, shape.half, clock)
+    took = need.seconds(shape, settings.epochs * len(train) * train.block, evaluated, supervised, rate)
     formula = need.seconds(shape, size * train.block, 0, supervised, rate)
     # Then calls cost more than their work, which no formula knows; a model that is to be parted need not fit whole.
-    if formula < BRIEF and not sharded:
-        took *= max(1.0, _timed(model, train, size, half, device, clock, trunk) / formula)
-    took /= world.size
-    world.begin()
-    if world.first:
-        log.info("train.plan: %s", need.said(shape, size, free, took))
-    if free is not None and need.memory(shape, size) > free:
-        log.warning("train.plan: that is more than is free; set train.micro_batch to auto, or lower encode.block")
-    return world.least(size), world.any(shape.recompute)
+    if formula < BRIEF and shape.parts == 1:
+        trunk = recomputing if shape.recompute else hidden_states
+        took *= max(1.0, _timed(model, train, size, shape.half, device, clock, trunk) / formula)
+    return took
 
 
 def _fitted(

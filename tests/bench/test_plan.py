@@ -17,10 +17,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # layers, heads, width, block, sequences of a step, steps, recompute
 SHAPES = {
-    "narrow": (3, 4, 128, 128, 16, 300, 0),
-    "small": (6, 6, 384, 256, 8, 24, 0),
-    "small, computed again": (6, 6, 384, 256, 8, 20, 1),
-    "124M": (12, 12, 768, 512, 2, 12, 0),
+    "narrow": (3, 4, 128, 128, 16, 40, 0),
+    "small": (6, 6, 384, 256, 8, 12, 0),
+    "small, computed again": (6, 6, 384, 256, 8, 10, 1),
+    "124M": (12, 12, 768, 512, 2, 4, 0),
 }
 RUN = """
 import json, logging, re, sys, tempfile, time
