@@ -122,6 +122,19 @@ def test_an_error_of_the_system_is_raised_as_it_was(tmp_path: Path) -> None:
     assert (caught.value.errno, caught.value.filename) == (28, "/x")
 
 
+def asked_when_ready(folder: Path) -> Interrupt:
+    """Return an interrupt that is asked once both processes have said that they are ready."""
+    interrupt = Interrupt()
+
+    def ask() -> None:
+        while len(list(folder.glob("ready-*"))) < 2:
+            time.sleep(0.02)
+        interrupt.ask()
+
+    threading.Thread(target=ask).start()
+    return interrupt
+
+
 def test_asked_to_stop_all_may_save_first(tmp_path: Path) -> None:
     body = """
 def save(*_): open(f"{here}/saved-{rank}", "w").close(); sys.exit(143)
@@ -129,16 +142,8 @@ signal.signal(signal.SIGTERM, save)
 open(f"{here}/ready-{rank}", "w").close()
 forever()
 """
-    interrupt = Interrupt()
-
-    def ask() -> None:
-        while len(list(tmp_path.glob("ready-*"))) < 2:
-            time.sleep(0.02)
-        interrupt.ask()
-
-    threading.Thread(target=ask).start()
     with pytest.raises(Interrupted):
-        many(tmp_path, body, interrupt)
+        many(tmp_path, body, asked_when_ready(tmp_path))
     assert len(list(tmp_path.glob("saved-*"))) == 2
 
 
@@ -209,16 +214,8 @@ def test_asked_to_stop_who_gets_on_is_waited_for_and_who_does_not_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, after: str, saved: int
 ) -> None:
     monkeypatch.setattr(launch, "GRACE", 0.7)
-    interrupt = Interrupt()
-
-    def ask() -> None:
-        while len(list(tmp_path.glob("ready-*"))) < 2:
-            time.sleep(0.02)
-        interrupt.ask()
-
-    threading.Thread(target=ask).start()
     with pytest.raises(Interrupted):
-        many(tmp_path, SLOW + after, interrupt)
+        many(tmp_path, SLOW + after, asked_when_ready(tmp_path))
     assert len(list(tmp_path.glob("saved-*"))) == saved
     assert ("still saving, and waited for" if saved else "not all ranks did in") in caplog.text
     assert nobody_is_left(tmp_path)
