@@ -27,7 +27,7 @@ from tasks.gpt.loss import token_nats
 from tasks.gpt.weights import build_start, load_model
 from tasks.start import folder_of
 from tasks.step import home, session
-from tasks.store.collect import lineage
+from tasks.store.collect import garbage, lineage, remove
 from tasks.store.folders import Store
 from tasks.store.manifest import Manifest
 from tasks.text import bpe
@@ -130,8 +130,12 @@ def folder(roots: Path, tokens: Tokens) -> Path:
     return trained(roots / "other", tokens)
 
 
-def test_the_folder_holds_the_artifacts_files_and_nothing_else(model: Model) -> None:
-    assert sorted(path.name for path in model.path.iterdir()) == sorted(Model.files)
+def test_the_folder_holds_the_artifacts_files_and_checkpoints_that_are_not_published(
+    model: Model, earlier: Model
+) -> None:
+    assert {path.name for path in model.path.iterdir()} - {"checkpoints"} == {*Model.files}
+    assert {path.name for path in earlier.path.iterdir()} == {*Model.files, "manifest.json"}
+    assert [path for path in home().rglob("checkpoints*") if path.is_dir()] == []
 
 
 def test_the_validation_loss_falls_and_counts_say_so(model: Model) -> None:
@@ -197,7 +201,6 @@ def test_a_try_that_was_cut_short_is_taken_up_and_ends_in_the_same_bytes(
     monkeypatch.undo()
     train.function(cut, tokens, PARAMS, every)
     assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert not (cut / "checkpoints").exists()
 
 
 def test_a_local_folder_is_tuned_further_and_its_tables_grow(folder: Path, tokens: Tokens, tmp_path: Path) -> None:
@@ -357,7 +360,7 @@ def _threads() -> Iterator[None]:
 def test_adapters_are_merged_into_the_model_and_lie_beside_it(folder: Path, tokens: Tokens, tmp_path: Path) -> None:
     params = TrainParams(**MORE, start="folder", folder=str(folder), lora_rank=4)
     one, other = trained(tmp_path / "one", tokens, params), trained(tmp_path / "other", tokens, params)
-    assert {path.name for path in one.iterdir()} == {*Model.files, "adapter.tar"}
+    assert {path.name for path in one.iterdir()} - {"checkpoints"} == {*Model.files, "adapter.tar"}
     for name in ("adapter.tar", "model.safetensors"):
         assert (one / name).read_bytes() == (other / name).read_bytes()
     merged, before = load_file(one / "model.safetensors"), load_file(folder / "model.safetensors")
@@ -402,6 +405,23 @@ def test_a_model_is_tuned_further_and_says_from_which_it_started(earlier: Model,
     assert folder_of(start) == earlier.path
     assert origin(start) == f"{earlier.id}, which started from scratch"
     assert lineage(Store(home()).manifests(), {found.id}) == {found.id, earlier.id}  # gc keeps what it needs
+
+
+def test_a_run_that_was_cut_short_is_taken_up_after_a_collection_and_its_earlier_model_is_still_there(
+    earlier: Model, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = TrainParams(**MORE, start="model", model=earlier.id)
+    monkeypatch.setattr("tasks.gpt.weights.export", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(tokens, params, RUN.model_copy(update={"checkpoint_seconds": 0.0}))
+    monkeypatch.undo()
+    monkeypatch.setenv("TREELINE_ARTIFACTS", str(earlier.path.parents[1]))
+    store, later = Store(home()), time.time() + 86_400
+    remove(garbage(store, 0, later), store)
+    found = train(tokens, params, RUN)
+    assert found.json("start.json")["model"] == earlier.manifest.digest
+    assert [entry["step"] for entry in found.log()] == list(range(10))  # nothing was done twice
+    assert garbage(store, 0, later)  # once it is made, and noted in no run
 
 
 def test_the_key_holds_the_earlier_models_content_and_not_its_name(earlier: Model) -> None:
