@@ -432,9 +432,9 @@ def test_the_key_holds_the_earlier_models_content_and_not_its_name(earlier: Mode
     assert not {"layers", "heads", "width", "folder"} & set(keys[0])
 
 
-@pytest.mark.parametrize("name", ["model", "model/000000000000", "tokens/00", "", "../.."])
+@pytest.mark.parametrize("name", ["model", "model/000000000000", "tokens/00", "", "../..", "nothing/0000"])
 def test_a_model_that_is_not_there_is_refused(earlier: Model, name: str) -> None:
-    with pytest.raises(ParameterError, match="no model is named"):
+    with pytest.raises(ParameterError, match=r"no artifact is named .* train\.model"):
         TrainParams(**MORE, start="model", model=name).keyed()
 
 
@@ -442,6 +442,19 @@ def test_a_model_that_was_altered_is_refused(earlier: Model) -> None:
     (earlier.path / "model.safetensors").write_bytes(b"other")
     with pytest.raises(StoreError, match=r"model\.safetensors"):
         TrainParams(**MORE, start="model", model=earlier.id).keyed()
+
+
+def test_of_equal_models_one_that_is_sound_is_taken(earlier: Model, tokens: Tokens) -> None:
+    """A patience that never ends makes another key, and the same content."""
+    twin = train(tokens, PARAMS.model_copy(update={"patience": 1000}), RUN)
+    assert twin.manifest.digest == earlier.manifest.digest
+    start = train(tokens, TrainParams(**MORE, start="model", model=earlier.id), RUN).json("start.json")
+    for altered, found in ((twin, earlier), (earlier, None)):
+        (altered.path / "model.safetensors").write_bytes(b"other")
+        if found:
+            assert folder_of(start) == found.path
+    with pytest.raises(StoreError, match=r"model\.safetensors"):
+        folder_of(start)
 
 
 def test_a_model_of_other_tags_is_refused(earlier: Model, tmp_path: Path) -> None:
