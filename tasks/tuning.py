@@ -76,7 +76,7 @@ class TuningParams(Params):
     average_count: Annotated[int, Field(ge=1, le=64)] = 4
     """Evaluations that average = last is over, each a copy of the weights in memory and in checkpoints."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of products; weights and sums stay float32. float32: a GPU rounds factors to 10 bits (TF32) while it trains. bfloat16 is for GPUs and for CPUs that have instructions for it."""  # noqa: E501
+    """Of products; weights and sums stay float32. float32: a GPU rounds factors to 10 bits (TF32), here and in the evaluation. bfloat16 is for GPUs and for CPUs that have instructions for it."""  # noqa: E501
 
     def keyed(self) -> dict[str, Any]:
         """Return what enters the key: settings that have a say."""
@@ -164,7 +164,7 @@ def tune(
     """
     from tasks.gpt import lora
     from tasks.gpt.attention import by_blocks, set_blocks
-    from tasks.gpt.device import device_of, fast_products, keep_compiled, spare_memory, threads
+    from tasks.gpt.device import at_work, device_of, keep_compiled, spare_memory
     from tasks.gpt.interrupt import Interrupt
     from tasks.gpt.loop import fit
     from tasks.gpt.planning import memory_named, planned
@@ -184,7 +184,7 @@ def tune(
     set_blocks(model, by_blocks(run.attention, device, run.compile, params.dropout))
     if run.compile:
         keep_compiled(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / COMPILED)
-    with threads(run.threads, model.config.n_embd), fast_products(device), kept_signals(interrupt.ask):
+    with at_work(device, run.threads, model.config.n_embd), kept_signals(interrupt.ask):
         machine = Machine(
             device,
             time.monotonic,

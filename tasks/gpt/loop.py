@@ -35,7 +35,7 @@ from tasks.gpt.objective import EachToken, Objective
 from tasks.gpt.optim import adamw, moments, set_moments, set_rate
 from tasks.gpt.run import Machine, Progress, Settings
 from tasks.gpt.schedule import learning_rate
-from tasks.gpt.spread import Spread, number
+from tasks.gpt.spread import Spread, number, suited
 from tasks.gpt.trunk import Trunk, hidden_states, recomputing
 from tasks.gpt.weights import trained
 from tasks.progress import bar
@@ -69,7 +69,8 @@ def fit(
         Interrupted: When the machine's interrupt is asked; a checkpoint was saved.
     """
     devices = [machine.device] if machine.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):  # each step seeds the global generators: give them back as they were
+    # Each step seeds the global generators: give them back as they were.
+    with torch.random.fork_rng(devices=devices), suited(machine.world):
         aim = objective or EachToken(train, val)
         return _Run(model, aim, settings=settings, machine=machine, workplace=workplace).to_the_end()
 
