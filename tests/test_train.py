@@ -21,10 +21,12 @@ from flows.showing import origin
 from tasks import start
 from tasks.artifacts import Encoding, Model, Tokens, write_encoding
 from tasks.errors import ConfigurationError, InputError, ParameterError, StoreError
+from tasks.gpt import checkpoint
 from tasks.gpt.device import device_of
 from tasks.gpt.folder import digests
 from tasks.gpt.loss import token_nats
 from tasks.gpt.weights import build_start, load_model
+from tasks.progress import listening
 from tasks.start import folder_of
 from tasks.step import home, session
 from tasks.store.collect import garbage, lineage, remove
@@ -33,6 +35,8 @@ from tasks.store.manifest import Manifest
 from tasks.text import bpe
 from tasks.text.chat import TEMPLATES, load_dialect, tags
 from tasks.train import TrainParams, TrainRuntime, name_messages, train, warn_of_new_words, worth_of
+from tasks.tuning import as_begun
+from tests.gpt.test_loop import Killed, Killer
 
 BLOCK = 96
 TALKS = [
@@ -308,6 +312,49 @@ def test_an_error_names_the_messages_of_the_sequences(tokens: Tokens, tmp_path: 
     rows = [(row, f"m{row}.{turn}") for row in range(6) for turn in (0, 1)]
     pl.DataFrame(rows, schema=["sequence", "message_id"], orient="row").write_parquet(given.path / "index.parquet")
     assert name_messages(given, [0, 3]) == f"messages m2.0, m2.1, m5.0, m5.1, in sequences 2, 5 of {given.id}"
+
+
+@pytest.mark.parametrize(
+    ("first", "size", "kept"),
+    [
+        ({}, 1, ("auto", None, "auto", "auto")),
+        ({"threads": 1, "sharding": "full", "processes": 2}, 2, ("full", 1, "auto", "auto")),
+        ({"threads": 1_000, "sharding": "full", "processes": 2}, 1, ("auto", None, "auto", "auto")),
+        ({"recompute": True, "attention": "sdpa"}, 1, ("auto", None, True, "sdpa")),
+        ({"recompute": False, "attention": "flex"}, 1, ("auto", None, "auto", "auto")),
+    ],
+)
+def test_what_is_left_to_us_is_kept_as_it_was_chosen_at_first_where_it_can_be(
+    first: dict[str, Any], size: int, kept: tuple[Any, ...]
+) -> None:
+    found = as_begun(TrainRuntime(), first, size)
+    assert (found.sharding, found.threads, found.recompute, found.attention) == kept
+    asked = TrainRuntime(sharding="none", threads=2, recompute=False, attention="flex")
+    assert as_begun(asked, first, size) == asked
+
+
+@pytest.mark.parametrize(("free", "then"), [(1 << 40, 1 << 40), (1, 1 << 40), (1 << 40, 1)])
+def test_a_run_goes_on_as_it_chose_at_first_or_says_that_it_cannot(
+    tokens: Tokens,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    free: int,
+    then: int,
+) -> None:
+    every = TrainRuntime(device="cpu", micro_batch="auto", checkpoint_seconds=0.0)
+    monkeypatch.setattr("tasks.gpt.planning.free_memory", lambda device: free)
+    whole, cut = trained(tmp_path / "whole", tokens, run=every), tmp_path / "cut"
+    with listening(Killer(5)), pytest.raises(Killed):
+        trained(cut, tokens, run=every)
+    monkeypatch.setattr("tasks.gpt.planning.free_memory", lambda device: then)
+    train.function(cut, tokens, PARAMS, every)
+    told = "goes on otherwise than it began, so its last digits may differ: micro_batch 2 -> 1, recompute False -> True"
+    assert (told in caplog.text) is (then < free)
+    assert "device" not in caplog.text.partition("train.resume")[2]
+    if then >= free:
+        assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+        assert checkpoint.noted(cut / "checkpoints")["way"] == checkpoint.noted(whole / "checkpoints")["way"]
 
 
 TERMINATED = """
