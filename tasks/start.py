@@ -86,3 +86,22 @@ def folder_of(spec: Mapping[str, Any]) -> Path | None:
             "param.path",
         )
     return found
+
+
+def base_of(model: Model) -> tuple[Mapping[str, Any], Path | None]:
+    """Return what the adapters of a model lie over: a start as start.json tells it, and the folder of its weights.
+
+    Those of the train step lie over what the model started from, those of prefer over the model that it was given.
+
+    Raises:
+        ParameterError: If that is no longer there.
+    """
+    start = model.json("start.json")
+    given = model.json("training.json").get("from")
+    if given is None:
+        return start, folder_of(start)
+    base = of_content(Model, given)
+    if base is None:
+        what = f"the model that the adapters lie over (content {given[:12]}…) is not in the store"
+        raise ParameterError(what, model.id, "Run its recipe again, or copy its folder here", "param.artifact")
+    return {**start, "start": MODEL}, base.path

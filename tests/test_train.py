@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flows.showing import origin
+from flows.cards import card
+from flows.exporting import export
+from flows.showing import origin, text
 from tasks import start
 from tasks.artifacts import Encoding, Model, Tokens, write_encoding
 from tasks.errors import ConfigurationError, InputError, ParameterError, StoreError
@@ -28,7 +30,7 @@ from tasks.gpt.loss import token_nats
 from tasks.gpt.weights import build_start, load_model
 from tasks.progress import listening
 from tasks.start import folder_of
-from tasks.step import home, session
+from tasks.step import Outcome, home, session
 from tasks.store.collect import garbage, lineage, remove
 from tasks.store.folders import Store
 from tasks.store.manifest import Manifest
@@ -416,6 +418,36 @@ def test_adapters_are_merged_into_the_model_and_lie_beside_it(folder: Path, toke
     assert torch.equal(merged["transformer.wte.weight"], before["transformer.wte.weight"])
     opened = dict(AutoModelForCausalLM.from_pretrained(one).named_parameters())  # no adapter is added a second time
     assert all(torch.equal(opened[name], weight) for name, weight in merged.items())
+
+
+@pytest.mark.skipif(find_spec("peft") is None, reason="peft comes with the extras `lora` and `test`")
+def test_exported_adapters_over_their_base_are_the_model_that_they_were_merged_into(
+    earlier: Model, tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    tuned = train(tokens, TrainParams(**MORE, start="model", model=earlier.id, lora_rank=4), RUN)
+    over = (
+        f"adapters lie over {earlier.id}, which started from scratch; `python -m flows export adapter {tuned.id} DIR`"
+    )
+    assert over in text(tuned, 0)
+    assert over.partition(";")[0].replace("/", "&#47;") in card(Outcome("train", tuned, True, 0.0, "")).replace(
+        "&#44;", ","
+    )
+    export("adapter", tuned, tmp_path / "dir")
+    opened = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "dir").eval()
+    ids = torch.from_numpy(tokens.ids()[:, :20].astype(np.int64))
+    ours, theirs, before = (
+        AutoModelForCausalLM.from_pretrained(tuned.path)(ids).logits,
+        opened(input_ids=ids).logits,
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dir" / "base")(ids).logits,
+    )
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before, ours, rtol=1e-4, atol=1e-3)
+    assert torch.equal(before, AutoModelForCausalLM.from_pretrained(earlier.path)(ids).logits)
+    with pytest.raises(ParameterError, match=f"{earlier.id} has no adapters"):
+        export("adapter", earlier, tmp_path / "other")
 
 
 def test_tags_that_a_kept_table_has_never_seen_are_warned_of(
