@@ -428,13 +428,8 @@ def test_exported_adapters_over_their_base_are_the_model_that_they_were_merged_i
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     tuned = train(tokens, TrainParams(**MORE, start="model", model=earlier.id, lora_rank=4), RUN)
-    over = (
-        f"adapters lie over {earlier.id}, which started from scratch; `python -m flows export adapter {tuned.id} DIR`"
-    )
-    assert over in text(tuned, 0)
-    assert over.partition(";")[0].replace("/", "&#47;") in card(Outcome("train", tuned, True, 0.0, "")).replace(
-        "&#44;", ","
-    )
+    assert f"adapters lie over {earlier.id}, which started from scratch; " in text(tuned, 0)
+    assert "adapters lie over model&#47;" in card(Outcome("train", tuned, True, 0.0, ""))
     export("adapter", tuned, tmp_path / "dir")
     opened = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "dir").eval()
     ids = torch.from_numpy(tokens.ids()[:, :20].astype(np.int64))
