@@ -195,7 +195,10 @@ def _add_looks(command: Command) -> None:
     _as_json(made)
     made = command("export", commands.export, "write an artifact into a new folder, for another program")
     made.add_argument(
-        "form", choices=("nanogpt", "messages"), metavar="FORM", help="nanogpt (of tokens), messages (of dialogues)"
+        "form",
+        choices=("nanogpt", "messages", "adapter"),
+        metavar="FORM",
+        help="nanogpt (of tokens), messages (of dialogues), adapter (of a model: LoRA and the base that it lies over)",
     )
     made.add_argument("artifact", metavar="ID_OR_KIND", help="an id as `ls` prints it, or a kind for its youngest")
     made.add_argument("folder", type=Path, metavar="DIR", help="a folder that is not there yet, or is empty")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from flows.showing import adapters
 from flows.terminal import asked_of_texts
 from tasks.artifacts import Dialogues, Model, Report
 from tasks.dialogue.markdown import printable
@@ -67,6 +68,7 @@ def card(outcome: Outcome) -> str:
     parts.append(_with_pictures(artifact) if isinstance(artifact, Report) else counts_table(artifact.counts))
     parts += [] if outcome.cached else [safe(line) for line in asked_of_texts(artifact.manifest)]
     if isinstance(artifact, Model):
+        parts += [safe(line) for line in [adapters(artifact)] if line]
         parts.append(_losses(artifact))
     if isinstance(artifact, Dialogues):
         parts.append(_funnel(artifact))

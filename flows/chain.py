@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 from flows.recipe import Recipe
-from tasks.artifacts import KINDS, Artifact, Contests, Tokens
+from tasks.artifacts import Artifact, Contests, Tokens
 from tasks.curate import curate
 from tasks.download import download
 from tasks.encode import encode
-from tasks.errors import ParameterError, StoreError
+from tasks.errors import ParameterError
 from tasks.evaluate import evaluate
+from tasks.lookup import seen
 from tasks.pair import pair
 from tasks.parse import parse
 from tasks.prefer import prefer
@@ -145,18 +146,6 @@ def done(planned: Sequence[Planned]) -> bool:
     return all(entry.status == "cached" for entry in planned)
 
 
-def open_as(kind: type[A], name: str) -> A:
-    """Open an artifact of a kind by id.
-
-    Raises:
-        ParameterError: If the id names something else, or nothing.
-    """
-    found = open_artifact(name)
-    if not isinstance(found, kind):
-        raise ParameterError(f"expected the id of {kind.kind}, found {found.id}", kind.kind, code="param.artifact")
-    return found
-
-
 def encoded(recipe: Recipe, tokens: str = "", contests: str = "") -> Made:
     """Return what the model half of a recipe begins with: the artifacts of those ids, or else those it leads to.
 
@@ -165,7 +154,7 @@ def encoded(recipe: Recipe, tokens: str = "", contests: str = "") -> Made:
     """
     made: Made = {Tokens: tokens_of(recipe, tokens)}
     if recipe.preferences:
-        made[Contests] = open_as(Contests, contests) if contests else _led_to(recipe, data(recipe), Contests)
+        made[Contests] = seen(Contests, contests, "contests") if contests else _led_to(recipe, data(recipe), Contests)
     return made
 
 
@@ -175,7 +164,7 @@ def tokens_of(recipe: Recipe, name: str = "") -> Tokens:
     Raises:
         ParameterError: If they are not in the store.
     """
-    return open_as(Tokens, name) if name else _led_to(recipe, DATA, Tokens)
+    return seen(Tokens, name, "tokens") if name else _led_to(recipe, DATA, Tokens)
 
 
 def _led_to(recipe: Recipe, steps: Sequence[Step[Any, Any]], kind: type[A]) -> A:
@@ -188,26 +177,3 @@ def _led_to(recipe: Recipe, steps: Sequence[Step[Any, Any]], kind: type[A]) -> A
             code=f"param.{kind.kind}",
         )
     return last.artifact
-
-
-def open_artifact(name: str) -> Artifact:
-    """Open an artifact by `kind/hex`, by the first digits of its key, or the youngest of a kind.
-
-    Raises:
-        ParameterError: If nothing, or more than one thing, goes by that name.
-        StoreError: If it is not what was published.
-    """
-    store = Store(home())
-    kind, _, digits = name.rpartition("/")
-    if name in KINDS:
-        found = store.manifests(name)[-1:]
-    else:
-        found = [pair for pair in store.manifests(kind or None) if len(digits) >= 4 and pair[1].key.startswith(digits)]
-    if len(found) != 1:
-        what = "more than one artifact is" if found else "no artifact is"
-        raise ParameterError(f"{what} named {name!r}", do="`python -m flows ls` lists them", code="param.artifact")
-    ((folder, manifest),) = found
-    fault = store.look(manifest.kind, manifest.key)
-    if isinstance(fault, Fault):
-        raise StoreError(str(fault), str(folder), "run its recipe again: it will be rebuilt", code="store.corrupt")
-    return KINDS[manifest.kind](folder, manifest)

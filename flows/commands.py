@@ -11,9 +11,10 @@ from contextlib import contextmanager
 
 from flows import chain
 from flows.terminal import artifact_table, console, print_json, remembered, size
-from tasks.artifacts import Dialogues, Model
+from tasks.artifacts import Artifact, Dialogues, Model
 from tasks.dialogue.markdown import printable
 from tasks.errors import ParameterError
+from tasks.lookup import seen
 from tasks.step import home
 from tasks.store import collect, parts
 from tasks.store.check import Fault, examine
@@ -51,7 +52,7 @@ def show(asked: argparse.Namespace) -> int:
     """Show what is inside an artifact."""
     from flows import showing
 
-    artifact = chain.open_artifact(asked.artifact)
+    artifact = seen(Artifact, asked.artifact)
     if asked.aside:
         rows = showing.aside(artifact, asked.aside, asked.n)
         print_json(rows) if asked.json else print(printable("\n".join(map(showing.aside_line, rows))))
@@ -66,7 +67,7 @@ def export(asked: argparse.Namespace) -> int:
     """Write an artifact for another program; the last line is the folder."""
     from flows import exporting
 
-    counts = exporting.export(asked.form, chain.open_artifact(asked.artifact), asked.folder)
+    counts = exporting.export(asked.form, seen(Artifact, asked.artifact), asked.folder)
     print(", ".join(f"{split} {count:,}" for split, count in counts.items()))
     print(asked.folder)
     return 0
@@ -76,11 +77,7 @@ def why_dropped(asked: argparse.Namespace) -> int:
     """Print what curation decided about a message, and about those that its evidence names."""
     from flows import showing
 
-    dialogues = chain.open_artifact(asked.dialogues)
-    if not isinstance(dialogues, Dialogues):
-        raise ParameterError(
-            f"expected the id of dialogues, found {dialogues.id}", "--dialogues", code="param.artifact"
-        )
+    dialogues = seen(Dialogues, asked.dialogues, "--dialogues")
     found = showing.verdicts(dialogues, asked.message)
     if not found:
         raise ParameterError(
@@ -160,9 +157,7 @@ def lock(asked: argparse.Namespace) -> int:
 
 def chat(asked: argparse.Namespace) -> int:
     """Talk to a tuned model: one answer, or a conversation until an empty line."""
-    model = chain.open_artifact(asked.model)
-    if not isinstance(model, Model):
-        raise ParameterError(f"expected a model's id, found {model.id}", "--model", code="param.artifact")
+    model = seen(Model, asked.model, "--model")
     from tasks.gpt.talk import Talk
 
     talk = Talk(model.path, asked.temperature)

@@ -1,4 +1,4 @@
-"""Artifacts for other programs: tokens as nanoGPT reads them, dialogues as Hugging Face `messages` rows.
+"""Artifacts for other programs: tokens as nanoGPT reads them, dialogues as Hugging Face `messages` rows, and adapters.
 
 A folder is written beside its place and moved there by one rename, so it is there as a whole or not at all. Nothing is
 ever pickled: a pickle runs code when it is opened. nanoGPT's `meta.pkl` therefore has no twin here but `meta.json`.
@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.artifacts import Artifact, Counts, Dialogues, Tokens
+from tasks.artifacts import Artifact, Counts, Dialogues, Model, Tokens
 from tasks.errors import InputError, ParameterError, StoreError
+from tasks.start import base_of
 from tasks.store.folders import sync
 from tasks.store.owner import mark
 
 if TYPE_CHECKING:
     import polars as pl
 
+ADAPTER, BASE = "adapter_config.json", "base"
+HOW = """# Adapters of {model}
+
+`peft.AutoPeftModelForCausalLM.from_pretrained` opens this folder where it was written. Anywhere else, name the base:
+
+    base = AutoModelForCausalLM.from_pretrained("{base}")
+    model = PeftModel.from_pretrained(base, ".")
+    tokenizer = AutoTokenizer.from_pretrained("{base}")
+"""
 ROWS = 1_000  # rows, or sequences, that are written at a time
 SPLITS = {"train": "train", "val": "validation", "test": "test"}  # ours -> as `datasets` calls it
 NOTES = (
@@ -46,7 +57,10 @@ def export(form: str, artifact: Artifact, folder: Path) -> Counts:
         what = f"{form} is a form of {kind.kind}, found {artifact.id}"
         raise ParameterError(what, do=f"`python -m flows ls {kind.kind}` lists them", code="param.artifact")
     with _whole(folder) as new:
-        return write(artifact, new)
+        counts = write(artifact, new)
+        if kind is Model:
+            name_base(new, folder.absolute())
+        return counts
 
 
 @contextmanager
@@ -59,7 +73,7 @@ def _whole(folder: Path) -> Iterator[Path]:
     try:
         new.mkdir(parents=True)
         yield new
-        for path in new.iterdir():
+        for path in (*new.rglob("*"), new):
             sync(path)
         new.rename(folder)
         sync(folder.parent)
@@ -202,7 +216,40 @@ def _card(dialogues: Dialogues, counts: Counts) -> str:
     return "\n".join([*lines, "---", "", about, ""])
 
 
+def adapter(model: Model, folder: Path) -> Counts:
+    """Write the adapters of a model as peft reads them, and in `base/` the very model that they lie over.
+
+    A published start would not do in its place: rows were added to its token table for this vocabulary.
+    """
+    from tasks.gpt.lora import ARCHIVE
+    from tasks.gpt.weights import build_start, export, parameter_count
+
+    if not (model.path / ARCHIVE).exists():
+        what = f"{model.id} has no adapters: all of its weights were trained"
+        raise ParameterError(what, do="Open its folder with transformers, or train with train.lora_rank", code="param")
+    base, encoding = build_start(*base_of(model)).eval(), model.encoding()
+    (folder / BASE).mkdir()
+    export(base, folder / BASE, stop=encoding.stop, pad=encoding.pad)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(model.path / name, folder / BASE / name)
+    with tarfile.open(model.path / ARCHIVE) as archive:
+        for name in (ADAPTER, "adapter_model.safetensors"):
+            found = archive.extractfile(name)
+            assert found is not None, f"{ARCHIVE} holds files"
+            (folder / name).write_bytes(found.read())
+    (folder / "README.md").write_text(HOW.format(model=model.id, base=BASE), encoding="utf-8")
+    return {"base": parameter_count(base), "rank": json.loads((folder / ADAPTER).read_bytes())["r"]}
+
+
+def name_base(new: Path, folder: Path) -> None:
+    """Tell peft where the base will lie, once the export has its name."""
+    config = json.loads((new / ADAPTER).read_bytes())
+    text = json.dumps({**config, "base_model_name_or_path": str(folder / BASE)}, indent=1)
+    (new / ADAPTER).write_text(text, encoding="utf-8")
+
+
 FORMS: Mapping[str, tuple[type[Artifact], Callable[[Any, Path], Counts]]] = {
     "nanogpt": (Tokens, nanogpt),
     "messages": (Dialogues, messages),
+    "adapter": (Model, adapter),
 }

@@ -15,6 +15,7 @@ from flows import cards, chain, runners, sweep
 from flows.chain import StepName
 from flows.recipe import Recipe
 from tasks.artifacts import Artifact, Tokens
+from tasks.lookup import named
 from tasks.progress import listener, listening
 from tasks.step import Session, home, session
 from tasks.store.folders import Store
@@ -100,7 +101,7 @@ def arm(recipe: Recipe, label: str, judge: str) -> Artifact:
     with _run(recipe, ()):
         data(recipe)
         own = chain.encoded(recipe)
-        return sweep.run(sweep.Arm(label, recipe.train.seed, recipe), own, chain.open_as(Tokens, judge)).report
+        return sweep.run(sweep.Arm(label, recipe.train.seed, recipe), own, named(Tokens, judge, "judge")).report
 
 
 @flow(name="treeline-sweep", flow_run_name="sweep {recipe.name}", persist_result=False)

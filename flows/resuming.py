@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from tasks.errors import TrainingError, TreelineError
 from tasks.progress import listening, track
 from tasks.step import ROOT
 from tasks.store.canonical import sha256_file
+from tasks.store.folders import CHECKPOINTS
 from tasks.store.manifest import read_manifest
 from tasks.train import TrainParams, TrainRuntime, train
 
@@ -122,6 +124,7 @@ def _ended(order: dict[str, Any], out: Path) -> Ending:
     exact = tuple("" if number is None else float(number).hex() for number in numbers)
     weights = sha256_file(out / "model.safetensors")
     (out / "model.safetensors").unlink()  # large, and told
+    shutil.rmtree(out / CHECKPOINTS)
     return Ending(exact, weights)
 
 

@@ -127,8 +127,11 @@ def _prefect(verbose: bool) -> None:
 
     for name in ("PREFECT_LOGGING_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL"):
         os.environ.setdefault(name, "INFO" if verbose else "CRITICAL")
-    if verbose:  # Prefect's own handler then prints what we log, too
-        logging.getLogger("treeline").handlers.clear()
+    ours = logging.getLogger("treeline")
+    if verbose:  # Prefect's own handler, at the root, then prints what we log, too
+        ours.handlers.clear()
+    else:
+        ours.propagate = False
     configure(os.environ)
     print("starting Prefect (the first time, its database takes half a minute) ...", file=sys.stderr)
 

@@ -21,7 +21,8 @@ def rows(artifact: Artifact, count: int) -> Any:
     if isinstance(artifact, Report):
         return artifact.figures()
     if isinstance(artifact, Model):
-        return {"training": artifact.json("training.json"), "log": _last(artifact.log(), count)}
+        told = {name: artifact.json(f"{name}.json") for name in ("start", "training")}
+        return {**told, "adapters": adapters(artifact) or None, "log": _last(artifact.log(), count)}
     if isinstance(artifact, Tokens):
         return _documents(artifact, count)
     if isinstance(artifact, Contests):
@@ -234,7 +235,17 @@ def _references(artifact: References, count: int) -> str:
 def _model(artifact: Model, count: int) -> str:
     last = "\n".join(json.dumps(entry) for entry in _last(artifact.log(), count))
     told = json.dumps(artifact.json("training.json"), indent=1)
-    return f"started from {origin(artifact.json('start.json'))}\n\n{told}\n\nthe log's end:\n{last}"
+    beside = f"\n{line}" if (line := adapters(artifact)) else ""
+    return f"started from {origin(artifact.json('start.json'))}{beside}\n\n{told}\n\nthe log's end:\n{last}"
+
+
+def adapters(model: Model) -> str:
+    """Say what the adapters of a model lie over, and how to use them; empty where it has none."""
+    if "adapter.tar" not in model.manifest.files:
+        return ""
+    given = model.json("training.json").get("from")  # prefer says what it was given, train only what it started from
+    over = Store(home()).names().get(given, given[:12] + "…") if given else origin(model.json("start.json"))
+    return f"adapters lie over {over}; `python -m flows export adapter {model.id} DIR` writes both for peft"
 
 
 def origin(start: Mapping[str, Any]) -> str:

@@ -79,7 +79,7 @@ class EvaluateRuntime(Runtime):
     """How fast, and where. The figures are the same but for rounding."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to evaluate; auto takes a GPU where there is one."""
+    """Where to evaluate; auto takes a GPU where there is one. As in training, a GPU rounds the factors of products to 10 bits (TF32)."""  # noqa: E501
     batch: Count | None = None
     """Sequences that go through the model at once; lower it where memory runs out. None: as many as hold 8,192 tokens."""  # noqa: E501
     replies: Count = 128
@@ -92,7 +92,7 @@ class EvaluateRuntime(Runtime):
 def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, run: EvaluateRuntime) -> Counts:
     """Write the report: `report.json`, `report.md`, plots, and every reply in `samples.jsonl`."""
     from tasks.dialogue.scorecard import render
-    from tasks.gpt.device import threads
+    from tasks.gpt.device import at_work, device_of
     from tasks.gpt.report import figures, samples
     from tasks.gpt.weights import build_start, load_model
 
@@ -104,9 +104,10 @@ def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, ru
         "base": lambda: build_start(start, folder_of(start)),
         "tuned": lambda: load_model(model.path),
     }
-    with threads(run.threads, start["width"]):
+    device = device_of(run.device)
+    with at_work(device, run.threads, start["width"]):
         # One model after the other: the larger ones fill a GPU.
-        results = {which: examine(load(), exam, params, run, which) for which, load in loads.items()}
+        results = {which: examine(load().to(device), exam, params, run, which) for which, load in loads.items()}
     report = {
         "split": split,
         "split_asked": params.split,
@@ -168,11 +169,10 @@ def split_of(tokens: Tokens, asked: str) -> tuple[str | None, Split | None]:
 
 def examine(model: GPT2LMHeadModel, exam: Exam, params: EvaluateParams, run: EvaluateRuntime, label: str) -> Result:
     """Put one model to the exam."""
-    from tasks.gpt.device import device_of
     from tasks.gpt.report import Result
     from tasks.gpt.sample import generate
 
-    model = model.to(device_of(run.device)).eval()
+    model.eval()
     nats = total_nats(model, exam.split, run.batch, label) if exam.split else None
     dialect, many = exam.dialect, len(exam.seeds)
     how: dict[str, Any] = {"vocab": dialect.used, "batch": run.replies}

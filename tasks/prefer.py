@@ -69,7 +69,6 @@ def prefer(
         shutil.copyfile(model.path / name, out / name)
     counts = counts_of(progress, parameter_count(tuned), out)
     write_json(out / "training.json", {**counts, "from": model.manifest.digest})
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return counts
 
 

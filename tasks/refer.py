@@ -29,7 +29,7 @@ def refer(out: Path, contests: Contests, model: Model, params: ReferParams, run:
     """
     import numpy as np
 
-    from tasks.gpt.device import device_of, threads
+    from tasks.gpt.device import at_work, device_of
     from tasks.gpt.need import AT_ONCE
     from tasks.gpt.preference import Replies, all_logps
     from tasks.gpt.weights import load_model
@@ -41,7 +41,7 @@ def refer(out: Path, contests: Contests, model: Model, params: ReferParams, run:
     device = device_of(run.device)
     loaded = load_model(model.path).to(device)
     at_once = run.micro_batch if isinstance(run.micro_batch, int) else max(1, AT_ONCE // split.block)
-    with threads(run.threads, loaded.config.n_embd):
+    with at_work(device, run.threads, loaded.config.n_embd):
         logps = all_logps(loaded, split, replies, at_once, device)
     logps.astype("<f4").tofile(out / "logps.bin")
     return {"replies": len(logps), "mean_logp": float(np.mean(logps)) if len(logps) else None}

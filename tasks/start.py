@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from tasks.artifacts import Model
-from tasks.errors import ParameterError, StoreError
+from tasks.errors import ParameterError
 from tasks.gpt.folder import CONFIG, WEIGHTS, find_folder
 from tasks.hub import fetch_file
+from tasks.lookup import named, of_content
 from tasks.sources import MODELS
-from tasks.step import home
-from tasks.store.check import Fault
-from tasks.store.folders import Store
-from tasks.store.manifest import Manifest
 
 ROOTS = "TREELINE_MODEL_ROOTS"  # folders that local models may be taken from, separated like PATH
 SCRATCH, FOLDER, MODEL = "scratch", "folder", "model"  # a start that is not the name of a published model
@@ -54,28 +51,13 @@ def fetch_published(start: str) -> Path:
 
 
 def model_of(name: str) -> Model:
-    """Open a model of the store by `model/hex`, or by the first digits of its key.
+    """Open the model that `train.model` names, by `model/hex` or by the first digits of its key.
 
     Raises:
         ParameterError: If none, or more than one, goes by that name.
         StoreError: If it is not what was published.
     """
-    kind, _, digits = name.rpartition("/")
-    made = Store(home()).manifests(Model.kind) if kind in {"", Model.kind} and len(digits) >= 4 else []
-    found = [manifest for _, manifest in made if manifest.key.startswith(digits)]
-    if len(found) != 1:
-        what = f"{'more than one' if found else 'no'} model is named {name!r}"
-        raise ParameterError(what, "train.model", "`python -m flows ls` lists them", "param.artifact")
-    return _sound(found[0])
-
-
-def _sound(manifest: Manifest) -> Model:
-    store = Store(home())
-    folder = store.folder(manifest.kind, manifest.key)
-    fault = store.look(manifest.kind, manifest.key)
-    if isinstance(fault, Fault):
-        raise StoreError(str(fault), str(folder), "Run its recipe again: it will be rebuilt", code="store.corrupt")
-    return Model(folder, manifest)
+    return named(Model, name, "train.model")
 
 
 def folder_of(spec: Mapping[str, Any]) -> Path | None:
@@ -90,9 +72,8 @@ def folder_of(spec: Mapping[str, Any]) -> Path | None:
     if spec["start"] == SCRATCH:
         return None
     if spec["start"] == MODEL:
-        made = [manifest for _, manifest in Store(home()).manifests(Model.kind) if manifest.digest == spec["model"]]
-        if made:
-            return _sound(made[-1]).path
+        if made := of_content(Model, spec["model"]):
+            return made.path
     elif spec["start"] != FOLDER:
         return fetch_published(spec["start"])
     found = find_folder(spec, roots())
@@ -105,3 +86,22 @@ def folder_of(spec: Mapping[str, Any]) -> Path | None:
             "param.path",
         )
     return found
+
+
+def base_of(model: Model) -> tuple[Mapping[str, Any], Path | None]:
+    """Return what the adapters of a model lie over: a start as start.json tells it, and the folder of its weights.
+
+    Those of the train step lie over what the model started from, those of prefer over the model that it was given.
+
+    Raises:
+        ParameterError: If that is no longer there.
+    """
+    start = model.json("start.json")
+    given = model.json("training.json").get("from")
+    if given is None:
+        return start, folder_of(start)
+    base = of_content(Model, given)
+    if base is None:
+        what = f"the model that the adapters lie over (content {given[:12]}…) is not in the store"
+        raise ParameterError(what, model.id, "Run its recipe again, or copy its folder here", "param.artifact")
+    return {**start, "start": MODEL}, base.path

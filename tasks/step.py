@@ -265,7 +265,7 @@ class _Call:
     def build(self) -> Manifest:
         """Run the step's function in a scratch folder and publish what it wrote."""
         started = time.time()
-        with self.store.scratch(self.kind, self.key, self.step.resumable, fresh=self.forced) as out:
+        with self.store.scratch(self.kind, self.key, self.step.resumable, self.forced, self.recipe) as out:
             try:
                 with self.remembering() as desk:
                     counts = self.step.function(out, **self.bound)

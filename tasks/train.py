@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -123,7 +122,6 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     write_json(out / "start.json", spec)
     counts = counts_of(progress, parameter_count(model))
     write_json(out / "training.json", counts)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return counts
 
 

@@ -6,24 +6,28 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tasks.artifacts import Encoding, Model, Sequences
 from tasks.errors import ParameterError
 from tasks.signals import kept_signals
 from tasks.step import Params, Runtime
+from tasks.store.folders import CHECKPOINTS
 
 if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
     from transformers import GPT2LMHeadModel
 
     from tasks.gpt.batches import Split
+    from tasks.gpt.interrupt import Interrupt
     from tasks.gpt.objective import Objective
-    from tasks.gpt.run import Progress, Settings
+    from tasks.gpt.run import Machine, Progress, Settings
 
 COMPILED = "treeline/compiled"  # under the user's own cache: it is code, so never in a store that others may write
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -76,7 +80,7 @@ class TuningParams(Params):
     average_count: Annotated[int, Field(ge=1, le=64)] = 4
     """Evaluations that average = last is over, each a copy of the weights in memory and in checkpoints."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of products; weights and sums stay float32. float32: a GPU rounds factors to 10 bits (TF32) while it trains. bfloat16 is for GPUs and for CPUs that have instructions for it."""  # noqa: E501
+    """Of products; weights and sums stay float32. float32: a GPU rounds factors to 10 bits (TF32), here and in the evaluation. bfloat16 is for GPUs and for CPUs that have instructions for it."""  # noqa: E501
 
     def keyed(self) -> dict[str, Any]:
         """Return what enters the key: settings that have a say."""
@@ -130,12 +134,24 @@ class TuningRuntime(Runtime):
     """Checkpoints kept. With one, a disk that spoils it costs the run so far. The best weights are in each."""
     processes: Count | Literal["auto"] = 1
     """Processes that train together, each on a GPU of its own; auto: one a GPU. On the CPU, one is best. Under torchrun, those that it started."""  # noqa: E501
+    nodes: int = 1
+    """Machines: only this one, since nothing here starts processes on another. For several, run the recipe by torchrun on each of them."""  # noqa: E501
     sharding: Literal["auto", "none", "full"] = "auto"
     """With many processes, whether each holds the whole model (none) or a part of it (full), which takes less memory and more talk. auto: full where the whole would fill half a GPU. A part is no whole: full and an average exclude each other, and with one auto means none."""  # noqa: E501
     restarts: Annotated[int, Field(ge=0, le=1_000)] = 2
     """With many processes, how often all go on from the last checkpoint after one was lost. Under torchrun, its --max-restarts counts."""  # noqa: E501
     silence_seconds: Annotated[float, Field(ge=30, le=604_800)] = 900.0
     """With many processes, seconds without a sign of life, or without getting on, after which one counts as lost. To get on is to begin something: a micro-batch, a sum, a file of a checkpoint. It must be longer than whatever is done in one go: loading the weights, compiling."""  # noqa: E501
+
+    @field_validator("nodes")
+    @classmethod
+    def _one(cls, nodes: int) -> int:
+        if nodes != 1:
+            raise ValueError(
+                "processes are started on this machine only; for several, run on each of them: torchrun --nnodes N "
+                "--nproc-per-node GPUS --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m flows run RECIPE"
+            )
+        return nodes
 
 
 def tune(
@@ -163,55 +179,106 @@ def tune(
         Done: On all other ranks, when training has ended.
     """
     from tasks.gpt import lora
-    from tasks.gpt.attention import by_blocks, set_blocks
-    from tasks.gpt.device import device_of, fast_products, keep_compiled, spare_memory, threads
+    from tasks.gpt.checkpoint import noted
+    from tasks.gpt.device import at_work, device_of, keep_compiled
     from tasks.gpt.interrupt import Interrupt
     from tasks.gpt.loop import fit
-    from tasks.gpt.planning import memory_named, planned
-    from tasks.gpt.run import Machine
-    from tasks.gpt.spread import parted
-    from tasks.gpt.weights import freeze, set_dropout
+    from tasks.gpt.planning import memory_named
     from tasks.gpt.world import Done, here
 
-    here().begin()  # the weights are there
-    set_dropout(model, params.dropout)
-    how = params.lora_rank, params.lora_alpha, params.lora_dropout
-    adapted = lora.attach(model, *how, params.seed) if params.lora_rank else None
-    freeze(model, params.frozen)
+    world, interrupt = here(), Interrupt()
+    world.begin()  # the weights are there
+    adapters = _set_up(model, params)
     settings = params.settings(splits[0].block, splits[0].supervised())
-    interrupt, world = Interrupt(), here()
     device = world.device(device_of(run.device))
-    set_blocks(model, by_blocks(run.attention, device, run.compile, params.dropout))
+    first = world.told(noted(workplace / CHECKPOINTS).get("way", {}) if world.first else None)
+    run = as_begun(run, first, world.size)
     if run.compile:
         keep_compiled(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / COMPILED)
-    with threads(run.threads, model.config.n_embd), fast_products(device), kept_signals(interrupt.ask):
-        machine = Machine(
-            device,
-            time.monotonic,
-            yielding=run.micro_batch == "auto",
-            compile=run.compile,
-            checkpoint_seconds=run.checkpoint_seconds,
-            keep=run.keep_checkpoints,
-            interrupt=interrupt,
-            world=world,
-            sharded=parted(model, device, run.sharding, params.average, world),
-        )
+    with at_work(device, run.threads, model.config.n_embd), kept_signals(interrupt.ask):
+        machine = _machine(model, splits, settings, params, run, device, interrupt, first)
         if named:
             machine = replace(machine, named=named)
-        with memory_named(machine, splits[0].block):
-            asked = run.micro_batch, time.monotonic, run.recompute
-            micro_batch, recompute = planned(model, splits, settings, device, *asked, world, machine.sharded)
-        if (recompute or adapted) and device.type == "cpu":
-            spare_memory()
-        machine = replace(machine, micro_batch=micro_batch, recompute=recompute)
         with memory_named(machine, splits[0].block):
             progress = fit(model, *splits, settings=settings, machine=machine, workplace=workplace, objective=objective)
     if not world.first:
         raise Done
-    if adapted:
-        lora.pack(adapted, workplace)
-        lora.merge(adapted)
+    if adapters:
+        lora.pack(adapters, workplace)
+        lora.merge(adapters)
     return progress
+
+
+def _set_up(model: GPT2LMHeadModel, params: TuningParams) -> PeftModel | None:
+    """Set dropout and what stays as it is, and put adapters beside it, which are returned, if any are asked for."""
+    from tasks.gpt import lora
+    from tasks.gpt.weights import freeze, set_dropout
+
+    set_dropout(model, params.dropout)
+    how = params.lora_rank, params.lora_alpha, params.lora_dropout
+    adapters = lora.attach(model, *how, params.seed) if params.lora_rank else None
+    freeze(model, params.frozen)
+    return adapters
+
+
+def as_begun(run: TuningRuntime, first: Mapping[str, Any], size: int) -> TuningRuntime:
+    """Return how to go on with a run: what is left to us is kept as it was first chosen, where that can be done.
+
+    Args:
+        run: What is asked for.
+        first: How the run began, as `way_of` said; empty for a new one.
+        size: How many processes there are.
+    """
+    kept: dict[str, Any] = {}
+    if run.threads is None and 0 < first.get("threads", 0) <= (os.cpu_count() or 1):
+        kept["threads"] = first["threads"]
+    if run.sharding == "auto" and first.get("processes") == size:
+        kept["sharding"] = first["sharding"]
+    if run.recompute == "auto" and first.get("recompute"):  # without, unless memory has become short
+        kept["recompute"] = True
+    if run.attention == "auto" and first.get("attention") == "sdpa":  # by blocks, unless it can no longer be done
+        kept["attention"] = "sdpa"
+    return run.model_copy(update=kept)
+
+
+def _machine(
+    model: GPT2LMHeadModel,
+    splits: tuple[Split, Split],
+    settings: Settings,
+    params: TuningParams,
+    run: TuningRuntime,
+    device: torch.device,
+    interrupt: Interrupt,
+    first: Mapping[str, Any],
+) -> Machine:
+    """Return where the run goes on and how, with the plan of its memory and time said."""
+    from tasks.gpt.attention import by_blocks, set_blocks
+    from tasks.gpt.device import spare_memory
+    from tasks.gpt.planning import memory_named, planned
+    from tasks.gpt.run import Machine
+    from tasks.gpt.spread import parted
+    from tasks.gpt.world import here
+
+    world, block = here(), splits[0].block
+    set_blocks(model, by_blocks(run.attention, device, run.compile, params.dropout))
+    machine = Machine(
+        device,
+        time.monotonic,
+        compile=run.compile,
+        checkpoint_seconds=run.checkpoint_seconds,
+        keep=run.keep_checkpoints,
+        interrupt=interrupt,
+        world=world,
+        sharded=parted(model, device, run.sharding, params.average, world),
+    )
+    with memory_named(machine, block):
+        asked = run.micro_batch, time.monotonic, run.recompute
+        size, recompute = planned(model, splits, settings, device, *asked, world, machine.sharded)
+    if run.micro_batch == "auto":
+        size = min(size, first.get("micro_batch", size))
+    if (recompute or params.lora_rank) and device.type == "cpu":
+        spare_memory()
+    return replace(machine, micro_batch=size, recompute=recompute)
 
 
 def split_of(tokens: Sequences, name: str | None) -> Split:

@@ -102,7 +102,7 @@ def test_two_processes_come_to_what_one_comes_to_and_leave_the_same_files(
 ) -> None:
     out = trained(tmp_path, tokens, TWO.model_copy(update={"sharding": sharding}))
     assert losses(log_of(out)) == pytest.approx(losses(alone), rel=1e-5)
-    assert {path.name for path in out.iterdir()} == set(train.makes.files)
+    assert {path.name for path in out.iterdir()} - {"checkpoints"} == set(train.makes.files)
 
 
 @pytest.mark.slow

@@ -17,22 +17,28 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flows.showing import origin
+from flows.cards import card
+from flows.exporting import export
+from flows.showing import origin, text
 from tasks import start
 from tasks.artifacts import Encoding, Model, Tokens, write_encoding
 from tasks.errors import ConfigurationError, InputError, ParameterError, StoreError
+from tasks.gpt import checkpoint
 from tasks.gpt.device import device_of
 from tasks.gpt.folder import digests
 from tasks.gpt.loss import token_nats
 from tasks.gpt.weights import build_start, load_model
+from tasks.progress import listening
 from tasks.start import folder_of
-from tasks.step import home, session
-from tasks.store.collect import lineage
+from tasks.step import Outcome, home, session
+from tasks.store.collect import garbage, lineage, remove
 from tasks.store.folders import Store
 from tasks.store.manifest import Manifest
 from tasks.text import bpe
 from tasks.text.chat import TEMPLATES, load_dialect, tags
 from tasks.train import TrainParams, TrainRuntime, name_messages, train, warn_of_new_words, worth_of
+from tasks.tuning import as_begun
+from tests.gpt.test_loop import Killed, Killer
 
 BLOCK = 96
 TALKS = [
@@ -130,8 +136,12 @@ def folder(roots: Path, tokens: Tokens) -> Path:
     return trained(roots / "other", tokens)
 
 
-def test_the_folder_holds_the_artifacts_files_and_nothing_else(model: Model) -> None:
-    assert sorted(path.name for path in model.path.iterdir()) == sorted(Model.files)
+def test_the_folder_holds_the_artifacts_files_and_checkpoints_that_are_not_published(
+    model: Model, earlier: Model
+) -> None:
+    assert {path.name for path in model.path.iterdir()} - {"checkpoints"} == {*Model.files}
+    assert {path.name for path in earlier.path.iterdir()} == {*Model.files, "manifest.json"}
+    assert [path for path in home().rglob("checkpoints*") if path.is_dir()] == []
 
 
 def test_the_validation_loss_falls_and_counts_say_so(model: Model) -> None:
@@ -197,7 +207,6 @@ def test_a_try_that_was_cut_short_is_taken_up_and_ends_in_the_same_bytes(
     monkeypatch.undo()
     train.function(cut, tokens, PARAMS, every)
     assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert not (cut / "checkpoints").exists()
 
 
 def test_a_local_folder_is_tuned_further_and_its_tables_grow(folder: Path, tokens: Tokens, tmp_path: Path) -> None:
@@ -307,6 +316,49 @@ def test_an_error_names_the_messages_of_the_sequences(tokens: Tokens, tmp_path: 
     assert name_messages(given, [0, 3]) == f"messages m2.0, m2.1, m5.0, m5.1, in sequences 2, 5 of {given.id}"
 
 
+@pytest.mark.parametrize(
+    ("first", "size", "kept"),
+    [
+        ({}, 1, ("auto", None, "auto", "auto")),
+        ({"threads": 1, "sharding": "full", "processes": 2}, 2, ("full", 1, "auto", "auto")),
+        ({"threads": 1_000, "sharding": "full", "processes": 2}, 1, ("auto", None, "auto", "auto")),
+        ({"recompute": True, "attention": "sdpa"}, 1, ("auto", None, True, "sdpa")),
+        ({"recompute": False, "attention": "flex"}, 1, ("auto", None, "auto", "auto")),
+    ],
+)
+def test_what_is_left_to_us_is_kept_as_it_was_chosen_at_first_where_it_can_be(
+    first: dict[str, Any], size: int, kept: tuple[Any, ...]
+) -> None:
+    found = as_begun(TrainRuntime(), first, size)
+    assert (found.sharding, found.threads, found.recompute, found.attention) == kept
+    asked = TrainRuntime(sharding="none", threads=2, recompute=False, attention="flex")
+    assert as_begun(asked, first, size) == asked
+
+
+@pytest.mark.parametrize(("free", "then"), [(1 << 40, 1 << 40), (1, 1 << 40), (1 << 40, 1)])
+def test_a_run_goes_on_as_it_chose_at_first_or_says_that_it_cannot(
+    tokens: Tokens,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    free: int,
+    then: int,
+) -> None:
+    every = TrainRuntime(device="cpu", micro_batch="auto", checkpoint_seconds=0.0)
+    monkeypatch.setattr("tasks.gpt.planning.free_memory", lambda device: free)
+    whole, cut = trained(tmp_path / "whole", tokens, run=every), tmp_path / "cut"
+    with listening(Killer(5)), pytest.raises(Killed):
+        trained(cut, tokens, run=every)
+    monkeypatch.setattr("tasks.gpt.planning.free_memory", lambda device: then)
+    train.function(cut, tokens, PARAMS, every)
+    told = "goes on otherwise than it began, so its last digits may differ: micro_batch 2 -> 1, recompute False -> True"
+    assert (told in caplog.text) is (then < free)
+    assert "device" not in caplog.text.partition("train.resume")[2]
+    if then >= free:
+        assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+        assert checkpoint.noted(cut / "checkpoints")["way"] == checkpoint.noted(whole / "checkpoints")["way"]
+
+
 TERMINATED = """
 import os, signal, sys, threading, time
 from pathlib import Path
@@ -357,7 +409,7 @@ def _threads() -> Iterator[None]:
 def test_adapters_are_merged_into_the_model_and_lie_beside_it(folder: Path, tokens: Tokens, tmp_path: Path) -> None:
     params = TrainParams(**MORE, start="folder", folder=str(folder), lora_rank=4)
     one, other = trained(tmp_path / "one", tokens, params), trained(tmp_path / "other", tokens, params)
-    assert {path.name for path in one.iterdir()} == {*Model.files, "adapter.tar"}
+    assert {path.name for path in one.iterdir()} - {"checkpoints"} == {*Model.files, "adapter.tar"}
     for name in ("adapter.tar", "model.safetensors"):
         assert (one / name).read_bytes() == (other / name).read_bytes()
     merged, before = load_file(one / "model.safetensors"), load_file(folder / "model.safetensors")
@@ -366,6 +418,31 @@ def test_adapters_are_merged_into_the_model_and_lie_beside_it(folder: Path, toke
     assert torch.equal(merged["transformer.wte.weight"], before["transformer.wte.weight"])
     opened = dict(AutoModelForCausalLM.from_pretrained(one).named_parameters())  # no adapter is added a second time
     assert all(torch.equal(opened[name], weight) for name, weight in merged.items())
+
+
+@pytest.mark.skipif(find_spec("peft") is None, reason="peft comes with the extras `lora` and `test`")
+def test_exported_adapters_over_their_base_are_the_model_that_they_were_merged_into(
+    earlier: Model, tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    tuned = train(tokens, TrainParams(**MORE, start="model", model=earlier.id, lora_rank=4), RUN)
+    assert f"adapters lie over {earlier.id}, which started from scratch; " in text(tuned, 0)
+    assert "adapters lie over model&#47;" in card(Outcome("train", tuned, True, 0.0, ""))
+    export("adapter", tuned, tmp_path / "dir")
+    opened = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "dir").eval()
+    ids = torch.from_numpy(tokens.ids()[:, :20].astype(np.int64))
+    ours, theirs, before = (
+        AutoModelForCausalLM.from_pretrained(tuned.path)(ids).logits,
+        opened(input_ids=ids).logits,
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dir" / "base")(ids).logits,
+    )
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before, ours, rtol=1e-4, atol=1e-3)
+    assert torch.equal(before, AutoModelForCausalLM.from_pretrained(earlier.path)(ids).logits)
+    with pytest.raises(ParameterError, match=f"{earlier.id} has no adapters"):
+        export("adapter", earlier, tmp_path / "other")
 
 
 def test_tags_that_a_kept_table_has_never_seen_are_warned_of(
@@ -404,6 +481,23 @@ def test_a_model_is_tuned_further_and_says_from_which_it_started(earlier: Model,
     assert lineage(Store(home()).manifests(), {found.id}) == {found.id, earlier.id}  # gc keeps what it needs
 
 
+def test_a_run_that_was_cut_short_is_taken_up_after_a_collection_and_its_earlier_model_is_still_there(
+    earlier: Model, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = TrainParams(**MORE, start="model", model=earlier.id)
+    monkeypatch.setattr("tasks.gpt.weights.export", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(tokens, params, RUN.model_copy(update={"checkpoint_seconds": 0.0}))
+    monkeypatch.undo()
+    monkeypatch.setenv("TREELINE_ARTIFACTS", str(earlier.path.parents[1]))
+    store, later = Store(home()), time.time() + 86_400
+    remove(garbage(store, 0, later), store)
+    found = train(tokens, params, RUN)
+    assert found.json("start.json")["model"] == earlier.manifest.digest
+    assert [entry["step"] for entry in found.log()] == list(range(10))  # nothing was done twice
+    assert garbage(store, 0, later)  # once it is made, and noted in no run
+
+
 def test_the_key_holds_the_earlier_models_content_and_not_its_name(earlier: Model) -> None:
     digits = earlier.manifest.key[:6]
     keys = [TrainParams(**MORE, start="model", model=name).keyed() for name in (earlier.id, digits)]
@@ -412,9 +506,9 @@ def test_the_key_holds_the_earlier_models_content_and_not_its_name(earlier: Mode
     assert not {"layers", "heads", "width", "folder"} & set(keys[0])
 
 
-@pytest.mark.parametrize("name", ["model", "model/000000000000", "tokens/00", "", "../.."])
+@pytest.mark.parametrize("name", ["model", "model/000000000000", "tokens/00", "", "../..", "nothing/0000"])
 def test_a_model_that_is_not_there_is_refused(earlier: Model, name: str) -> None:
-    with pytest.raises(ParameterError, match="no model is named"):
+    with pytest.raises(ParameterError, match=r"no artifact is named .* train\.model"):
         TrainParams(**MORE, start="model", model=name).keyed()
 
 
@@ -422,6 +516,19 @@ def test_a_model_that_was_altered_is_refused(earlier: Model) -> None:
     (earlier.path / "model.safetensors").write_bytes(b"other")
     with pytest.raises(StoreError, match=r"model\.safetensors"):
         TrainParams(**MORE, start="model", model=earlier.id).keyed()
+
+
+def test_of_equal_models_one_that_is_sound_is_taken(earlier: Model, tokens: Tokens) -> None:
+    """A patience that never ends makes another key, and the same content."""
+    twin = train(tokens, PARAMS.model_copy(update={"patience": 1000}), RUN)
+    assert twin.manifest.digest == earlier.manifest.digest
+    start = train(tokens, TrainParams(**MORE, start="model", model=earlier.id), RUN).json("start.json")
+    for altered, found in ((twin, earlier), (earlier, None)):
+        (altered.path / "model.safetensors").write_bytes(b"other")
+        if found:
+            assert folder_of(start) == found.path
+    with pytest.raises(StoreError, match=r"model\.safetensors"):
+        folder_of(start)
 
 
 def test_a_model_of_other_tags_is_refused(earlier: Model, tmp_path: Path) -> None:

@@ -39,26 +39,26 @@ def count_of(device: torch.device) -> int:
 
 
 @contextmanager
-def threads(count: int | None, width: int) -> Iterator[None]:
-    """Let torch use that many CPU threads inside the block; None: one for a narrow model, else as torch finds best."""
+def at_work(device: torch.device, threads: int | None, width: int) -> Iterator[None]:
+    """Let torch compute as every step does it inside the block, whether it trains, evaluates or asks for references.
+
+    A GPU rounds the factors of float32 products to 10 bits (TF32), which is several times as fast: everywhere, since
+    what is compared must be computed alike.
+
+    Args:
+        device: Where.
+        threads: Of the CPU. None: one for a narrow model, else as torch finds best.
+        width: D, numbers in a hidden state.
+    """
     hold_memory()
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or (1 if width < NARROW else before))
+    before, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(threads or (1 if width < NARROW else before))
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else products)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def fast_products(device: torch.device) -> Iterator[None]:
-    """Let a GPU round the factors of float32 products to 10 bits (TF32), which is several times as fast."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(products)
 
 
 def keep_compiled(folder: Path) -> None:

@@ -11,6 +11,7 @@ Many ranks go through the same steps: each does its share of a step's rows, and 
 
 from __future__ import annotations
 
+import logging
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -35,11 +36,13 @@ from tasks.gpt.objective import EachToken, Objective
 from tasks.gpt.optim import adamw, moments, set_moments, set_rate
 from tasks.gpt.run import Machine, Progress, Settings
 from tasks.gpt.schedule import learning_rate
-from tasks.gpt.spread import Spread, number
+from tasks.gpt.spread import Spread, number, suited
 from tasks.gpt.trunk import Trunk, hidden_states, recomputing
+from tasks.gpt.way import strayed, way_of
 from tasks.gpt.weights import trained
 from tasks.progress import bar
 
+log = logging.getLogger("treeline.train")
 SAVING_SHARE = 0.1  # of the time at most: a large model on a slow disk is saved less often than asked for
 
 
@@ -69,7 +72,8 @@ def fit(
         Interrupted: When the machine's interrupt is asked; a checkpoint was saved.
     """
     devices = [machine.device] if machine.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):  # each step seeds the global generators: give them back as they were
+    # Each step seeds the global generators: give them back as they were.
+    with torch.random.fork_rng(devices=devices), suited(machine.world):
         aim = objective or EachToken(train, val)
         return _Run(model, aim, settings=settings, machine=machine, workplace=workplace).to_the_end()
 
@@ -327,7 +331,7 @@ class _Run:
         seconds = self.progress.seconds + self.machine.clock() - self.started
         now = Progress(**{**asdict(self.progress), "seconds": seconds})
         state: dict[str, Any] = {"progress": asdict(now), "settings": asdict(self.settings)}
-        state |= {"pending": self.pending, "at_once": self.at_once}
+        state |= {"pending": self.pending, "way": self.way()}
         tensors = {"model": self.spread.whole(self.weights)}
         tensors |= {"optimizer": self.spread.whole(moments(self.optimizer, self.model)), "best": self.best}
         if average := self.spread.whole(self.average.state()):
@@ -337,6 +341,10 @@ class _Run:
             found = checkpoint.Checkpoint(now.step, state, tensors)
             checkpoint.save(self.checkpoints, found, self.machine.keep, self.world.begin)
         self.kept = now.step
+
+    def way(self) -> dict[str, Any]:
+        """Return how the run is computed."""
+        return way_of(self.model, self.machine, self.at_once)
 
     def resume(self) -> None:
         """Go on from the last whole checkpoint; without one, from the start."""
@@ -356,8 +364,8 @@ class _Run:
         self.average.set_state(self.spread.received(tensors.get("average", {})))
         self.progress = Progress(**state["progress"])
         self.pending, self.kept = state["pending"], self.progress.step
-        if self.machine.yielding and (state["at_once"] <= self.at_once):  # another one rounds otherwise
-            self.at_once = state["at_once"]
+        if (otherwise := strayed(state.get("way", {}), self.way())) and self.world.first:
+            log.warning("train.resume: goes on otherwise than it began, so its last digits may differ: %s", otherwise)
         self.log.cut_after(self.kept - (self.pending is not None))
 
 

@@ -65,7 +65,6 @@ class Machine:
         device: Holds weights and batches.
         clock: Seconds since whenever.
         micro_batch: Sequences at once. None: as many as hold 8,192 tokens.
-        yielding: A resumed run keeps the micro-batch that it began with: another one rounds otherwise.
         compile: Compile the transformer's blocks.
         recompute: Keep only what enters each block, and compute the block again on the way back.
         checkpoint_seconds: Between two checkpoints, more where saving is slow; 0: after each step.
@@ -79,7 +78,6 @@ class Machine:
     device: torch.device
     clock: Callable[[], float]
     micro_batch: int | None = None
-    yielding: bool = False
     compile: bool = False
     recompute: bool = False
     checkpoint_seconds: float = 120.0

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -111,6 +111,19 @@ class Spread:
             given[name].copy_(weight)
 
 
+@contextmanager
+def suited(world: World) -> Iterator[None]:
+    """Set what torch holds for the whole process as a model that lies over many ranks wants it, inside the block."""
+    if world.alone:
+        yield
+        return
+    # DDP's way to split a compiled graph knows no FlexAttention, and so is off. FSDP2 fears additions in place to what
+    # a block returns; the trunk makes none.
+    with torch._dynamo.config.patch(optimize_ddp=False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+        yield
+
+
 def parted(model: GPT2LMHeadModel, device: torch.device, asked: str, average: str, world: World) -> bool:
     """Tell whether each rank is to hold a part of the model: if asked to, or, for auto, if it would fill half a GPU.
 
@@ -160,8 +173,6 @@ class _Work(nn.Module):
 
 def _whole(model: GPT2LMHeadModel) -> DistributedDataParallel:
     """Copy a model to each rank, from rank 0; gradients are summed while the backward pass goes on."""
-    # Its way to split a compiled graph for that purpose knows no FlexAttention.
-    torch._dynamo.config.optimize_ddp = False
     copied = DistributedDataParallel(_Work(model), forward_sync_buffers=False, gradient_as_bucket_view=True)
     copied.register_comm_hook(None, lambda _, bucket: _summed(bucket))  # torch refuses annotations that are strings
     return copied
@@ -178,8 +189,6 @@ def _sharded(model: GPT2LMHeadModel, world: World, device: torch.device) -> FSDP
 
     The trunk calls what is in a block, not the block: so that is what torch is told to look at.
     """
-    # It fears additions in place to what a block returns; the trunk makes none.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh, gpt, work = init_device_mesh(device.type, (world.size,)), model.transformer, _Work(model)
     for block in gpt.h:
         fully_shard([block.ln_1, block.attn.c_attn, block.attn.c_proj, block.ln_2, block.mlp], mesh=mesh)

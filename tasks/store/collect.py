@@ -3,7 +3,7 @@
 Kept are the artifacts of the last run of each recipe, those that a running program has taken hold of, everything that
 these were made from, what is remembered of texts and was asked for these, and whatever was made or used within the
 grace time. The rest is garbage, as are what was moved aside and the scratch folders of dead processes; one that a next
-try could go on with (a checkpoint) is kept for a week.
+try could go on with (a checkpoint) is kept for a week after its last change, with all that it was begun with.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from tasks.errors import StoreError
-from tasks.store.folders import RESUMABLE, Store, write_whole, writing
+from tasks.store.folders import CHECKPOINTS, RECIPE, RESUMABLE, Store, write_whole, writing
 from tasks.store.manifest import Manifest
 from tasks.store.owner import is_alive, mark
 from tasks.store.parts import ABOUT, memos
@@ -64,15 +65,18 @@ def garbage(
     Raises:
         StoreError: If a file of roots cannot be read: not knowing what is needed, nothing may be removed.
     """
-    limit = (time.time() if now is None else now) - grace
-    manifests = store.manifests()
-    needed = lineage(manifests, set(_roots(store, forgotten)))
+    now = time.time() if now is None else now
+    manifests, scratch = store.manifests(), sorted((store.root / ".scratch").glob("*"))
+    wanted = [path for path in scratch if _wanted(path, now)]
+    begun_with = {digest for path in wanted for digest in _digests(_recipe(path))}
+    needed = lineage(manifests, {*_roots(store, forgotten), *_made(manifests, begun_with)})
     needed |= {name for folder, made in manifests if _id(folder) in needed for name in made.origin.get("texts", {})}
     unused = [
         folder for folder in [*(folder for folder, _ in manifests), *memos(store.root)] if _id(folder) not in needed
     ]
     aside = sorted((store.root / ".aside").glob("*"))
-    return [path for path in [*unused, *aside, *_dead_scratch(store)] if _newest(path) < limit]
+    dead = [path for path in scratch if path not in wanted]
+    return [path for path in [*unused, *aside, *dead] if _newest(path) < now - grace]
 
 
 def _id(folder: Path) -> str:
@@ -99,9 +103,7 @@ def lineage(manifests: list[tuple[Path, Manifest]], ids: set[str]) -> set[str]:
     for folder, manifest in manifests:
         name = _id(folder)
         by_digest.setdefault(manifest.digest, []).append(name)
-        # A setting may hold a digest, too: train.model does, of what a model started from.
-        params = [value for value in manifest.recipe.get("params", {}).values() if isinstance(value, str)]
-        inputs[name] = [*manifest.recipe.get("inputs", {}).values(), *params]
+        inputs[name] = _digests(manifest.recipe)
     needed: set[str] = set()
     waiting = list(ids)
     while waiting:
@@ -110,6 +112,27 @@ def lineage(manifests: list[tuple[Path, Manifest]], ids: set[str]) -> set[str]:
             needed.add(name)
             waiting.extend(made for digest in inputs.get(name, []) for made in by_digest.get(digest, []))
     return needed
+
+
+def _digests(recipe: Mapping[str, Any]) -> list[str]:
+    """Return the content digests that a recipe may name, and other words."""
+    # A setting may hold a digest, too: train.model does, of what a model started from.
+    params = [value for value in recipe.get("params", {}).values() if isinstance(value, str)]
+    return [*recipe.get("inputs", {}).values(), *params]
+
+
+def _made(manifests: list[tuple[Path, Manifest]], digests: Collection[str]) -> Iterator[str]:
+    """Yield the ids of the artifacts that have one of these contents."""
+    return (_id(folder) for folder, manifest in manifests if manifest.digest in digests)
+
+
+def _recipe(scratch: Path) -> dict[str, Any]:
+    """Read what is built in a scratch folder, and of what; nothing where that was not noted."""
+    path = scratch / CHECKPOINTS / RECIPE
+    found = _load(path) or {}
+    if not isinstance(found, dict):
+        raise StoreError("expected a recipe", str(path), "delete that folder; nothing was removed", code="store.roots")
+    return found
 
 
 def _roots(store: Store, forgotten: Collection[str]) -> Iterator[str]:
@@ -146,21 +169,16 @@ def _ids(path: Path, found: object) -> list[str]:
     )
 
 
-def _dead_scratch(store: Store) -> list[Path]:
-    folders = sorted((store.root / ".scratch").glob("*"))
-    return [path for path in folders if not _wanted(path)]
-
-
-def _wanted(path: Path) -> bool:
+def _wanted(path: Path, now: float) -> bool:
     """Tell whether a scratch folder is in use, or holds a checkpoint that may still be gone on with."""
-    resumable = path.name.startswith(RESUMABLE) and time.time() - _newest(path) < RESUME_TIME
+    resumable = path.name.startswith(RESUMABLE) and now - _newest(path) < RESUME_TIME
     return resumable or is_alive(path.name.partition(".")[2], path)
 
 
 def _newest(path: Path) -> float:
-    """Return when a folder was last changed, or a memo used, in seconds since the epoch, by either of two clocks."""
+    """Return when a folder or its checkpoints last changed, or a memo was used, in seconds, by either of two clocks."""
     newest = 0.0
-    for one in (path, path / ABOUT):
+    for one in (path, path / ABOUT, path / CHECKPOINTS):
         with suppress(OSError):
             found = one.lstat()
             newest = max(newest, found.st_mtime, found.st_ctime)

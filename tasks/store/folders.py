@@ -16,9 +16,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from tasks.errors import PermissionRefused, StoreError
 from tasks.store.canonical import sha256_file
@@ -28,6 +29,8 @@ from tasks.store.owner import is_alive, mark
 
 log = logging.getLogger("treeline.store")
 RESUMABLE = "resume-"  # begins the name of a scratch folder that the next try may go on with
+CHECKPOINTS = "checkpoints"  # a folder in there that only the next try needs: no part of what is published
+RECIPE = "recipe.json"  # a file of that: what is built there, and of what
 SHORT = 12  # hex digits of a key that name a folder: 48 bits, enough for any one store
 _KEY = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -68,11 +71,19 @@ class Store:
         log.warning("store.aside: %s/%s: %s; moved to .aside", folder.parent.name, folder.name, why)
 
     @contextmanager
-    def scratch(self, kind: str, key: str, resumable: bool = False, fresh: bool = False) -> Iterator[Path]:
+    def scratch(
+        self,
+        kind: str,
+        key: str,
+        resumable: bool = False,
+        fresh: bool = False,
+        recipe: Mapping[str, Any] | None = None,
+    ) -> Iterator[Path]:
         """Give an empty folder to build in, on the store's file system; a failed build leaves nothing visible.
 
         A resumable build gets back what an earlier try left, whether that try failed or was killed. A folder is claimed
-        by one rename, so two processes never share one. `fresh` starts anew even so.
+        by one rename, so two processes never share one. `fresh` starts anew even so. The recipe, the key's preimage, is
+        noted in a resumable build: `gc` keeps what it was begun with, as long as a next try may go on with it.
         """
         name = f"{RESUMABLE if resumable else ''}{kind}-{key[:SHORT]}"
         folder = self.root / ".scratch" / f"{name}.{mark()}"
@@ -84,6 +95,8 @@ class Store:
             elif fresh:
                 shutil.rmtree(folder)
                 folder.mkdir()
+            if resumable and recipe:
+                write_whole(folder / CHECKPOINTS / RECIPE, json.dumps(recipe, indent=1).encode())
         try:
             yield folder
         finally:
@@ -119,8 +132,11 @@ class Store:
             folder.parent.mkdir(parents=True, exist_ok=True)
             if replace and folder.exists():
                 self.set_aside(folder, "replaced by a forced rebuild")
+            spent = self._spent(scratch)  # not before: until here, a next try would have gone on with them
             winner = self._rename(scratch, folder, manifest)
             sync(folder.parent)
+            if spent:
+                shutil.rmtree(spent, ignore_errors=True)
         if winner is manifest:
             remember(self._memory(folder), folder, manifest)
         elif winner.digest != manifest.digest:
@@ -130,6 +146,15 @@ class Store:
                 manifest.key[:SHORT],
             )
         return folder, winner
+
+    def _spent(self, scratch: Path) -> Path | None:
+        """Move checkpoints out of a folder that is about to be published, and return where to."""
+        place = self.root / ".aside" / f"{CHECKPOINTS}.{mark()}"
+        if not (scratch / CHECKPOINTS).exists():
+            return None
+        place.parent.mkdir(parents=True, exist_ok=True)
+        (scratch / CHECKPOINTS).rename(place)
+        return place
 
     def _rename(self, scratch: Path, folder: Path, manifest: Manifest) -> Manifest:
         for _ in range(8):
@@ -210,13 +235,13 @@ class Store:
 
 
 def entries(folder: Path) -> dict[str, FileEntry]:
-    """Hash every file of a built folder and flush it to the disk.
+    """Hash every file of a built folder, its checkpoints aside, and flush it to the disk.
 
     Raises:
         StoreError: If there is something else than plain files in it.
     """
     found = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.iterdir() if path.name != CHECKPOINTS):
         if path.is_symlink() or not path.is_file():
             raise StoreError("an artifact holds plain files only", str(path))
         sync(path)

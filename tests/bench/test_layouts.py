@@ -22,7 +22,7 @@ import torch
 from flows import chain, recipe
 from tasks.artifacts import Tokens
 from tasks.gpt.batches import Split
-from tasks.gpt.device import threads
+from tasks.gpt.device import at_work
 from tasks.gpt.loop import fit
 from tasks.gpt.run import Machine
 from tasks.gpt.weights import build_start, scratch_spec, set_dropout
@@ -78,7 +78,7 @@ def test_layouts_and_the_seeds_recipe_at_equal_targets(
             place = tmp_path / f"{arm} {seed}"
             place.mkdir()
             machine = Machine(torch.device("cpu"), time.monotonic, checkpoint_seconds=1e9)
-            with threads(1, MODEL["width"]):
+            with at_work(machine.device, 1, MODEL["width"]):
                 made = fit(model, train, judge, settings=settings, machine=machine, workplace=place)
             assert made.best_nll is not None
             found.setdefault(arm, []).append(made.best_nll)

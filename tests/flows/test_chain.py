@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from flows import chain, recipe
-from tasks.artifacts import Artifact
+from flows.showing import adapters
+from tasks.artifacts import Artifact, Model
+from tasks.start import base_of
 from tasks.step import Step, session
 from tasks.store.folders import Store
 
@@ -118,12 +120,16 @@ def test_a_recipe_with_preferences_has_three_steps_more(store: Store) -> None:
 
 @pytest.mark.slow
 def test_a_model_that_prefers_is_made_of_the_one_that_was_trained(store: Store) -> None:
-    asked = recipe.load(TINY, ["preferences=true", "train.epochs=0.3", "prefer.epochs=0.3", "train.threads=1"])
+    settings = ["preferences=true", "train.epochs=0.3", "prefer.epochs=0.3", "prefer.lora_rank=2", "train.threads=1"]
+    asked = recipe.load(TINY, settings)
     with session() as now:
         chain.run(asked, chain.whole(asked))
         made = {outcome.step: outcome.artifact for outcome in now.outcomes}
     assert made["prefer"].json("training.json")["from"] == made["train"].manifest.digest
     assert made["evaluate"].manifest.recipe["inputs"]["model"] == made["prefer"].manifest.digest
+    assert isinstance(tuned := made["prefer"], Model)
+    assert base_of(tuned)[1] == made["train"].path  # what its adapters lie over, though start.json says scratch
+    assert adapters(tuned).startswith(f"adapters lie over {made['train'].id};")
     assert all(entry.status == "cached" for entry in chain.plan(asked, chain.whole(asked)))
     plain = chain.plan(recipe.load(TINY, ["train.epochs=0.3"]), chain.CHAIN)
     assert [entry.status for entry in plain] == ["cached"] * 5 + ["run"]

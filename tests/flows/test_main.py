@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -52,6 +53,7 @@ def test_a_run_ends_with_the_reports_id(ran: tuple[Shell, subprocess.CompletedPr
     _, done = ran
     assert re.fullmatch(r"report/[0-9a-f]{12}", done.stdout.splitlines()[-1])
     assert all(step in done.stdout for step in ("download", "parse", "curate", "encode", "train", "evaluate", "ran"))
+    assert done.stderr.count("train.plan: about") == 1  # Prefect does not say again what we say
 
 
 def test_a_run_touches_no_home_but_its_own(ran: tuple[Shell, subprocess.CompletedProcess[str]]) -> None:
@@ -214,6 +216,12 @@ def test_chat_answers(shell: Shell) -> None:
         (("run", TINY, "--until", "bake"), 2, r"error\[param.step\]"),
         (("run", TINY, "--until", "encode", "--force", "train"), 2, r"error\[param.step\]: --force train"),
         (("run", TINY, "--set", "name=../../x"), 2, r"error\[param.recipe\]: name: "),
+        (
+            ("plan", TINY, "--set", "train.nodes=2"),
+            2,
+            r"error\[param.recipe\]: .*this machine only; .* torchrun --nnodes N",
+        ),
+        (("plan", TINY, "--set", "runtime.train.nodes=2"), 2, r"error\[param.recipe\]: .*torchrun --nnodes N"),
         (("plan", TINY, "--set", "train.lr=inf"), 2, r"error\[param.recipe\]: train.lr: .*finite"),
         (("plan", TINY, "--set", "train.epochs=1e18"), 2, r"error\[param.recipe\]: train.epochs: "),
         (("show", "messages", "-n", "-1"), 2, r"error\[param.usage\]: .*whole number"),
@@ -259,6 +267,59 @@ def test_a_signal_to_the_whole_group_ends_a_run_soon_with_one_line(
     assert list(scratch.glob("resume-model-*.left")), "the next try goes on from there"
     for left in scratch.glob("resume-model-*.left"):
         shutil.rmtree(left)
+
+
+AGENT = [sys.executable, "-m", "torch.distributed.run", "--no-python"]
+
+
+def agents(nodes: int, folder: Path) -> list[list[str]]:
+    """The launchers of two ranks: one with both, or two that meet, as on two machines, with one each."""
+    logs = [[f"--log-dir={folder / str(node)}", "--redirects=3"] for node in range(nodes)]
+    if nodes == 1:
+        return [[*AGENT, *logs[0], "--standalone", "--nproc-per-node=2"]]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meeting = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
+    met = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", meeting, "--local-addr=127.0.0.1"]
+    return [[*AGENT, *log, *met] for log in logs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_run_under_torchrun_leaves_one_model_of_the_same_losses_and_only_rank_0_speaks(
+    shell: Shell, tmp_path: Path, nodes: int
+) -> None:
+    shell("run", TINY)
+    store, wanted = shell.folder / "artifacts", losses(shell)
+    before = {path: path.stat().st_mtime_ns for path in store.glob("[a-z]*/*/manifest.json")}
+    asked = [sys.executable, "-m", "flows", "run", TINY, "--until", "train", "--force", "train"]
+    environment = {**shell.environment, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen([*agent, *asked], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        for agent in agents(nodes, tmp_path)
+    ]
+    try:
+        said = [one.communicate(timeout=200)[1] for one in started]
+    finally:
+        for one in started:
+            one.kill()
+    assert [one.returncode for one in started] == [0] * nodes, said
+    assert losses(shell) == pytest.approx(wanted, rel=1e-5)
+    after = {path: path.stat().st_mtime_ns for path in store.glob("[a-z]*/*/manifest.json")}
+    assert [path.parent.parent.name for path in after if after[path] != before.get(path)] == ["model"]
+    assert len(after) == len(before)
+    assert not [*store.glob(".scratch/*"), *store.glob(".leases/*")]
+    spoken = {path: path.read_text() for path in tmp_path.rglob("std???.log")}
+    told = [text.splitlines()[-1] for path, text in spoken.items() if path.name == "stdout.log" and text]
+    assert len(told) == 1
+    assert re.fullmatch(r"model/[0-9a-f]{12}", told[0])
+    assert len([text for text in spoken.values() if "train.plan" in text]) == 1
+
+
+def losses(shell: Shell) -> list[float]:
+    """Every loss of the youngest model's log, with those of the validation split."""
+    told = shell.json("show", "model", "-n", "1000")
+    assert isinstance(told, dict)
+    return [entry[name] or 0.0 for entry in told["log"] for name in ("loss", "val_nll")]
 
 
 def test_a_run_that_stops_early_takes_no_root_from_the_collector(shell: Shell) -> None:

@@ -3,14 +3,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from tasks.gpt.device import fast_products, keep_compiled
+from tasks.gpt.device import at_work, keep_compiled
 
 
 @pytest.mark.parametrize(("device", "said"), [("cuda", "high"), ("cpu", "highest")])
 def test_a_gpu_rounds_products_inside_the_block_only(device: str, said: str) -> None:
-    with fast_products(torch.device(device)):
+    with at_work(torch.device(device), None, 32):
         assert torch.get_float32_matmul_precision() == said
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(
+    ("threads", "width", "said"), [(3, 32, 3), (None, 511, 1), (None, 512, 2)], ids=["asked", "narrow", "wide"]
+)
+def test_a_narrow_model_gets_one_thread_unless_more_are_asked_for(threads: int | None, width: int, said: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with at_work(torch.device("cpu"), threads, width):
+        assert torch.get_num_threads() == said
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
 
 
 def test_what_is_compiled_is_kept_in_the_folder_unless_the_environment_names_one(

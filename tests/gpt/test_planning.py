@@ -1,6 +1,5 @@
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from tasks.gpt.planning import memory_named, planned
 from tasks.gpt.spread import held, parted
 from tasks.gpt.weights import freeze, parameter_count
 from tasks.gpt.world import World
-from tests.gpt.test_loop import CPU, MACHINE, SETTINGS, killed, run, split, start
+from tests.gpt.test_loop import CPU, MACHINE, SETTINGS, split, start
 
 
 def plan(asked: object = None) -> int:
@@ -133,10 +132,3 @@ def test_another_failure_stays_what_it_is() -> None:
 def fail(error: BaseException) -> None:
     with memory_named(MACHINE, 12):
         raise error
-
-
-def test_a_resumed_run_that_chose_for_itself_keeps_its_micro_batch(tmp_path: Path) -> None:
-    whole, _, _ = run(tmp_path / "whole")
-    killed(tmp_path / "cut", 4, replace(MACHINE, checkpoint_seconds=0.0))
-    resumed, _, _ = run(tmp_path / "cut", machine=replace(MACHINE, micro_batch=8, yielding=True))
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)

@@ -6,14 +6,17 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
 from tasks.errors import ConfigurationError
+from tasks.gpt.spread import suited
 from tasks.gpt.world import World
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +86,18 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 def weights(ranks: list[dict[str, Any]]) -> Any:
     return np.concatenate([np.array(weight) for weight in ranks[0]["weights"].values()])
+
+
+def test_what_training_sets_for_the_whole_process_is_as_it_was_afterwards(told: Told) -> None:
+    assert all(before == after for ranks in told.values() for before, after in (rank["torch"] for rank in ranks))
+
+
+def test_only_many_ranks_change_what_torch_holds_for_the_process() -> None:
+    for alone in (True, False):
+        with suited(cast(World, SimpleNamespace(alone=alone))):
+            assert torch._dynamo.config.optimize_ddp is alone
+            assert any("FSDP2" in str(one[1]) for one in warnings.filters) is not alone
+    assert torch._dynamo.config.optimize_ddp
 
 
 SAME = [

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,7 @@ def trained(
         attach(model, rank, 2.0 * rank, 0.0, seed=0)
     freeze(model, more.pop("frozen", 0))
     train, val = more.pop("train", test_loop.split(rows)), test_loop.split(5, seed=1)
-    told: Told = {"rank": world.rank}
+    told: Told = {"rank": world.rank, "torch": [held()]}
     try:
         machine = replace(machine, world=world)
         told["progress"] = vars(fit(model, train, val, settings=settings, machine=machine, workplace=folder, **more))
@@ -47,8 +48,14 @@ def trained(
         told["error"] = str(error)
     except Interrupted:
         told["interrupted"] = True
+    told["torch"].append(held())
     told["weights"] = {name: weight.detach().flatten().tolist() for name, weight in model.named_parameters()}
     return told
+
+
+def held() -> str:
+    """What torch and Python hold for the whole process, that training sets."""
+    return repr((torch._dynamo.config.optimize_ddp, warnings.filters))
 
 
 def plain(folder: Path, world: World) -> Told:

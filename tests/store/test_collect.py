@@ -143,6 +143,38 @@ def test_a_checkpoint_is_kept_for_a_week_and_dead_scratch_is_not(store: Store) -
     assert [path.name for path in garbage(store, 0, LATER)] == ["tokens-bbbbbbbbbbbb.no.such.process"]
 
 
+def left(store: Store, recipe: dict[str, Any]) -> Path:
+    """What a try left that was cut short."""
+    with pytest.raises(KeyError), store.scratch("model", sha256_of(recipe), resumable=True, recipe=recipe):
+        raise KeyError
+    return store.root / ".scratch" / f"resume-model-{sha256_of(recipe)[:12]}.left"
+
+
+def test_what_an_unfinished_build_was_begun_with_stays_as_long_as_a_next_try_may_go_on(store: Store) -> None:
+    raw = publish(store, "raw", "trees", {})
+    tokens, loose = publish(store, "tokens", "ids", {"raw": raw.digest}), publish(store, "tokens", "others", {})
+    before = publish(store, "model", "weights", {})
+    folder = left(store, {"step": "train", "inputs": {"tokens": tokens.digest}, "params": {"model": before.digest}})
+    assert [path.name for path in garbage(store, 0, LATER)] == [loose.key[:12]]
+    week = time.time() + 8 * 86_400
+    made = [store.folder(one.kind, one.key) for one in (raw, tokens, loose, before)]
+    assert sorted(garbage(store, 0, week)) == sorted([*made, folder])
+
+
+def test_a_checkpoint_of_this_hour_keeps_a_build_that_began_weeks_ago(store: Store) -> None:
+    folder = left(store, {"step": "train"})
+    folder.rename(folder.with_name("resume-model-aaaaaaaaaaaa.no.such.process"))
+    os.utime(folder.with_name("resume-model-aaaaaaaaaaaa.no.such.process") / "checkpoints", (LATER, LATER))
+    assert garbage(store, 0, LATER + 6.5 * 86_400) == []
+
+
+@pytest.mark.parametrize("broken", ["", "{", "[1]", "5", '"x"'])
+def test_with_an_unreadable_recipe_of_an_unfinished_build_nothing_is_removed(store: Store, broken: str) -> None:
+    publish(store, "raw", "trees", {})
+    (left(store, {"step": "train"}) / "checkpoints" / "recipe.json").write_text(broken)
+    pytest.raises(StoreError, garbage, store, 0, LATER)
+
+
 def test_a_store_stays_usable_after_collecting(store: Store) -> None:
     raw = publish(store, "raw", "trees", {})
     store.note_run("r", {"download": name(raw)})

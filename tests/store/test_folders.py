@@ -1,5 +1,6 @@
 """Laws of the store: written once, published whole, checked before use."""
 
+import errno
 import json
 import os
 import subprocess
@@ -142,6 +143,30 @@ def test_a_resumable_build_gets_back_what_a_failed_try_left(store: Store) -> Non
         assert (out / "checkpoint").read_text() == "step 7"
     with store.scratch("model", "f" * 64, resumable=True) as other:
         assert list(other.iterdir()) == []
+
+
+def test_checkpoints_are_no_part_of_what_is_published_and_stay_until_everything_else_is_on_the_disk(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build() -> None:
+        with store.scratch("model", KEY, resumable=True, recipe={"step": "train"}) as out:
+            assert json.loads((out / "checkpoints" / "recipe.json").read_text()) == {"step": "train"}
+            (out / "checkpoints" / "step").write_text("3")
+            (out / "a.bin").write_bytes(b"hello")
+            files = entries(out)
+            store.publish(out, Manifest(KEY, "model", {}, files, content_digest(files)))
+
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tasks.store.folders.write_manifest", full)
+    pytest.raises(StoreError, build)
+    (left,) = (store.root / ".scratch").iterdir()
+    assert (left / "checkpoints" / "step").exists()
+    monkeypatch.undo()
+    build()
+    assert {path.name for path in store.folder("model", KEY).iterdir()} == {"a.bin", "manifest.json"}
+    assert list((store.root / ".aside").iterdir()) == []
 
 
 def test_a_resumable_build_gets_back_what_a_killed_process_left(store: Store) -> None:

@@ -1,0 +1,71 @@
+"""Looking up: the artifact of a name that a person gave, or of a content that a file names."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from tasks.artifacts import KINDS, Artifact
+from tasks.errors import ParameterError, StoreError
+from tasks.step import home
+from tasks.store.check import Fault
+from tasks.store.folders import Store
+from tasks.store.manifest import Manifest
+
+A = TypeVar("A", bound=Artifact)
+FEWEST = 4  # digits of a key that may stand for it
+
+
+def named(kind: type[A], name: str, where: str = "") -> A:
+    """Open the artifact of a kind that a setting names, by `kind/hex` or by the first digits of its key.
+
+    Args:
+        kind: What it must be; `Artifact` for any.
+        name: The name.
+        where: The setting or option that gives it, for errors.
+
+    Raises:
+        ParameterError: If nothing, or more than one thing, goes by that name, or it is of another kind.
+        StoreError: If it is not what was published.
+    """
+    room, _, digits = name.rpartition("/")
+    made = Store(home()).manifests(room or None) if len(digits) >= FEWEST and room in {"", *KINDS} else []
+    found = [manifest for _, manifest in made if manifest.key.startswith(digits)]
+    if len(found) != 1:
+        what = "more than one artifact is" if found else "no artifact is"
+        raise ParameterError(f"{what} named {name!r}", where, "`python -m flows ls` lists them", "param.artifact")
+    opened = _opened(found[0])
+    if not isinstance(opened, kind):
+        what = f"expected the id of {kind.kind}, found {opened.id}"
+        raise ParameterError(what, where, f"`python -m flows ls {kind.kind}` lists them", "param.artifact")
+    return opened
+
+
+def seen(kind: type[A], name: str, where: str = "") -> A:
+    """Open an artifact by its name, or the youngest of a kind by the kind's: for who looks, not for a setting."""
+    youngest = Store(home()).manifests(name)[-1:] if name in KINDS else []
+    return named(kind, f"{name}/{youngest[0][1].key}" if youngest else name, where)
+
+
+def of_content(kind: type[A], digest: str) -> A | None:
+    """Open the artifact of a content; None where there is none. Of several any will do: their content is the same.
+
+    Raises:
+        StoreError: If there are some, and none is what was published.
+    """
+    made = [manifest for _, manifest in Store(home()).manifests(kind.kind) if manifest.digest == digest]
+    for left, manifest in enumerate(reversed(made), 1 - len(made)):
+        try:
+            return kind(_opened(manifest).path, manifest)
+        except StoreError:
+            if not left:
+                raise
+    return None
+
+
+def _opened(manifest: Manifest) -> Artifact:
+    store = Store(home())
+    folder = store.folder(manifest.kind, manifest.key)
+    fault = store.look(manifest.kind, manifest.key)
+    if isinstance(fault, Fault):
+        raise StoreError(str(fault), str(folder), "Run its recipe again: it will be rebuilt", code="store.corrupt")
+    return KINDS[manifest.kind](folder, manifest)
