@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 from transformers import GPT2LMHeadModel
 
 from tasks.errors import TrainingError
@@ -33,7 +33,7 @@ from tasks.gpt.interrupt import Interrupted
 from tasks.gpt.logbook import Logbook
 from tasks.gpt.need import AT_ONCE
 from tasks.gpt.objective import EachToken, Objective
-from tasks.gpt.optim import adamw, moments, set_moments, set_rate
+from tasks.gpt.optim import adamw, moments, set_moments, set_rate, shorten, squares
 from tasks.gpt.run import Machine, Progress, Settings
 from tasks.gpt.schedule import learning_rate
 from tasks.gpt.spread import Spread, number, suited
@@ -187,10 +187,11 @@ class _Run:
         wanted = self.objective.units(rows)
         with self.loose():
             loss = self.accumulate(rows, self.objective.weight(rows) or 1.0)
-        limit = math.inf if settings.clip is None else settings.clip
-        norm = number(clip_grad_norm_(self.model.parameters(), limit))
+        gradients = self.spread.gradients()
+        norm = math.sqrt(self.spread.united(squares(gradients)).item())
         if not all(isfinite(found) for found in (loss, norm, self.largest())):
             raise self.nonfinite(progress.step + 1, loss, norm)
+        shorten(gradients, norm, math.inf if settings.clip is None else settings.clip)
         set_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -1,9 +1,10 @@
-"""The optimizer: AdamW, fused, with decay on matrices only; and its state by the names of the weights."""
+"""The optimizer: AdamW, fused, with decay on matrices only; how long a gradient is; and its state by weights' names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -34,6 +35,26 @@ def set_rate(optimizer: AdamW, lr: float) -> None:
     """Set the learning rate of the next update."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def squares(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the sum of the squares of gradients: () float64, float32 on a device that knows no other.
+
+    torch's own norm adds up a whole tensor in float32: on a CPU, that of 50,304 x 384 random numbers comes out 0.1 %
+    short, and otherwise short for each way to share it out over ranks. Rows are few numbers, and added up in float64;
+    a rank has whole rows.
+    """
+    exact = torch.float32 if gradients[0].device.type == "mps" else torch.float64
+    rows = (torch.linalg.vector_norm(one.flatten(1), dim=1) if one.dim() > 1 else one for one in gradients)
+    return torch.stack([row.to(exact).square().sum() for row in rows]).sum()
+
+
+@torch.no_grad()
+def shorten(gradients: Sequence[Tensor], length: float, most: float) -> None:
+    """Scale gradients down, in place, where they are longer together than they may be."""
+    if length > most:
+        for gradient in gradients:
+            gradient.mul_(most / length)
 
 
 def moments(optimizer: AdamW, model: nn.Module) -> dict[str, Tensor]:

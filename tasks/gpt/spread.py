@@ -62,6 +62,16 @@ class Spread:
             return self.module.no_sync()
         return nullcontext()
 
+    @torch.no_grad()
+    def gradients(self) -> list[Tensor]:
+        """Return this rank's part of the gradient of each weight that has one; changing it changes the gradient."""
+        found = (weight.grad for weight in self.model.parameters() if weight.grad is not None)
+        return [one.to_local() if isinstance(one, DTensor) else one for one in found]
+
+    def united(self, part: Tensor) -> Tensor:
+        """Add up what is made of parts of weights; of whole ones, each rank has it already."""
+        return self.world.total(part) if self.sharded else part
+
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors in full, on rank 0; nothing on the others. Each rank must come here at the same time."""
         if not self.sharded:
