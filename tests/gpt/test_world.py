@@ -27,6 +27,9 @@ ORDERS = [
     "3:plain:three",
     "2:sharded:parts",
     "2:recomputed:again",
+    "1:even:one-even",
+    "2:even:two-even",
+    "2:even_sharded:parts-even",
     "1:lonely:one-lonely",
     "2:lonely:two-lonely",
     "2:lonely_sharded:parts-lonely",
@@ -128,6 +131,18 @@ def test_whatever_the_world_the_losses_are_the_same_to_five_digits(told: Told, h
     assert weights(told[many]) == pytest.approx(weights(told[one]), abs=1e-4)
     (first, *_), (lone,) = told[many], told[one]
     assert first["progress"] == pytest.approx(lone["progress"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("many", ["2:even:two-even", "2:even_sharded:parts-even"])
+def test_turns_of_two_ranks_are_those_of_one_to_the_bit(told: Told, home: Path, many: str) -> None:
+    """So what else differs between worlds is how a step is cut into micro-batches."""
+    ours, theirs = (log_of(home / order.split(":")[2]) for order in (many, "1:even:one-even"))
+    assert [entry["loss"] for entry in ours] == [entry["loss"] for entry in theirs]
+    assert [entry["grad_norm"] or 0 for entry in ours] == pytest.approx(
+        [entry["grad_norm"] or 0 for entry in theirs], rel=1e-14
+    )
+    assert np.array_equal(weights(told[many]), weights(told["1:even:one-even"]))
 
 
 @pytest.mark.slow

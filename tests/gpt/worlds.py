@@ -71,6 +71,15 @@ def recomputed(folder: Path, world: World) -> Told:
     return trained(folder, world, machine=replace(MACHINE, sharded=True, recompute=True))
 
 
+def even(folder: Path, world: World) -> Told:
+    """Steps that two ranks do in one turn each, and one rank in two."""
+    return trained(folder, world, machine=replace(MACHINE, micro_batch=4), rows=16)
+
+
+def even_sharded(folder: Path, world: World) -> Told:
+    return trained(folder, world, machine=replace(MACHINE, micro_batch=4, sharded=True), rows=16)
+
+
 def averaged(folder: Path, world: World) -> Told:
     return trained(folder, world, replace(STEP, average="ema"))
 
