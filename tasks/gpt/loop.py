@@ -327,9 +327,7 @@ class _Run:
                 self.unsaved += 1
                 if self.unsaved == PATIENT:
                     raise
-                what = (
-                    "train.checkpoint: step %d could not be saved: %s; training goes on, unless the next cannot be, too"
-                )
+                what = "train.checkpoint: step %d could not be saved: %s; training goes on, but not a second time"
                 log.warning(what, self.progress.step, error)
             self.saved = self.machine.clock()
             self.saving = self.saved - began
