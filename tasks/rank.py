@@ -28,7 +28,7 @@ from tasks.gpt.launch import PARENT, TELL, error_said
 from tasks.progress import listening
 from tasks.step import Step
 from tasks.store.manifest import read_manifest
-from tasks.together import performing
+from tasks.together import LOST, performing
 
 if TYPE_CHECKING:
     from tasks.gpt.world import World
@@ -151,8 +151,8 @@ def main() -> int:
             mouth.say(**{"result": counts} if first else {"done": None})  # before the ranks part: that may fail
     except Exception as error:
         mouth.say(error=error_said(error))
-        if not isinstance(error, TreelineError):
-            traceback.print_exc()
+        if not isinstance(error, TreelineError | OSError) and not LOST.search(str(error)):
+            traceback.print_exc()  # a bug; what the parent says in a line, or came of another rank's end, is none
         return error.exit_code if isinstance(error, TreelineError) else 70
     except Interrupted:
         return 128 + signal.SIGTERM

@@ -11,16 +11,13 @@ the call is a task run, and a hit is shown as state Cached. Prefect is imported 
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import inspect
 import logging
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.artifacts import Artifact, Counts
 from tasks.errors import StoreError
+from tasks.origin import origin_of
 from tasks.rows import Desk, remembering
 from tasks.store.canonical import sha256_of
 from tasks.store.check import Fault
@@ -43,18 +41,6 @@ log = logging.getLogger("treeline.step")
 P = ParamSpec("P")
 A = TypeVar("A", bound=Artifact)
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = (
-    "numpy",
-    "orjson",
-    "peft",
-    "polars",
-    "prefect",
-    "pyarrow",
-    "tiktoken",
-    "tokenizers",
-    "torch",
-    "transformers",
-)
 # What the system says when it is the disk, not the step, that is at fault.
 _NAMES = ("ENOSPC", "EDQUOT", "EROFS", "EIO", "EFBIG", "EMFILE", "EACCES", "EPERM")
 WRITE_ERRORS = {getattr(errno, name) for name in _NAMES if hasattr(errno, name)}
@@ -279,46 +265,23 @@ class _Call:
                 raise StoreError(f"step {self.step.name} did not write {', '.join(sorted(missing))}", code="step.files")
             digest = content_digest(files, self.step.makes.records)
             origin = {
-                **_origin(self.run.recipe, self.bound.get(self.step.runtime_name)),
+                **origin_of(self.run.recipe, self.runtime()),
                 "seconds": round(time.time() - started, 3),
                 "texts": desk.counts(),
             }
             manifest = Manifest(self.key, self.kind, self.recipe, files, digest, counts, origin)
             return self.store.publish(out, manifest, replace=self.forced)[1]
 
+    def runtime(self) -> dict[str, Any]:
+        """Return how fast it was asked to work, as JSON values."""
+        given: Runtime | None = self.bound.get(self.step.runtime_name)
+        return given.model_dump(mode="json") if given else {}
+
     def remembering(self) -> AbstractContextManager[Desk]:
         """Open the memos of functions of one text; a forced build trusts nothing that is remembered, and mends it."""
         hold = self.run.lease.hold if self.run.lease else lambda name: None
         workers = getattr(self.bound.get(self.step.runtime_name), "workers", 0)
         return remembering(self.store.root, workers, hold, fresh=self.forced)
-
-
-def _origin(recipe: str, runtime: Runtime | None) -> dict[str, Any]:
-    return {
-        "recipe": recipe,
-        "host": platform.node(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "packages": dict(_installed()),
-        "revision": _revision(),
-        "runtime": runtime.model_dump(mode="json") if runtime else {},
-    }
-
-
-def _installed() -> Iterator[tuple[str, str]]:
-    """Yield the version of each package that may have had a say; a step's work may be done in other processes."""
-    for name in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            yield name, importlib.metadata.version(name)
-
-
-def _revision() -> str:
-    """Return the git revision of the code, with a `+` where it was changed since; empty outside a checkout."""
-    asked = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 def _in_flow() -> bool:

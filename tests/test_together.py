@@ -118,6 +118,17 @@ def test_a_killed_rank_is_begun_again_and_the_outcome_is_the_same(
     assert losses(log) == pytest.approx(losses(alone), rel=1e-5)
 
 
+@pytest.mark.slow
+def test_what_the_system_refuses_a_rank_is_raised_here_and_no_rank_prints_a_traceback(
+    tokens: Tokens, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(OSError, match="File exists"):
+        trained(tmp_path, tokens)
+    assert "step 1 could not be saved" in caplog.text
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @contextmanager
 def training(out: Path, tokens: Tokens, torchrun: bool = False) -> Iterator[subprocess.Popen[bytes]]:
     """A process that lets two others train, once they have saved their second step."""

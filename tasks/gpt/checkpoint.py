@@ -62,6 +62,22 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2, begin: Begin = lam
     for old in (place, *folder.glob(".step-*")):
         _remove(old)
     draft.mkdir()
+    try:
+        _write(draft, checkpoint, begin)
+    except BaseException:
+        _remove(draft)  # on a full disk, half a checkpoint is in the way
+        raise
+    draft.rename(place)
+    _point_to(folder, place.name)
+    _sync(folder)
+    kept = [path for path in _newest_first(folder) if path.name <= place.name][: max(1, keep)]
+    for old in set(_newest_first(folder)) - set(kept):
+        _remove(old)
+    return place
+
+
+def _write(draft: Path, checkpoint: Checkpoint, begin: Begin) -> None:
+    """Write all files of a checkpoint, the one that seals them last, and flush them to the disk."""
     for name, tensors in checkpoint.tensors.items():
         file, whole = draft / f"{name}.safetensors", {key: one.detach().contiguous() for key, one in tensors.items()}
         begin()
@@ -73,13 +89,6 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2, begin: Begin = lam
     for path in (*draft.iterdir(), draft):
         begin()
         _sync(path)
-    draft.rename(place)
-    _point_to(folder, place.name)
-    _sync(folder)
-    kept = [path for path in _newest_first(folder) if path.name <= place.name][: max(1, keep)]
-    for old in set(_newest_first(folder)) - set(kept):
-        _remove(old)
-    return place
 
 
 @contextmanager

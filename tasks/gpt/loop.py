@@ -43,6 +43,7 @@ from tasks.gpt.weights import trained
 from tasks.progress import bar
 
 log = logging.getLogger("treeline.train")
+PATIENT = 2  # checkpoints that cannot be written, one after another, end a run
 SAVING_SHARE = 0.1  # of the time at most: a large model on a slow disk is saved less often than asked for
 
 
@@ -98,7 +99,8 @@ class _Run:
         self.at_once = machine.micro_batch or max(1, AT_ONCE // train.block)
         self.progress = Progress()
         self.pending: dict[str, Any] | None = {}  # measured in a step whose evaluation and entry are still to come
-        self.kept = -1  # step of the last checkpoint
+        self.kept = -1  # step that was saved last, or could not be
+        self.unsaved = 0  # how many could not be saved, one after another
         self.best: dict[str, Tensor] = {}
         self.log = Logbook(workplace / "log.jsonl", self.world.first)
         self.checkpoints = workplace / "checkpoints"
@@ -319,7 +321,15 @@ class _Run:
         began, pause = self.machine.clock(), self.machine.checkpoint_seconds
         due = began - self.saved >= (pause and max(pause, self.saving / SAVING_SHARE))
         if self.world.any(due and self.world.first):
-            self.save()
+            try:
+                self.save()
+                self.unsaved = 0
+            except OSError as error:  # on rank 0, which alone writes: hours of training are worth a second try
+                self.unsaved += 1
+                if self.unsaved == PATIENT:
+                    raise
+                what = "train.checkpoint: step %d could not be saved: %s; training goes on, but not a second time"
+                log.warning(what, self.progress.step, error)
             self.saved = self.machine.clock()
             self.saving = self.saved - began
 
@@ -337,11 +347,11 @@ class _Run:
         tensors |= {"optimizer": self.spread.whole(moments(self.optimizer, self.model)), "best": self.best}
         if average := self.spread.whole(self.average.state()):
             tensors["average"] = average
+        self.kept = now.step  # on all ranks alike: they gather what is saved together
         if self.world.first:
             self.log.flush()
             found = checkpoint.Checkpoint(now.step, state, tensors)
             checkpoint.save(self.checkpoints, found, self.machine.keep, self.world.begin)
-        self.kept = now.step
 
     def way(self) -> dict[str, Any]:
         """Return how the run is computed."""

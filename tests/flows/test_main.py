@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -267,6 +268,52 @@ def test_a_signal_to_the_whole_group_ends_a_run_soon_with_one_line(
     assert list(scratch.glob("resume-model-*.left")), "the next try goes on from there"
     for left in scratch.glob("resume-model-*.left"):
         shutil.rmtree(left)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_with_nine_a_run_leaves_no_process_behind_and_the_next_one_goes_on(shell: Shell, processes: int) -> None:
+    more = ("--set", f"train.seed={processes}", "--set", f"train.processes={processes}")
+    asked = [
+        sys.executable,
+        "-m",
+        "flows",
+        "run",
+        TINY,
+        "--until",
+        "train",
+        *more,
+        "--set",
+        "train.checkpoint_seconds=0",
+    ]
+    process = subprocess.Popen(asked, cwd=ROOT, env=shell.environment, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not any((shell.folder / "artifacts").glob(".scratch/resume-*/checkpoints/step-00000003")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    assert len(of_store(shell)) >= processes + 1  # Prefect's server, too
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while of_store(shell):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    shell(*asked[3:])
+    told = shell.json("show", "model", "-n", "100")
+    assert isinstance(told, dict)
+    assert [entry["step"] for entry in told["log"]] == list(range(told["training"]["steps"] + 1))
+
+
+def of_store(shell: Shell) -> list[int]:
+    """The processes that work for a store, by their environment."""
+    sought, found = f"TREELINE_ARTIFACTS={shell.folder / 'artifacts'}".encode(), []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if sought in (path / "environ").read_bytes().split(b"\0"):
+                found.append(int(path.name))
+    return found
 
 
 AGENT = [sys.executable, "-m", "torch.distributed.run", "--no-python"]

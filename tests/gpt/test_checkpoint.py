@@ -51,6 +51,23 @@ def test_however_few_are_kept_there_is_always_a_whole_one(tmp_path: Path) -> Non
         assert newest(tmp_path) == step
 
 
+@pytest.mark.parametrize("when", ["save_file", "_seal", "_sync"])
+def test_a_save_that_fails_leaves_nothing_of_its_own_and_the_one_before_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    def full(*given: Any) -> None:
+        if when == "save_file":
+            given[1].write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save(tmp_path, made(1))
+    monkeypatch.setattr(f"tasks.gpt.checkpoint.{when}", full)
+    pytest.raises(OSError, save, tmp_path, made(2))
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-00000001"]
+    assert newest(tmp_path) == 1
+
+
 def test_a_broken_one_of_a_later_step_takes_no_good_ones_place(tmp_path: Path) -> None:
     save(tmp_path, made(1))
     spoil_by_cutting(save(tmp_path, made(9)))

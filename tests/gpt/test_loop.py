@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 from collections.abc import Iterator
@@ -159,6 +160,36 @@ def test_killed_before_any_checkpoint_it_starts_over(tmp_path: Path) -> None:
     whole, _, log = run(tmp_path / "whole")
     killed(tmp_path / "cut", 2, MACHINE)
     resumed, _, resumed_log = run(tmp_path / "cut")
+    assert equal(resumed, whole)
+    assert resumed_log == log
+
+
+@pytest.mark.parametrize(("failing", "ends"), [({3, 5}, None), ({3, 4}, 4)])
+def test_a_checkpoint_that_cannot_be_written_is_said_and_two_in_a_row_end_the_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    failing: set[int],
+    ends: int | None,
+) -> None:
+    written = checkpoint.save
+
+    def save(folder: Path, found: checkpoint.Checkpoint, *rest: Any) -> Path:
+        if found.step in failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(folder, found, *rest)
+
+    whole, _, log = run(tmp_path / "whole")
+    monkeypatch.setattr(checkpoint, "save", save)
+    every = replace(MACHINE, checkpoint_seconds=0.0)
+    if ends:
+        with pytest.raises(OSError, match="No space left"):
+            run(tmp_path / "full", machine=every)
+        assert max((tmp_path / "full" / "checkpoints").glob("step-*")).name == "step-00000002"
+        failing.clear()
+    resumed, _, resumed_log = run(tmp_path / "full", machine=every)
+    told = "could not be saved: [Errno 28] No space left on device; training goes on"
+    assert caplog.text.count(told) == 2 - bool(ends)
     assert equal(resumed, whole)
     assert resumed_log == log
 
