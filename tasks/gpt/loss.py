@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import GPT2LMHeadModel
 
+from tasks.gpt.affine import multiply
 from tasks.gpt.attention import by_ends
 from tasks.gpt.need import CHUNK
+from tasks.gpt.table import ends_of
 from tasks.gpt.trunk import Trunk, hidden_states
 
 
@@ -50,9 +52,9 @@ def supervised_nats(
     Returns:
         () float32, nats summed over the N targets, times `share`.
     """
-    hidden, targets = predictors(model, ids, mask, positions, ends, trunk)
+    hidden, targets, table = predictors(model, ids, mask, positions, ends, trunk)
     worth = None if weights is None else _picked(weights[:, 1:, None], mask[:, 1:]).squeeze(1)  # (N,)
-    nats: Tensor = _ChunkedNats.apply(hidden, model.lm_head.weight, targets, worth, share, chunk)  # type: ignore[no-untyped-call]
+    nats: Tensor = _ChunkedNats.apply(hidden, table, targets, worth, share, chunk)  # type: ignore[no-untyped-call]
     return nats
 
 
@@ -71,10 +73,9 @@ def token_nats(
 
     Arguments as in `supervised_nats`.
     """
-    hidden, targets = predictors(model, ids, mask, positions, ends, trunk)
-    weight = model.lm_head.weight
+    hidden, targets, table = predictors(model, ids, mask, positions, ends, trunk)
     nats = [
-        _nats(_logits(h, weight), t)
+        _nats(_logits(h, table), t)
         for h, t in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
     ]
     return torch.cat(nats)
@@ -82,15 +83,19 @@ def token_nats(
 
 def predictors(
     model: GPT2LMHeadModel, ids: Tensor, mask: Tensor, positions: Tensor, ends: Tensor, trunk: Trunk = hidden_states
-) -> tuple[Tensor, Tensor]:
-    """Return the hidden states that predict a supervised token, (N, D), and those tokens, (N,) int64."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the hidden states that predict a supervised token, (N, D), those tokens, (N,) int64, and the head's table.
+
+    Whoever goes back through the states goes back through that table, too.
+    """
     wanted = mask[:, 1:]  # (B, T - 1); a sequence's first token has nothing before it to be predicted from
     # The last token predicts nothing here and nobody looks back at it: it need not go through the model. A GPU does
     # 128 tokens at once, and would rather have it.
     last = -1 if ids.device.type == "cpu" else None
-    given = ids[:, :last], positions[:, :last], by_ends(model, ends[:, :last])
+    rows, table = ends_of(model, ids[:, :last])
+    given = ids[:, :last], positions[:, :last], by_ends(model, ends[:, :last]), rows
     states = trunk(model, *given)[:, : wanted.shape[1]]  # (B, T - 1, D)
-    return _picked(states, wanted), _picked(ids[:, 1:, None], wanted).squeeze(1)
+    return _picked(states, wanted), _picked(ids[:, 1:, None], wanted).squeeze(1), table
 
 
 def _picked(values: Tensor, wanted: Tensor) -> Tensor:
@@ -145,7 +150,8 @@ class _ChunkedNats(torch.autograd.Function):
             room = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=dtype)  # one chunk's logits, for all
             for first in range(0, len(hidden), chunk):
                 rows = hidden[first : first + chunk].to(dtype)  # (C, D)
-                logits = torch.mm(rows, table.T, out=room[: len(rows)]).float()  # (C, V)
+                multiply(rows, table.T, room[: len(rows)])
+                logits = room[: len(rows)].float()  # (C, V)
                 nats, slopes = _slopes(logits, targets[first : first + chunk])  # (C,), (C, V)
                 if worth is not None:
                     counts = worth[first : first + chunk]  # (C,)
@@ -153,11 +159,9 @@ class _ChunkedNats(torch.autograd.Function):
                 total += nats.sum()
                 slopes = slopes.to(dtype)
                 to_hidden[first : first + chunk] = (slopes @ table).mul_(share)
-                if to_weight is None:
-                    continue
-                if dtype == weight.dtype:
+                if to_weight is not None and dtype == weight.dtype:
                     to_weight.addmm_(slopes.T, rows, alpha=share)
-                else:
+                elif to_weight is not None:
                     to_weight.add_(slopes.T @ rows, alpha=share)
         ctx.found = to_hidden, to_weight
         return total * share

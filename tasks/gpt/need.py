@@ -38,6 +38,7 @@ class Shape:
         recompute: Whether blocks keep only what enters them, and are computed again on the way back.
         parts: How many ranks hold a part of weights, gradients and moments each; 1: this one holds them whole.
         brought: Numbers of the whole model, where it is still to be brought to the device, whole or in parts.
+        lean: Whether products make their inputs again (`affine`).
     """
 
     layers: int
@@ -55,6 +56,7 @@ class Shape:
     recompute: bool = False
     parts: int = 1
     brought: int = 0
+    lean: bool = False
 
 
 def memory(shape: Shape, micro_batch: int) -> int:
@@ -74,8 +76,9 @@ def _sequence(shape: Shape) -> int:
     """Return the bytes that a sequence leaves for the way back."""
     number = 2 if shape.half else 4
     # Of width D a token and layer: states before both norms, both norms' outputs, queries, keys and values, what
-    # attention gives; of 4 D: before and after the activation. In half precision the states stay as they are.
-    kept = shape.width * (number * (3 + 1 + 4 + 4 + 2) + 4 * 2)
+    # attention gives; of 4 D: before and after the activation. In half precision the states stay as they are. What
+    # norms and activation give is not kept where it is made again.
+    kept = shape.width * (number * (3 + 1 + 4 + (0 if shape.lean else 4 + 2)) + 4 * 2)
     if shape.dropout:
         # What was dropped, at two places; and attention's weights, for which there is no short way: the counts of
         # T x T tables here and on the way back are fitted to measurements, not derived.

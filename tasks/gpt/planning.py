@@ -15,6 +15,7 @@ from transformers import GPT2LMHeadModel
 
 from tasks.errors import TrainingError
 from tasks.gpt import need
+from tasks.gpt.affine import lean
 from tasks.gpt.average import copies
 from tasks.gpt.batches import Plan, Split
 from tasks.gpt.device import free_memory, product_rate
@@ -94,6 +95,7 @@ def _shape(
         copies=copies(settings.average, settings.average_count, device.type == "cpu"),
         parts=parts,
         brought=parameter_count(model) if parts > 1 or not there else 0,  # parts are of a copy
+        lean=device.type == "cpu" and settings.precision != HALF and lean(model),
     )
 
 

@@ -82,8 +82,7 @@ def reply_logps(
     Returns:
         (R,) float32 nats, summed over the reply's tokens; at most 0.
     """
-    hidden, targets = predictors(model, *batch, trunk)  # (N, D), (N,)
-    weight = model.lm_head.weight
+    hidden, targets, weight = predictors(model, *batch, trunk)  # (N, D), (N,), (V, D)
     parts = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
     nats = torch.cat([checkpoint(_nats, rows, weight, wanted, use_reentrant=False) for rows, wanted in parts])  # (N,)
     sizes = torch.from_numpy(trained).to(nats.device)  # (R,)

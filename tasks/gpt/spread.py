@@ -201,7 +201,8 @@ def _sharded(model: GPT2LMHeadModel, world: World, device: torch.device) -> FSDP
     """
     mesh, gpt, work = init_device_mesh(device.type, (world.size,)), model.transformer, _Work(model)
     for block in gpt.h:
-        fully_shard([block.ln_1, block.attn.c_attn, block.attn.c_proj, block.ln_2, block.mlp], mesh=mesh)
+        attention, mlp = block.attn, block.mlp
+        fully_shard([block.ln_1, attention.c_attn, attention.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj], mesh=mesh)
     whole: FSDPModule = fully_shard(work, mesh=mesh)
     for module in work.modules():
         if isinstance(module, FSDPModule):

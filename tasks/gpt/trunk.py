@@ -16,17 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Dropout
-from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2LMHeadModel
 
+from tasks.gpt.affine import through
+
 # layer, queries, keys, values, each (B, H, T, K) -> (B, H, T, K)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-Trunk = Callable[[GPT2LMHeadModel, Tensor, Tensor, Attend], Tensor]  # `hidden_states`, or what was compiled of it
+Trunk = Callable[..., Tensor]  # `hidden_states`, or what was compiled of it
 
 
 def hidden_states(
-    model: GPT2LMHeadModel, ids: Tensor, positions: Tensor, attend: Attend, *, recompute: bool = False
+    model: GPT2LMHeadModel,
+    ids: Tensor,
+    positions: Tensor,
+    attend: Attend,
+    rows: Tensor | None = None,
+    *,
+    recompute: bool = False,
 ) -> Tensor:
     """Return the states that the head reads.
 
@@ -35,21 +42,19 @@ def hidden_states(
         ids: (B, T) int64, token ids.
         positions: (B, T) int64, place in the conversation.
         attend: Mixes the values of a layer's tokens.
+        rows: (B, T, D) of the table of words, where they were looked up before.
         recompute: Keep only what enters each block, and compute the block again on the way back.
 
     Returns:
         (B, T, D).
     """
     gpt: Any = model.transformer
-    # A dense gradient of the table would be made of zeros but for these tokens, and added to the head's.
-    eager = not torch.compiler.is_compiling()
-    sparse = eager and ids.device.type == "cpu" and model.config.tie_word_embeddings
-    states = embedding(ids, gpt.wte.weight, sparse=sparse) + gpt.wpe(positions)  # (B, T, D)
+    states = (gpt.wte(ids) if rows is None else rows) + gpt.wpe(positions)  # (B, T, D)
     states = gpt.drop(states)
     through = _again if recompute and torch.is_grad_enabled() else _through
     for layer, block in enumerate(gpt.h):
         states = through(block, layer, states, attend)
-        if eager and states.requires_grad:
+        if states.requires_grad and not torch.compiler.is_compiling():
             states.register_hook(_breathe)  # type: ignore[no-untyped-call]
     final: Tensor = gpt.ln_f(states)
     return final
@@ -61,8 +66,7 @@ recomputing: Trunk = partial(hidden_states, recompute=True)
 def _through(block: Any, layer: int, states: Tensor, attend: Attend) -> Tensor:
     """Return what leaves a block: (B, T, D)."""
     states = states + _mixed(block, layer, states, attend)
-    left: Tensor = states + block.mlp(block.ln_2(states))
-    return left
+    return states + _fed(block, states)
 
 
 def _again(block: Any, layer: int, states: Tensor, attend: Attend) -> Tensor:
@@ -77,10 +81,19 @@ def _mixed(block: Any, layer: int, states: Tensor, attend: Attend) -> Tensor:
     """Return what attention adds: (B, T, D)."""
     attention = block.attn
     rows, length, width = states.shape
-    parts = attention.c_attn(block.ln_1(states)).view(rows, length, 3, attention.num_heads, -1)  # (B, T, 3, H, K)
+    made = through(attention.c_attn, block.ln_1(states), block.ln_1.forward, states)  # (B, T, 3 D)
+    parts = made.view(rows, length, 3, attention.num_heads, -1)  # (B, T, 3, H, K)
     queries, keys, values = (part.transpose(1, 2) for part in parts.unbind(2))  # (B, H, T, K)
     mixed = attend(layer, queries, keys, values).transpose(1, 2).reshape(rows, length, width)
     added: Tensor = attention.resid_dropout(attention.c_proj(mixed))
+    return added
+
+
+def _fed(block: Any, states: Tensor) -> Tensor:
+    """Return what the wide layer adds: (B, T, D)."""
+    mlp = block.mlp
+    wide = through(mlp.c_fc, block.ln_2(states), block.ln_2.forward, states)  # (B, T, 4 D)
+    added: Tensor = mlp.dropout(through(mlp.c_proj, mlp.act(wide), mlp.act.forward, wide))
     return added
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tasks.gpt import lora
+from tasks.gpt.affine import lean
 from tasks.gpt.average import copies
 from tasks.gpt.batches import Split
 from tasks.gpt.device import hold_memory, spare_memory
@@ -53,7 +54,8 @@ status = Path("/proc/self/status").read_text().splitlines()  # `ru_maxrss` would
 count = sum(weight.numel() for weight in trained(model).values())
 held = copies(average, 4, True)
 table = not frozen and not rank
-shape = Shape(layers, heads, width, vocab, count, block, dropout > 0, False, True, frozen, table, held, recompute)
+how = dict(copies=held, recompute=recompute, lean=lean(model))
+shape = Shape(layers, heads, width, vocab, count, block, dropout > 0, False, True, frozen, table, **how)
 print(json.dumps([resident + memory(shape, size), peak]))
 """
 
