@@ -140,6 +140,12 @@ def mapping(mapper: Mapper, rows: int) -> Iterator[None]:
         _mapper.reset(token)
 
 
+def is_remembering() -> bool:
+    """Tell whether rows are kept, so that hashing pays."""
+    desk = _desk.get(None)
+    return desk is not None and desk.root is not None
+
+
 def threads(workers: int) -> Mapper:
     """Return a mapper of threads; 0: as many as there are cores."""
     count = workers or _cores()
