@@ -782,7 +782,7 @@ def again(
 @given(
     st.lists(TREES | FAULTS, min_size=1, max_size=12),
     st.randoms(use_true_random=False),
-    st.sampled_from([1, 1 << 18]),
+    st.sampled_from([1, 300, 1 << 24]),
     st.integers(1, 8),
 )
 def test_what_is_remembered_of_other_lines_changes_no_byte(
@@ -793,7 +793,7 @@ def test_what_is_remembered_of_other_lines_changes_no_byte(
     content = [one if isinstance(one, bytes) else lines(nested(one)).strip() for one in found]
     params = ParseParams(max_bad=1, max_trees=trees)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tasks.oasst.dump.TOGETHER", size)
+        patch.setattr("tasks.oasst.dump.MANY", size)
         again(folder, b"\n".join(content[: len(content) // 2 + 1]))
         order.shuffle(content)
         (counts, *_), _, files = again(folder, b"\n".join(content), params=params)

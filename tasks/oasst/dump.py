@@ -28,8 +28,7 @@ Quick = Callable[[Sequence[bytes | memoryview]], Sequence[tuple[str, Arranged | 
 
 PARQUET = b"PAR1"
 TOGETHER = 1 << 18  # bytes of lines that are looked at together: some 15 trees, whose objects stay in a cache
-MOST = 1 << 24  # of them, where trees are remembered: each look-up costs more than a tree, so they are twice as many
-# from time to time, and still few where only the first trees are asked for
+MANY = 1 << 24  # of them, where trees are remembered: to look one up alone costs more than to read it
 BATCH = 1_000  # Parquet rows turned into Python objects at a time
 NEEDED = ("message_id", "text", "role")  # columns that a flat table must have
 
@@ -110,7 +109,7 @@ class Dump:
         """
         self._files, self._layout, self._limits, self._advance = files, layout, limits, advance
         self._forms = forms or {}
-        self._quick, self._most = (quick, MOST) if quick else (self._read, TOGETHER)
+        self._quick, self._together = (quick, MANY) if quick else (self._read, TOGETHER)
         self._groups: dict[str, _Group] = {}
         self.bytes, self.lines, self.unreadable = 0, 0, 0
 
@@ -131,7 +130,7 @@ class Dump:
     def _of_jsonl(self, index: int, path: Path) -> Iterator[Found | Bad]:
         lines, before = Lines(path, self._limits, self._advance), self.bytes
         flat = False  # so far in this file
-        for some in _batches(lines, self._most):
+        for some in _batches(lines, self._together):
             quick = [None] * len(some) if flat else self._quick([line.raw for line in some])
             for line, good in zip(some, quick, strict=True):
                 self.lines, self.bytes = self.lines + 1, before + lines.bytes
@@ -219,15 +218,15 @@ class Dump:
                     yield place, raw
 
 
-def _batches(lines: Iterable[Line], most: int) -> Iterator[list[Line]]:
-    """Yield lines, about TOGETHER bytes at a time, and twice as many each time, up to `most`."""
-    some, held, size = list[Line](), 0, TOGETHER
+def _batches(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
+    """Yield lines, about so many bytes at a time."""
+    some, held = list[Line](), 0
     for line in lines:
         some.append(line)
         held += len(line.raw)
         if held >= size:
             yield some
-            some, held, size = [], 0, min(2 * size, most)
+            some, held = [], 0
     yield some
 
 
