@@ -58,8 +58,8 @@ class Table(ABC):
 
     def _flush(self) -> None:
         """Write a row group, in one piece: pages end where pieces do, and the same rows shall give the same bytes."""
-        held = pa.concat_tables(self._pieces).combine_chunks()
-        self._writer.write_table(held.slice(0, self._group))
+        held = pa.concat_tables(self._pieces)
+        self._writer.write_table(held.slice(0, self._group).combine_chunks())
         self._pieces = [held.slice(self._group)]
         self._held = len(self._pieces[0])
 
