@@ -144,7 +144,7 @@ def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRunti
     }
     if not counts["messages"]:
         raise _nothing_left(counts, messages.path)
-    _write(out, messages.scan(), table["split"], verdicts, seen.masks)
+    _write(out, messages.scan(), texts, table["split"], verdicts, seen.masks)
     told = tally.curation(table, texts, verdicts, counts)
     (out / "curation.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
     return counts
@@ -307,11 +307,11 @@ def _nothing_left(counts: Counts, where: Path) -> InputError:
     )
 
 
-def _write(out: Path, messages: pl.LazyFrame, splits: pl.Series, verdicts: Verdicts, masks: Masks) -> None:
+def _write(
+    out: Path, messages: pl.LazyFrame, texts: Texts, splits: pl.Series, verdicts: Verdicts, masks: Masks
+) -> None:
     """Write both tables, reading the messages once more, a row group at a time; only what is kept is masked."""
     import polars as pl
-
-    from tasks.dialogue.texts import masked
 
     stay = {row: mask for row, mask in masks.items() if verdicts.reasons[row] is None}
     told = {"reason": verdicts.reasons, "evidence": verdicts.evidence}
@@ -320,6 +320,7 @@ def _write(out: Path, messages: pl.LazyFrame, splits: pl.Series, verdicts: Verdi
         .new_from_index(0, len(splits))
         .scatter([*stay], pl.Series([what for _, what in stay.values()], dtype=pl.String))
     )
+    texts, others = replace(texts, masks=stay), messages.drop("text")
     with (
         parquet_writer(out / "dialogues.parquet", DIALOGUE_COLUMNS, FAST, MESSAGE_DISTINCT) as kept,
         parquet_writer(out / "dropped.parquet", DROPPED_COLUMNS, FAST, MESSAGE_DISTINCT) as dropped,
@@ -327,8 +328,7 @@ def _write(out: Path, messages: pl.LazyFrame, splits: pl.Series, verdicts: Verdi
     ):
         for start in range(0, len(verdict), ROWS):
             part = verdict.slice(start, ROWS)
-            rows = messages.slice(start, ROWS).collect()
-            rows = pl.concat([rows.with_columns(masked(rows["text"], stay, start)), part], how="horizontal")
+            rows = others.slice(start, ROWS).collect().with_columns(texts.between(start, start + len(part)), *part)
             for writer, stays, columns in ((kept, True, DIALOGUE_COLUMNS), (dropped, False, DROPPED_COLUMNS)):
                 chosen = rows.filter(pl.col("reason").is_null() == stays)
                 if len(chosen):

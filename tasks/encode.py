@@ -357,7 +357,7 @@ def _gate(out: Path, dialogues: Dialogues) -> int:
     import polars as pl
 
     from tasks.text.chat import load_dialect
-    from tasks.text.gate import check, ids_again
+    from tasks.text.gate import check, engine, ids_again
     from tasks.text.said import SAID
     from tasks.text.written import Stored, Written
 
@@ -371,4 +371,5 @@ def _gate(out: Path, dialogues: Dialogues) -> int:
     tokenizer = (out / "tokenizer.json").read_text(encoding="utf-8")
     settings = {"tokenizer": sha256_file(out / "tokenizer.json")}
     again = EXPORTED_IDS.of(partial(ids_again, tokenizer), settings)
-    return check(written, load_dialect(out), dialogues.scan().select(SAID).with_columns(few), partial(per_text, again))
+    dialect, said = load_dialect(out, engine(tokenizer)), dialogues.scan().select(SAID).with_columns(few)
+    return check(written, dialect, said, partial(per_text, again))

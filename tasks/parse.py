@@ -23,10 +23,12 @@ from tasks.artifacts import (
     Counts,
     Messages,
     RawTrees,
+    arrow_schema,
     parquet_writer,
 )  # fmt: skip
 from tasks.errors import InputError, TreelineError
 from tasks.progress import bar
+from tasks.remembered import Remembered
 from tasks.step import Params, step
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ GROUP = 20_000  # rows of a row group: what is held in memory, and what a reader
 MB = 1 << 20
 HEAD = 200  # bytes of a bad line that are shown
 NAMED = 3  # bad lines that an error names
+# What it asks of each line alone.
+TREES = Remembered("trees", 1, "tasks.oasst.again", ("msgspec",))
 WAYS = ("in", "rejected", "repeated")  # in = out + rejected + repeated, of trees and of messages
 
 
@@ -78,6 +82,7 @@ def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
     from tasks.oasst.dump import Dump, Found
     from tasks.oasst.lines import Limits
     from tasks.oasst.tree import Layout
+    from tasks.trees import remembering
 
     files = raw.data()
     layout = Layout(LABELS, DETOXIFY, int(params.max_text_mb * MB))
@@ -87,7 +92,8 @@ def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
         _no_collection(),
         _Intake(out, files) as intake,
     ):
-        dump = Dump(files, layout, limits, shown.advance, {rows.KEY: rows.tree_of})
+        quick = remembering(TREES, layout.max_text, arrow_schema(MESSAGE_COLUMNS))
+        dump = Dump(files, layout, limits, shown.advance, {rows.KEY: rows.tree_of}, quick)
         for found in dump:
             intake.take(found) if isinstance(found, Found) else intake.reject(found)
             if intake.trees == params.max_trees:
@@ -139,7 +145,7 @@ class _Intake:
 
     def take(self, tree: Found) -> None:
         """Write a tree's messages."""
-        books, total = self._books, len(tree.content.messages)
+        books, total = self._books, len(tree.content.ids)
         books["trees_in"] += 1
         books["messages_in"] += total + tree.repeats + tree.conflicts
         books["messages_repeated"] += tree.repeats

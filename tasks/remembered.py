@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import unicodedata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,11 +29,14 @@ class Function:
         name: Such as "gpt2-ids"; letters, digits and hyphens.
         version: Raised by a person when it gives something else.
         settings: JSON values that it depends on.
+        least: Share of rows that were remembered together, from 0 to 1, below which it is cheaper to compute those
+            that are asked for again than to read them all.
     """
 
     name: str
     version: int
     settings: Mapping[str, Any]
+    least: float = field(default=0.0, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,9 @@ class Remembered:
             raise ValueError(f"{self.name} is declared of {self.module}, and computed by {found}")
         return PerText(self.name, self.version, self._all(settings), compute)
 
-    def named(self, settings: Mapping[str, Any]) -> Function:
+    def named(self, settings: Mapping[str, Any], least: float = 0.0) -> Function:
         """Return the function of what has names."""
-        return Function(self.name, self.version, self._all(settings))
+        return Function(self.name, self.version, self._all(settings), least=least)
 
     def _all(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {**settings, "packages": {name: _version(name) for name in self.packages}}

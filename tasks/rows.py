@@ -140,6 +140,12 @@ def mapping(mapper: Mapper, rows: int) -> Iterator[None]:
         _mapper.reset(token)
 
 
+def is_remembering() -> bool:
+    """Tell whether rows are kept, so that hashing pays."""
+    desk = _desk.get(None)
+    return desk is not None and desk.root is not None
+
+
 def threads(workers: int) -> Mapper:
     """Return a mapper of threads; 0: as many as there are cores."""
     count = workers or _cores()
@@ -236,7 +242,7 @@ def _looked_up(
 
     first, which = first_places(keys)
     memo, tally = desk.memo(function), desk.tally(function)
-    found = [] if desk.fresh else _known(memo, keys[first])
+    found, unread = _known(None if desk.fresh else memo, keys[first], function.least)
     if memo is not None and found and memo.name not in desk.agreed:
         schema = none().schema
         if any(rows.schema != schema for _, rows in found):
@@ -247,11 +253,13 @@ def _looked_up(
     missing = np.ones(len(first), np.bool_)
     for places, _ in found:
         missing[places] = False
+    new = np.ones(len(first), np.bool_)
+    new[unread] = False
     unseen, done = np.flatnonzero(missing), 0
     for made in compute(first[unseen]) if len(unseen) else ():
         places = unseen[done : done + len(made)]
         if memo is not None:
-            _remember(memo, keys[first[places]], made, desk.fresh)
+            _remember(memo, keys[first[places]], made, new[places], desk.fresh)
         found.append((places, made))
         done += len(made)
     tally.asked, tally.computed = tally.asked + len(first), tally.computed + len(unseen)
@@ -259,13 +267,11 @@ def _looked_up(
     return _in_order(found, which)
 
 
-def _remember(memo: Memo, keys: Keys, made: pa.RecordBatch, fresh: bool) -> None:
-    """Add rows to a memo; hold what it may know of them against what was made, and trust it no more if any differ."""
-    import numpy as np
+def _remember(memo: Memo, keys: Keys, made: pa.RecordBatch, new: NDArray[np.bool_], fresh: bool) -> None:
+    """Add new rows to a memo; fresh, hold what it knows against what was made, and trust it no more if any differ."""
     import pyarrow as pa
 
-    new = np.ones(len(keys), np.bool_)
-    for places, rows in _known(memo, keys) if fresh else ():
+    for places, rows in _known(memo, keys)[0] if fresh else ():
         if not rows.equals(made.take(pa.array(places))):
             log.warning("store.memo: %s holds rows that its function does not give; they are made anew", memo.name)
             memo.forget()
@@ -275,17 +281,19 @@ def _remember(memo: Memo, keys: Keys, made: pa.RecordBatch, fresh: bool) -> None
     memo.add(keys[new], made if new.all() else made.filter(pa.array(new)))
 
 
-def _known(memo: Memo | None, keys: Keys) -> list[tuple[Places, pa.RecordBatch]]:
-    """Return what is remembered of keys; nothing, where the memo cannot be read."""
+def _known(memo: Memo | None, keys: Keys, least: float = 0.0) -> tuple[list[tuple[Places, pa.RecordBatch]], list[int]]:
+    """Return what is remembered of keys, and which are not worth reading; nothing, where the memo cannot be read."""
     import pyarrow as pa
 
     if memo is None:
-        return []
+        return [], []
     try:
-        return list(memo.find(keys))
+        found = list(memo.find(keys, least))
     except (OSError, pa.ArrowException) as error:
         log.warning("store.memo: %s cannot be read: %s; its rows are computed again", memo.name, error)
-        return []
+        return [], []
+    unread = [place for places, rows in found if rows is None for place in places.tolist()]
+    return [(places, rows) for places, rows in found if rows is not None], unread
 
 
 def _computed(function: PerText, texts: pa.LargeStringArray, workers: int) -> Iterator[pa.RecordBatch]:

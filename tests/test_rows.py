@@ -254,3 +254,31 @@ def test_what_has_a_name_is_computed_once_wherever_it_stands(tmp_path: Path) -> 
         assert asked(order) == (order.astype(np.float64).sum(axis=1).tolist(), tally)
     assert asked(names[:0]) == ([], Tally())
     assert [count for count in computed if count] == [40, 10]  # none is asked for the columns alone
+
+
+def test_what_costs_more_to_read_than_to_compute_is_computed_and_remembered_once(tmp_path: Path) -> None:
+    names = np.arange(100, dtype=np.uint64).reshape(-1, 1)
+
+    def asked(some: Any, least: float) -> tuple[list[float], Tally]:
+        def doubled(places: Any) -> pa.RecordBatch:
+            return pa.record_batch({"twice": some[places, 0].astype(np.float64) * 2})
+
+        with remembering(tmp_path, 1, lambda name: None) as desk:
+            made = per_name(Function("twice", 1, {}, least=least), some, doubled)
+        return made["twice"].to_pylist(), next(iter(desk.tallies.values()))
+
+    def held() -> int:
+        opened = (pa.ipc.open_file(str(path)) for path in tmp_path.glob(".memo/*/*.arrow"))
+        return sum(one.read_all().num_rows for one in opened)
+
+    for some, least, remembered in (
+        (names[:90], 0.5, 0),  # all of them are new
+        (names[40:0:-1], 0.5, 0),  # too few to be read
+        (names[45:0:-1], 0.5, 45),
+        (names[85:], 0.5, 0),  # some new, the others too few
+        (names, 0.5, 100),
+        (names[:1], 0.0, 1),
+    ):
+        numbers = (some[:, 0] * 2.0).tolist()
+        assert asked(some, least) == (numbers, Tally(len(some), remembered, len(some) - remembered))
+    assert held() == 100

@@ -108,16 +108,24 @@ def _settled(given: Compared, asks: I64, guards: I64) -> dict[int, Twin]:
 
 def _buckets(asks: NDArray[np.uint32], guards: NDArray[np.uint32]) -> Iterator[tuple[I64, I64]]:
     """Yield of each bucket that holds both the places of its asks and of its guards."""
-    for band_asks, band_guards in zip(np.ascontiguousarray(asks.T), np.ascontiguousarray(guards.T), strict=True):
-        common = np.intersect1d(band_asks, band_guards)
+    for bands in zip(np.ascontiguousarray(asks.T), np.ascontiguousarray(guards.T), strict=True):
+        fewer = np.unique(min(bands, key=len))  # what the others are looked for in: most share no bucket with any
+        shared = [_found_in(fewer, keys) for keys in bands]
+        common = np.intersect1d(*(keys[places] for keys, places in zip(bands, shared, strict=True)))
         if not len(common):
             continue
         sides = []
-        for keys in (band_asks, band_guards):
-            order = np.argsort(keys, kind="stable")
+        for keys, places in zip(bands, shared, strict=True):
+            order = places[np.argsort(keys[places], kind="stable")]
             edges = [np.searchsorted(keys[order], common, side=edge) for edge in ("left", "right")]
             sides.append([order[start:stop] for start, stop in zip(*(edge.tolist() for edge in edges), strict=True)])
         yield from zip(*sides, strict=True)
+
+
+def _found_in(known: NDArray[np.uint32], keys: NDArray[np.uint32]) -> I64:
+    """Return the places of keys that are among the known ones, which are sorted and at least one."""
+    places: I64 = np.flatnonzero(known[np.minimum(np.searchsorted(known, keys), len(known) - 1)] == keys)
+    return places
 
 
 def _crowd(given: Compared, asks: I64, guards: I64) -> dict[int, Twin]:

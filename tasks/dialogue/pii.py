@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from ipaddress import ip_address
+from itertools import compress
 
 import polars as pl
 import pyarrow as pa
@@ -147,10 +148,11 @@ def scan(texts: pa.StringArray) -> pa.RecordBatch:
         (N,) `personal`, such as `e-mail 2, phone 1`, and `masked`, the text without it; both null where nothing is.
     """
     read = pl.Series("text", texts, dtype=pl.String)
-    hinted = read.to_frame().select(pl.col("text").str.contains(hint).alias(kind) for kind, hint in _HINTS.items())
+    hinted = read.to_frame().select(pl.col("text").str.contains(_HINTS[kind]).alias(kind) for kind in KINDS)
+    rows = hinted.select(pl.any_horizontal(pl.all())).to_series().arg_true()
     found = [("", "")] * len(read)
-    for row in hinted.select(pl.any_horizontal(pl.all())).to_series().arg_true():
-        found[row] = masked(read[row], [kind for kind in KINDS if hinted[row, kind]])
+    for row, text, hints in zip(rows.to_list(), read.gather(rows).to_list(), hinted[rows].rows(), strict=True):
+        found[row] = masked(text, [*compress(KINDS, hints)])
     return pa.RecordBatch.from_arrays(
         [
             pa.array([seen or None for _, seen in found], pa.string()),

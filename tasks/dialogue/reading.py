@@ -109,4 +109,5 @@ def _named(rows: Sequence[int], names: pl.Series) -> pl.DataFrame:
 
 def _masks(rows: Sequence[int], kept: pl.DataFrame) -> dict[int, tuple[str, str]]:
     hit = kept["masked"].is_not_null().arg_true()
-    return {rows[at]: (kept["masked"][at], kept["personal"][at]) for at in hit}
+    found = kept.select("masked", "personal")[hit].iter_rows()
+    return {rows[at]: (text, what) for at, (text, what) in zip(hit.to_list(), found, strict=True)}

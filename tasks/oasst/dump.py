@@ -17,14 +17,18 @@ import pyarrow.parquet as pq
 
 from tasks.errors import InputError
 from tasks.oasst.fields import Fault, wrong
+from tasks.oasst.laid import Laid
 from tasks.oasst.lines import Limits, Line, Lines
 from tasks.oasst.tree import EXTRA, ID, TREE, Layout, Row, arrange, flat_tree_id, messages_in
 from tasks.oasst.typed import Arranged, arranged, read
 
 Form = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # a row of another dataset -> a nested tree; may raise Fault
+# Lines -> id and messages of each good nested tree; None where the careful reader must look.
+Quick = Callable[[Sequence[bytes | memoryview]], Sequence[tuple[str, Arranged | Laid] | None]]
 
 PARQUET = b"PAR1"
 TOGETHER = 1 << 18  # bytes of lines that are looked at together: some 15 trees, whose objects stay in a cache
+MANY = 1 << 24  # of them, where trees are remembered: to look one up alone costs more than to read it
 BATCH = 1_000  # Parquet rows turned into Python objects at a time
 NEEDED = ("message_id", "text", "role")  # columns that a flat table must have
 
@@ -42,7 +46,7 @@ class Found(NamedTuple):
 
     place: Place
     tree_id: str
-    content: Arranged
+    content: Arranged | Laid
     repeats: int = 0
     conflicts: int = 0
 
@@ -96,13 +100,16 @@ class Dump:
         limits: Limits | None = None,
         advance: Callable[[float], None] = lambda _: None,
         forms: Mapping[str, Form] | None = None,
+        quick: Quick | None = None,
     ) -> None:
         """Prepare to read `files` in this order; `advance` is told of every byte of them that was read.
 
         Lines and tables of other datasets are known by a field: `forms` says of it how a row becomes a nested tree.
+        Good nested trees are read by `quick`, which may remember them; without it, here and now.
         """
         self._files, self._layout, self._limits, self._advance = files, layout, limits, advance
         self._forms = forms or {}
+        self._quick, self._together = (quick, MANY) if quick else (self._read, TOGETHER)
         self._groups: dict[str, _Group] = {}
         self.bytes, self.lines, self.unreadable = 0, 0, 0
 
@@ -123,8 +130,8 @@ class Dump:
     def _of_jsonl(self, index: int, path: Path) -> Iterator[Found | Bad]:
         lines, before = Lines(path, self._limits, self._advance), self.bytes
         flat = False  # so far in this file
-        for some in _batches(lines):
-            quick = [None] * len(some) if flat else read([line.raw for line in some], self._layout.max_text)
+        for some in _batches(lines, self._together):
+            quick = [None] * len(some) if flat else self._quick([line.raw for line in some])
             for line, good in zip(some, quick, strict=True):
                 self.lines, self.bytes = self.lines + 1, before + lines.bytes
                 place = Place(index, line.number, line.offset)
@@ -135,6 +142,9 @@ class Dump:
                 else:
                     flat = True
         self.bytes = before + lines.bytes
+
+    def _read(self, raws: Sequence[bytes | memoryview]) -> Sequence[tuple[str, Arranged] | None]:
+        return read(raws, self._layout.max_text)
 
     def _carefully(self, place: Place, raw: bytes, flat: bool) -> Found | Bad | None:
         """Read a line field by field; None for a flat message that was put to its tree."""
@@ -208,13 +218,13 @@ class Dump:
                     yield place, raw
 
 
-def _batches(lines: Iterable[Line]) -> Iterator[list[Line]]:
-    """Yield lines, about TOGETHER bytes at a time."""
+def _batches(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
+    """Yield lines, about so many bytes at a time."""
     some, held = list[Line](), 0
     for line in lines:
         some.append(line)
         held += len(line.raw)
-        if held >= TOGETHER:
+        if held >= size:
             yield some
             some, held = [], 0
     yield some

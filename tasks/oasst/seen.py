@@ -33,7 +33,7 @@ class Seen:
         self._trees.append(short)
         self._firsts.append(len(self._messages))
         self._places.extend(tree.place)
-        self._messages.extend([hash(message.message_id) for message in tree.content.messages])
+        self._messages.extend([*map(hash, tree.content.ids)])
 
     def place(self, version: int) -> Place:
         """Return where a version stood."""

@@ -14,6 +14,7 @@ from msgspec import msgpack
 from msgspec.structs import astuple
 
 from tasks.oasst import instants
+from tasks.oasst.laid import Laid
 from tasks.oasst.tree import DEPTH
 from tasks.oasst.typed import NO_SCORES, NO_VOTES, Arranged, Message, Rest, Votes
 
@@ -47,18 +48,18 @@ class Table(ABC):
     def _turn(self) -> None:
         """Turn the rows that wait into a piece."""
 
-    def _hold(self, columns: Iterable[Sequence[Any]]) -> None:
+    def _hold(self, columns: Iterable[Sequence[Any] | pa.Array]) -> None:
         """Hold a piece, and write a row group if there is one."""
-        arrays = [_array(values, kind) for values, kind in zip(columns, self._kinds, strict=True)]
-        self._pieces.append(pa.Table.from_arrays(arrays, schema=self._schema))
-        self._held += len(arrays[0])
+        made = [_array(values, kind) for values, kind in zip(columns, self._kinds, strict=True)]
+        self._pieces.append(pa.Table.from_arrays(made, schema=self._schema))
+        self._held += len(made[0])
         while self._held >= self._group:
             self._flush()
 
     def _flush(self) -> None:
         """Write a row group, in one piece: pages end where pieces do, and the same rows shall give the same bytes."""
-        held = pa.concat_tables(self._pieces).combine_chunks()
-        self._writer.write_table(held.slice(0, self._group))
+        held = pa.concat_tables(self._pieces)
+        self._writer.write_table(held.slice(0, self._group).combine_chunks())
         self._pieces = [held.slice(self._group)]
         self._held = len(self._pieces[0])
 
@@ -69,24 +70,35 @@ class MessageTable(Table):
     def __init__(self, writer: pq.ParquetWriter, group: int) -> None:
         super().__init__(writer, group)
         self._waiting = Arranged([], [], [], {})
+        self._laid: Laid | None = None  # trees that lie one after another, taken together
 
-    def add(self, tree: Arranged) -> None:
+    def add(self, tree: Arranged | Laid) -> None:
         """Add a tree's messages."""
-        waiting = self._waiting
-        if tree.rest:
-            first = len(waiting.messages)
-            waiting.rest.update((first + place, rest) for place, rest in tree.rest.items())
-        waiting.messages.extend(tree.messages)
-        waiting.depths.extend(tree.depths)
-        waiting.siblings.extend(tree.siblings)
-        self.rows += len(tree.messages)
-        if len(waiting.messages) >= PIECE:
+        if isinstance(tree, Laid):
+            self._join(tree)
+            return
+        if self._laid:
             self._turn()
+        self._waiting.append(tree)
+        self.rows += len(tree.messages)
+        if len(self._waiting.messages) >= PIECE:
+            self._turn()
+
+    def _join(self, tree: Laid) -> None:
+        if self._laid and (joined := self._laid.followed_by(tree)):
+            self._laid = joined
+        else:
+            self._turn()
+            self._laid = tree
+        self.rows += tree.last - tree.first
 
     def _turn(self) -> None:
         if self._waiting.messages:
             self._hold(columns(self._waiting))
             self._waiting = Arranged([], [], [], {})
+        if self._laid:
+            self._hold(self._laid.columns())
+            self._laid = None
 
 
 class RowTable(Table):
@@ -107,6 +119,11 @@ class RowTable(Table):
         if self._waiting:
             self._hold(zip(*self._waiting, strict=True))
             self._waiting = []
+
+
+def arrays(found: Arranged, kinds: Iterable[pa.DataType]) -> list[pa.Array]:
+    """Return the columns of a table of messages, which have these types: (M,) each."""
+    return [_array(values, kind) for values, kind in zip(columns(found), kinds, strict=True)]
 
 
 def columns(found: Arranged) -> list[Sequence[Any] | pa.Array]:

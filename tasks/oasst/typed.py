@@ -135,6 +135,20 @@ class Arranged(NamedTuple):
     siblings: list[int]
     rest: dict[int, Rest]
 
+    @property
+    def ids(self) -> list[str]:
+        """(M,) id of each message."""
+        return [message.message_id for message in self.messages]
+
+    def append(self, other: Arranged) -> None:
+        """Put the messages of another tree behind these."""
+        if other.rest:
+            first = len(self.messages)
+            self.rest.update((first + place, rest) for place, rest in other.rest.items())
+        self.messages.extend(other.messages)
+        self.depths.extend(other.depths)
+        self.siblings.extend(other.siblings)
+
 
 _decode = Decoder(Tree).decode
 

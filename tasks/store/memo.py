@@ -30,8 +30,9 @@ KEY = "key"  # the column of keys in a part
 KEY_BYTES = 16  # of a hash: two of 10^9 texts share one with a chance of 10^-21
 PART_BYTES = 32 << 20  # of rows that wait in memory to become a part
 BATCH_ROWS, BATCH_BYTES = 1 << 16, 32 << 20  # of small batches that a merge unites
-MOST = 32  # parts of a memo, each an open file; more are merged
-KEPT = 8  # of them, the largest, which a merge leaves alone: most rows are not copied again and again
+MOST = 32  # small parts of a memo, each an open file; more are merged
+KEPT = 8  # of all, the largest, which a merge leaves alone: most rows are not copied again and again
+FULL = 256  # parts in all, until then those of PART_BYTES are left alone, too: one run may write a hundred
 
 Keys = NDArray[np.uint64]  # (N, 2): the two halves of each key
 Places = NDArray[np.int64]
@@ -93,9 +94,14 @@ class Memo:
             os.utime(about)
         self._open_all()
 
-    def find(self, keys: Keys) -> Iterator[tuple[Places, pa.RecordBatch]]:
-        """Yield what is known of some keys: which of them, and their rows in that order."""
-        open_ = np.arange(len(keys))
+    def find(self, keys: Keys, least: float = 0.0) -> Iterator[tuple[Places, pa.RecordBatch | None]]:
+        """Yield what is known of some keys: which of them, and their rows in that order.
+
+        Args:
+            keys: Of what is asked.
+            least: Share of the rows of a batch that makes it worth reading; of one with fewer, None is yielded.
+        """
+        open_ = np.argsort(keys[:, 0])  # neighbours are looked for in one place: a third of the time
         waiting = [_rows(one, partial(_given, batch)) for one, batch in self._new]
         for rows in (*waiting, *(rows for part in self._parts.values() for rows in part)):
             if not len(open_):
@@ -103,7 +109,9 @@ class Memo:
             found = rows.find(keys[open_])
             hit = found >= 0
             if hit.any():
-                yield open_[hit], taken(rows.read(), found[hit])
+                order = np.argsort(open_[hit])
+                places, at = open_[hit][order], found[hit][order]
+                yield places, taken(rows.read(), at) if len(at) >= least * len(rows.row) else None
                 open_ = open_[~hit]
 
     def add(self, keys: Keys, rows: pa.RecordBatch) -> None:
@@ -123,8 +131,8 @@ class Memo:
     def close(self) -> None:
         """Write what is not written, and merge small parts where there are too many."""
         self._flush()
-        if self._writable and len(self._parts) > MOST:
-            self._attempt(self._merge)
+        if self._writable and (small := self._small()):
+            self._attempt(lambda: self._merge(small))
         with suppress(OSError):
             for path in self.folder.glob(".*.part"):
                 if not is_alive(path.name[1:].removesuffix(".part"), path):
@@ -163,10 +171,18 @@ class Memo:
         self._note()
         return path.name
 
-    def _merge(self) -> None:
-        """Copy the rows of all but the largest parts into one, each key once; then the parts may go."""
-        sizes = {name: (self.folder / name).stat().st_size for name in self._parts}
-        small = sorted(sizes, key=sizes.__getitem__)[: len(sizes) - KEPT]
+    def _small(self) -> list[str]:
+        """Name the parts to merge; none, while they are few."""
+        with suppress(OSError):  # another process merges them just now
+            sizes = {name: (self.folder / name).stat().st_size for name in self._parts}
+            found = sorted(sizes, key=sizes.__getitem__)[: max(len(sizes) - KEPT, 0)]
+            if len(sizes) <= FULL:
+                found = [name for name in found if sizes[name] < PART_BYTES]
+            return found if len(found) > MOST - KEPT else []
+        return []
+
+    def _merge(self, small: list[str]) -> None:
+        """Copy the rows of some parts into one, each key once; then these may go."""
         rows = _once([rows for name in small for rows in self._parts[name]])
         made = self._publish(united(rows, BATCH_ROWS, BATCH_BYTES))
         for name in small:

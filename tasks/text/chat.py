@@ -195,9 +195,14 @@ class Dialect:
         return text.removesuffix(closing)
 
 
-def load_dialect(folder: Path) -> Dialect:
-    """Load the dialect of a folder that holds `tokenizer.json` and `encoding.json`: encoded tokens or a tuned model."""
+def load_dialect(folder: Path, tokenizer: Tokenizer | None = None) -> Dialect:
+    """Load the dialect of a folder that holds `tokenizer.json` and `encoding.json`: encoded tokens or a tuned model.
+
+    Args:
+        folder: The folder.
+        tokenizer: What `tokenizer.json` describes, where it was read already.
+    """
     encoding = json.loads((folder / "encoding.json").read_bytes())
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     template = TEMPLATES[encoding["template"]]
-    return Dialect(tokenizer, template, encoding["specials"], encoding["vocab_size"], encoding["block"])
+    known = tokenizer or Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return Dialect(known, template, encoding["specials"], encoding["vocab_size"], encoding["block"])

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TINY = str(Path(__file__).with_name("tiny.toml"))
-PARTS = 7  # functions of one text that a run remembers, a part each
+PARTS = 8  # functions of one line or text that a run remembers, a part each
 KINDS = ["raw", "messages", "dialogues", "tokens", "model", "report"]
 
 

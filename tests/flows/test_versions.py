@@ -45,7 +45,8 @@ def test_a_changed_helper_is_named(project: Path) -> None:
 def test_a_function_whose_rows_are_remembered_is_guarded_like_a_step() -> None:
     now = versions.current(chain.STEPS)
     assert {name for name, entry in now.items() if entry["makes"] == "rows"} == {
-        "language", "personal", "asked", "near-fingerprint", "near-pairs", "gpt2-ids", "trained-ids", "exported-ids",
+        "trees", "language", "personal", "asked", "near-fingerprint", "near-pairs", "gpt2-ids", "trained-ids",
+        "exported-ids",
     }  # fmt: skip
     before = copy.deepcopy(now)
     before["near-fingerprint"]["modules"]["tasks.dialogue.fold"] = "another"

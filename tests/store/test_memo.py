@@ -45,6 +45,7 @@ def known(memo: Memo, *numbers: int) -> dict[int, list[int]]:
     """Ask for numbers; return the rows found."""
     found: dict[int, list[int]] = {}
     for places, batch in memo.find(keys(*numbers)):
+        assert batch is not None
         found |= dict(zip(np.array(numbers)[places].tolist(), batch.column("ids").to_pylist(), strict=True))
     return found
 
@@ -137,6 +138,31 @@ def test_a_merge_unites_small_batches(tmp_path: Path) -> None:
     memo = opened(tmp_path)
     assert len(parts(memo.folder)) == memos.KEPT + 1
     assert [len(batches) for batches in memo._parts.values()] == [1] * (memos.KEPT + 1)
+
+
+def test_parts_of_full_size_are_not_copied_again_while_they_are_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memos, "PART_BYTES", 1)
+    memo = opened(tmp_path)
+    for number in range(memos.MOST + 9):
+        memo.add(keys(number), rows(number))
+    memo.close()
+    assert len(parts(memo.folder)) == memos.MOST + 9
+    monkeypatch.setattr(memos, "FULL", memos.MOST)
+    opened(tmp_path).close()
+    assert len(parts(memo.folder)) == memos.KEPT + 1
+    everything = range(memos.MOST + 9)
+    assert known(opened(tmp_path), *everything) == right(*everything)
+
+
+def test_of_a_batch_of_which_too_little_is_asked_nothing_is_read_but_its_keys(tmp_path: Path) -> None:
+    remember(tmp_path, *range(10))
+    asked = keys(40, 3, 5, 41)
+    for least, read in ((0.0, True), (0.2, True), (0.21, False)):
+        ((places, batch),) = opened(tmp_path).find(asked, least)
+        assert places.tolist() == [1, 2]
+        assert batch == rows(3, 5) if read else batch is None
 
 
 def test_opening_reads_keys_and_not_rows(tmp_path: Path) -> None:
