@@ -56,7 +56,22 @@ def digest(path: Path) -> str:
         body = getattr(node, "body", None)
         if isinstance(body, list):
             node.body = [part for part in body if not _is_text(part)]  # type: ignore[attr-defined]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(_shape(tree)).encode()).hexdigest()[:16]
+
+
+def _shape(part: Any) -> Any:
+    """Return a part of a syntax tree as lists of words, the same whatever Python reads it.
+
+    What is empty is left out: newer versions have more fields, and `ast.dump` shows or hides them.
+    """
+    if isinstance(part, list):
+        return [_shape(one) for one in part]
+    if isinstance(part, ast.JoinedStr):  # Python 3.12.1 has an empty text after a nested format
+        part.values = [one for one in part.values if not (isinstance(one, ast.Constant) and one.value == "")]
+    if isinstance(part, ast.AST):
+        told = ((name, value) for name, value in ast.iter_fields(part) if value is not None and value != [])
+        return [type(part).__name__, *([name, _shape(value)] for name, value in told)]
+    return repr(part)
 
 
 def _is_text(node: ast.AST) -> bool:

@@ -62,6 +62,12 @@ def test_comments_docstrings_and_layout_are_not_code(project: Path) -> None:
     assert versions.stale(state(project), before) == []
 
 
+def test_a_digest_is_that_of_every_python_that_is_allowed(tmp_path: Path) -> None:
+    """`ast.dump` shows other fields in each; the lock is written by one of them and read by all."""
+    (tmp_path / "a.py").write_text("def f(a: int | None = None) -> str:\n    return f'{a or 0:<{3}}{f}'\n")
+    assert versions.digest(tmp_path / "a.py") == "f4c90ead857bb494"
+
+
 def test_a_raised_version_must_be_locked(project: Path) -> None:
     assert versions.stale(state(project, version=2), state(project)) == [
         "parse: version 2 is not locked yet. Run python -m flows lock"
