@@ -145,7 +145,7 @@ class _Intake:
 
     def take(self, tree: Found) -> None:
         """Write a tree's messages."""
-        books, total = self._books, len(tree.content.ids)
+        books, total = self._books, tree.content.size
         books["trees_in"] += 1
         books["messages_in"] += total + tree.repeats + tree.conflicts
         books["messages_repeated"] += tree.repeats

@@ -11,7 +11,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from tasks.artifacts import Encoding, Model, Sequences
 from tasks.errors import ParameterError
@@ -133,25 +133,13 @@ class TuningRuntime(Runtime):
     keep_checkpoints: Count = 2
     """Checkpoints kept. With one, a disk that spoils it costs the run so far. The best weights are in each."""
     processes: Count | Literal["auto"] = 1
-    """Processes that train together, each on a GPU of its own; auto: one a GPU. On the CPU, one is best. Under torchrun, those that it started."""  # noqa: E501
-    nodes: int = 1
-    """Machines: only this one, since nothing here starts processes on another. For several, run the recipe by torchrun on each of them."""  # noqa: E501
+    """Processes that train together, each on a GPU of its own; auto: one a GPU. On the CPU, one is best. Those of torchrun, where it started this one; on several machines, only it can."""  # noqa: E501
     sharding: Literal["auto", "none", "full"] = "auto"
     """With many processes, whether each holds the whole model (none) or a part of it (full), which takes less memory and more talk. auto: full where the whole would fill half a GPU. A part is no whole: full and an average exclude each other, and with one auto means none."""  # noqa: E501
     restarts: Annotated[int, Field(ge=0, le=1_000)] = 2
     """With many processes, how often all go on from the last checkpoint after one was lost. Under torchrun, its --max-restarts counts."""  # noqa: E501
     silence_seconds: Annotated[float, Field(ge=30, le=604_800)] = 900.0
     """With many processes, seconds without a sign of life, or without getting on, after which one counts as lost. To get on is to begin something: a micro-batch, a sum, a file of a checkpoint. It must be longer than whatever is done in one go: loading the weights, compiling."""  # noqa: E501
-
-    @field_validator("nodes")
-    @classmethod
-    def _one(cls, nodes: int) -> int:
-        if nodes != 1:
-            raise ValueError(
-                "processes are started on this machine only; for several, run on each of them: torchrun --nnodes N "
-                "--nproc-per-node GPUS --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m flows run RECIPE"
-            )
-        return nodes
 
 
 def tune(

@@ -53,7 +53,7 @@ def lean(model: GPT2LMHeadModel) -> bool:
     return THERE and all(isinstance(block.mlp.c_proj, Affine) for block in model.transformer.h)
 
 
-def through(product: Any, inputs: Tensor, again: Again, source: Tensor) -> Tensor:
+def product_of(product: Any, inputs: Tensor, again: Again, source: Tensor) -> Tensor:
     """Apply a product, whatever it is by now; adapters beside it, for one, want to keep the inputs themselves."""
     made: Tensor = product(inputs, again, source) if isinstance(product, Affine) else product(inputs)
     return made

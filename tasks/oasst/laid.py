@@ -23,6 +23,11 @@ class Laid(NamedTuple):
     last: int
     ids: list[str]
 
+    @property
+    def size(self) -> int:
+        """M, their messages."""
+        return self.last - self.first
+
     def followed_by(self, other: Self) -> Laid | None:
         """Return both, where the other begins where this ends; the ids are not needed any more."""
         together = self.rows is other.rows and self.last == other.first
@@ -30,7 +35,7 @@ class Laid(NamedTuple):
 
     def columns(self) -> list[pa.Array]:
         """Return the columns of the messages."""
-        found: list[pa.Array] = self.rows.slice(self.first, self.last - self.first).flatten()
+        found: list[pa.Array] = self.rows.slice(self.first, self.size).flatten()
         return found
 
 

@@ -74,14 +74,14 @@ class MessageTable(Table):
 
     def add(self, tree: Arranged | Laid) -> None:
         """Add a tree's messages."""
+        self.rows += tree.size
         if isinstance(tree, Laid):
             self._join(tree)
             return
         if self._laid:
             self._turn()
         self._waiting.append(tree)
-        self.rows += len(tree.messages)
-        if len(self._waiting.messages) >= PIECE:
+        if self._waiting.size >= PIECE:
             self._turn()
 
     def _join(self, tree: Laid) -> None:
@@ -90,7 +90,6 @@ class MessageTable(Table):
         else:
             self._turn()
             self._laid = tree
-        self.rows += tree.last - tree.first
 
     def _turn(self) -> None:
         if self._waiting.messages:

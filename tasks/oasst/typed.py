@@ -136,6 +136,11 @@ class Arranged(NamedTuple):
     rest: dict[int, Rest]
 
     @property
+    def size(self) -> int:
+        """M, its messages."""
+        return len(self.messages)
+
+    @property
     def ids(self) -> list[str]:
         """(M,) id of each message."""
         return [message.message_id for message in self.messages]

@@ -217,12 +217,6 @@ def test_chat_answers(shell: Shell) -> None:
         (("run", TINY, "--until", "bake"), 2, r"error\[param.step\]"),
         (("run", TINY, "--until", "encode", "--force", "train"), 2, r"error\[param.step\]: --force train"),
         (("run", TINY, "--set", "name=../../x"), 2, r"error\[param.recipe\]: name: "),
-        (
-            ("plan", TINY, "--set", "train.nodes=2"),
-            2,
-            r"error\[param.recipe\]: .*this machine only; .* torchrun --nnodes N",
-        ),
-        (("plan", TINY, "--set", "runtime.train.nodes=2"), 2, r"error\[param.recipe\]: .*torchrun --nnodes N"),
         (("plan", TINY, "--set", "train.lr=inf"), 2, r"error\[param.recipe\]: train.lr: .*finite"),
         (("plan", TINY, "--set", "train.epochs=1e18"), 2, r"error\[param.recipe\]: train.epochs: "),
         (("show", "messages", "-n", "-1"), 2, r"error\[param.usage\]: .*whole number"),

@@ -9,7 +9,7 @@ from torch.nn import LayerNorm
 from transformers.pytorch_utils import Conv1D
 
 from tasks.gpt import affine
-from tasks.gpt.affine import Affine, adopt, multiply, through
+from tasks.gpt.affine import Affine, adopt, multiply, product_of
 
 Parts = tuple[LayerNorm, Conv1D, Tensor]
 pytestmark = pytest.mark.skipif(not affine.THERE, reason="torch goes elsewhere than to MKL")
@@ -20,9 +20,9 @@ def parts() -> Parts:
     return LayerNorm(24), Conv1D(40, 24), torch.randn(2, 16, 24, requires_grad=True)
 
 
-def gradients(given: Parts, product_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def gradients(given: Parts, applied: Callable[[Tensor], Tensor]) -> list[Tensor]:
     norm, product, states = given
-    made = product_of(states)
+    made = applied(states)
     wanted = [states, norm.weight, norm.bias, product.weight, product.bias]
     return [made, *torch.autograd.grad((made * torch.linspace(0, 1, 40)).sum(), wanted)]
 
@@ -40,7 +40,7 @@ def test_inputs_made_again_are_those_kept_to_the_bit() -> None:
     norm, product, _ = given = parts()
     adopt(product)
     kept = gradients(given, lambda x: product(norm(x)))
-    again = gradients(given, lambda x: through(product, norm(x), norm.forward, x))
+    again = gradients(given, lambda x: product_of(product, norm(x), norm.forward, x))
     assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
 
 
@@ -55,7 +55,7 @@ def test_inputs_made_again_are_not_kept() -> None:
 
     normed = norm(states)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        through(product, normed, norm.forward, states)
+        product_of(product, normed, norm.forward, states)
     assert kept == {product.weight.data_ptr(), states.data_ptr()}
 
 
