@@ -125,7 +125,7 @@ class TuningRuntime(Runtime):
     compile: bool = False
     """Compile the model; pays on a GPU, in runs longer than a few minutes."""
     attention: Literal["auto", "sdpa", "flex"] = "auto"
-    """How tokens look back: by a mask (SDPA), or by blocks that leave out what nobody sees (FlexAttention; CUDA, compiled, without dropout). auto: by blocks where that can be done."""  # noqa: E501
+    """How tokens look back: by a mask (SDPA), or by blocks that leave out what nobody sees (FlexAttention; CUDA, compiled, without dropout). auto: by blocks where that can be done; on a CPU, the same in plain products."""  # noqa: E501
     threads: Count | None = None
     """CPU threads. None: one for a model narrower than 512, else as torch finds best."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 120.0
@@ -224,7 +224,7 @@ def as_begun(run: TuningRuntime, first: Mapping[str, Any], size: int) -> TuningR
         kept["sharding"] = first["sharding"]
     if run.recompute == "auto" and first.get("recompute"):  # without, unless memory has become short
         kept["recompute"] = True
-    if run.attention == "auto" and first.get("attention") == "sdpa":  # by blocks, unless it can no longer be done
+    if run.attention == "auto" and first.get("attention") == "sdpa":  # another way, unless it can no longer be gone
         kept["attention"] = "sdpa"
     return run.model_copy(update=kept)
 
@@ -240,7 +240,7 @@ def _machine(
     first: Mapping[str, Any],
 ) -> Machine:
     """Return where the run goes on and how, with the plan of its memory and time said."""
-    from tasks.gpt.attention import by_blocks, set_blocks
+    from tasks.gpt.attention import set_way, way_for
     from tasks.gpt.device import spare_memory
     from tasks.gpt.planning import memory_named, planned
     from tasks.gpt.run import Machine
@@ -248,7 +248,7 @@ def _machine(
     from tasks.gpt.world import here
 
     world, block = here(), splits[0].block
-    set_blocks(model, by_blocks(run.attention, device, run.compile, params.dropout))
+    set_way(model, way_for(run.attention, device, run.compile, params.dropout))
     machine = Machine(
         device,
         time.monotonic,

@@ -9,7 +9,6 @@ Legend: B sequences, T tokens in a sequence; dimension 1 of the mask is the head
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from functools import cache
 from typing import Literal
 
@@ -21,11 +20,15 @@ from transformers import GPT2LMHeadModel
 
 from tasks.errors import ConfigurationError, ParameterError
 from tasks.gpt.blocks import block_mask
+from tasks.gpt.queries import attend as mix
+from tasks.gpt.queries import parts
 from tasks.gpt.trunk import Attend
 
 log = logging.getLogger("treeline.train")
-BY_BLOCKS = "attends_by_blocks"  # an attribute of a model
-QUERIES = 256  # at once, on a CPU: 128 and 512 were slower by 3 and 14 % (6 heads, 2,048 tokens)
+Way = Literal["sdpa", "flex", "parts"]
+WAY = "attends"  # an attribute of a model
+SHORT = 256  # tokens: torch's kernel is as fast for fewer, on a CPU
+LONG = 768  # from here on it is, too, where all before a token is seen: it then takes 256 queries at once, not 64
 
 
 def visible(ends: Tensor) -> Tensor:
@@ -48,59 +51,59 @@ def by_ends(model: GPT2LMHeadModel, ends: Tensor) -> Attend:
     """Return attention under the rule, for all layers of one pass over a batch.
 
     Args:
-        model: Its mode decides on dropout, and `set_blocks` on what a compiled pass uses.
+        model: Its mode decides on dropout, and `set_way` on who does it.
         ends: (B, T) int64.
     """
     lower, lowered = torch.get_autocast_dtype(ends.device.type), torch.is_autocast_enabled(ends.device.type)
-    if getattr(model, BY_BLOCKS, False):
+    way = way_set(model)
+    if way == "flex":
         return _by_blocks(model, ends, lower, lowered)
-    mask = _mask(ends, lower, lowered)
-    return _by_mask(model, mask, _parts(ends) if mask is not None and ends.device.type == "cpu" else [])
+    if way == "parts" and _pays(model, ends):
+        return _by_parts(model, ends)
+    return _by_mask(model, _mask(ends, lower, lowered))
 
 
-def _by_mask(model: GPT2LMHeadModel, mask: Tensor | None, parts: Sequence[tuple[slice, slice]]) -> Attend:
-    """Attend by what is added to the scores: SDPA, the reference; some queries at once, with the keys they may see."""
+def _by_mask(model: GPT2LMHeadModel, mask: Tensor | None) -> Attend:
+    """Attend by what is added to the scores: SDPA, the reference."""
 
     def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         attention = model.transformer.h[layer].attn
         dropped = attention.attn_dropout.p if attention.training else 0.0
-        if len(parts) < 2 or dropped or torch.compiler.is_compiling():  # compiled code is for one shape
-            return scaled_dot_product_attention(
-                queries, keys, values, mask, dropped, is_causal=mask is None, scale=attention.scaling
-            )
-        assert mask is not None
-        mixed = [
-            scaled_dot_product_attention(
-                queries[:, :, some],
-                keys[:, :, seen],
-                values[:, :, seen],
-                mask[:, :, some, seen],
-                scale=attention.scaling,
-            )
-            for some, seen in parts
-        ]
-        return torch.cat(mixed, dim=2)
+        return scaled_dot_product_attention(
+            queries, keys, values, mask, dropped, is_causal=mask is None, scale=attention.scaling
+        )
 
     return attend
 
 
-def _parts(ends: Tensor) -> list[tuple[slice, slice]]:
-    """Return runs of at most `QUERIES` queries, each with all keys that any of it sees, in any sequence.
+def _by_parts(model: GPT2LMHeadModel, ends: Tensor) -> Attend:
+    """Attend some queries at once, to what one of them sees."""
+    made = parts(ends)
 
-    A mask alone spares a CPU nothing: above the diagonal, and between documents, it computes what it then throws away.
-    """
-    length, found = ends.shape[1], []
-    for first in range(0, length, QUERIES):
-        last = min(first + QUERIES, length)
-        alive = (ends[:, :first] > first).any(dim=0)  # (first,) keys before, that some query of the run sees
-        found.append((slice(first, last), slice(int(alive.int().argmax()) if alive.any() else first, last)))
-    return found
+    def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return mix(queries, keys, values, made, model.transformer.h[layer].attn.scaling)
+
+    return attend
+
+
+def _pays(model: GPT2LMHeadModel, ends: Tensor) -> bool:
+    """Tell whether attending by parts can be done, and is faster than torch's kernel."""
+    attention, length = model.transformer.h[0].attn, ends.shape[1]
+    dropped = attention.training and attention.attn_dropout.p > 0
+    if ends.device.type != "cpu" or dropped or length <= SHORT:
+        return False
+    return length < LONG or not _plain(ends)
+
+
+def _plain(ends: Tensor) -> bool:
+    """Tell whether a token sees all before it."""
+    return bool((ends >= ends.shape[1]).all())
 
 
 def _by_blocks(model: GPT2LMHeadModel, ends: Tensor, lower: torch.dtype, lowered: bool) -> Attend:
     """Attend by blocks where this is compiled. Elsewhere FlexAttention would write out all scores, so SDPA does it."""
     blocks = block_mask(ends)
-    plain = cache(lambda: _by_mask(model, _mask(ends, lower, lowered), []))
+    plain = cache(lambda: _by_mask(model, _mask(ends, lower, lowered)))
 
     def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
@@ -112,16 +115,22 @@ def _by_blocks(model: GPT2LMHeadModel, ends: Tensor, lower: torch.dtype, lowered
     return attend
 
 
-def set_blocks(model: GPT2LMHeadModel, wanted: bool) -> None:
-    """Let compiled passes of a model attend by blocks (FlexAttention), or by a mask as all others do (SDPA)."""
-    setattr(model, BY_BLOCKS, wanted)
+def set_way(model: GPT2LMHeadModel, way: Way) -> None:
+    """Let a model attend by a mask (SDPA), by blocks where it is compiled (FlexAttention), or by parts on a CPU."""
+    setattr(model, WAY, way)
 
 
-def by_blocks(asked: Literal["auto", "sdpa", "flex"], device: torch.device, compiled: bool, dropout: float) -> bool:
-    """Tell whether to attend by blocks: where asked to, or, for auto, where it can be done and pays.
+def way_set(model: GPT2LMHeadModel) -> Way:
+    """Return how a model attends; by parts, where nobody said."""
+    way: Way = getattr(model, WAY, "parts")
+    return way
+
+
+def way_for(asked: Literal["auto", "sdpa", "flex"], device: torch.device, compiled: bool, dropout: float) -> Way:
+    """Return the way to attend: what was asked for or, for auto, the fastest that can be done.
 
     FlexAttention has no backward pass on a CPU, is slower than SDPA unless compiled, and cannot drop anything: under
-    dropout of attention's weights it would train another model.
+    dropout of attention's weights it would train another model. Parts are of any size, and compiled code is for one.
 
     Raises:
         ConfigurationError: If it is asked for where there is no GPU.
@@ -137,10 +146,14 @@ def by_blocks(asked: Literal["auto", "sdpa", "flex"], device: torch.device, comp
     if asked == "flex" and dropout:
         do = "Set train.dropout to 0, or train.attention to auto or sdpa"
         raise ParameterError(f"FlexAttention has no dropout, and {dropout} is asked for", where, do, "param.attention")
+    if asked != "auto":
+        return asked
+    if device.type == "cpu" and not compiled:
+        return "parts"
     possible = device.type == "cuda" and compiled
-    if asked == "auto" and possible and dropout:
+    if possible and dropout:
         log.info("train.attention: by mask (SDPA), as dropout is %s; with 0, FlexAttention would be used", dropout)
-    return asked == "flex" or (asked == "auto" and possible and not dropout)
+    return "flex" if possible and not dropout else "sdpa"
 
 
 def _mask(ends: Tensor, lower: torch.dtype, lowered: bool) -> Tensor | None:
@@ -149,7 +162,7 @@ def _mask(ends: Tensor, lower: torch.dtype, lowered: bool) -> Tensor | None:
     SDPA would make the same of a bool mask, but again in each layer. A GPU is not asked whether it is plain: it would
     have to be waited for.
     """
-    if ends.device.type == "cpu" and bool((ends >= ends.shape[1]).all()):
+    if ends.device.type == "cpu" and _plain(ends):
         return None
     seen = visible(ends)
     return torch.zeros_like(seen, dtype=lower if lowered else torch.float32).masked_fill_(~seen, -torch.inf)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import GPT2LMHeadModel
 
-from tasks.gpt.attention import BY_BLOCKS
+from tasks.gpt import affine
+from tasks.gpt.attention import way_set
 from tasks.gpt.run import Machine
 
 
@@ -34,7 +35,8 @@ def way_of(model: GPT2LMHeadModel, machine: Machine, micro_batch: int) -> dict[s
         "micro_batch": micro_batch,
         "recompute": machine.recompute,
         "compile": machine.compile,
-        "attention": "flex" if getattr(model, BY_BLOCKS, False) else "sdpa",
+        "attention": way_set(model),
+        "products": affine.kernels() if device.type == "cpu" else "torch",
     }
 
 

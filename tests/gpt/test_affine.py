@@ -1,4 +1,4 @@
-"""Products by oneDNN are those of transformers, and so are their gradients, whether inputs are kept or made again."""
+"""Our products are those of transformers, and so are their gradients, by any kernels, inputs kept or made again."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,13 @@ from tasks.gpt import affine
 from tasks.gpt.affine import Affine, adopt, multiply, product_of
 
 Parts = tuple[LayerNorm, Conv1D, Tensor]
-pytestmark = pytest.mark.skipif(not affine.THERE, reason="torch goes elsewhere than to MKL")
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["torch", "oneDNN"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param and not affine.THERE:
+        pytest.skip("torch goes elsewhere than to MKL")
+    monkeypatch.setattr(affine, "PAYS", request.param)
 
 
 def parts() -> Parts:

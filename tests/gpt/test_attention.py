@@ -1,11 +1,9 @@
-from itertools import pairwise
-
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import GPT2LMHeadModel
 
-from tasks.gpt.attention import by_ends, visible
+from tasks.gpt.attention import by_ends, set_way, visible
 from tasks.gpt.weights import build_start, scratch_spec
 
 
@@ -44,24 +42,19 @@ def test_packed_documents_give_the_logits_that_each_gives_alone() -> None:
         torch.testing.assert_close(packed[:, first:last], model(ids[:, first:last]).logits, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("length", [256, 257, 700])
-def test_queries_in_runs_see_what_the_mask_lets_them(length: int) -> None:
+@pytest.mark.parametrize("length", [256, 257, 767, 768])
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "packed"])
+def test_whichever_way_is_the_fastest_sees_what_the_mask_lets_it(length: int, plain: bool) -> None:
     draw, model = torch.Generator().manual_seed(0), tiny(positions=length)
-    cuts = [0, 90, 300, 310, 600, length]
-    ends = torch.zeros(2, length, dtype=torch.long)
-    for first, last in pairwise(sorted({min(cut, length) for cut in cuts})):
-        ends[:, first:last] = last
-    ends[1, : length // 2] = length  # a prompt, and two replies
-    queries, keys, values = (torch.randn(2, 2, length, 8, generator=draw, requires_grad=True) for _ in range(3))
-    found = by_ends(model, ends)(0, queries, keys, values)
+    ends = torch.full((2, length), length)
+    if not plain:
+        ends[1, :90] = 90
+    q, k, v = (torch.randn(2, 2, length, 8, generator=draw) for _ in range(3))
     scale = model.transformer.h[0].attn.scaling
-    expected = scaled_dot_product_attention(queries, keys, values, attn_mask=visible(ends), scale=scale)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    slope = torch.randn(found.shape, generator=draw)
-    for ours, theirs in zip(
-        *(torch.autograd.grad(one, (queries, keys, values), slope) for one in (found, expected)), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    expected = scaled_dot_product_attention(q, k, v, attn_mask=visible(ends), scale=scale)
+    for way in ("parts", "sdpa"):
+        set_way(model, way)
+        torch.testing.assert_close(by_ends(model, ends)(0, q, k, v), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_padding_gives_no_nan_whatever_its_ends_say() -> None:

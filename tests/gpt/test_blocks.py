@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from tasks.errors import ConfigurationError, ParameterError
-from tasks.gpt.attention import by_blocks, set_blocks, visible
+from tasks.gpt.attention import set_way, visible, way_for
 from tasks.gpt.blocks import BLOCK, block_mask
 from tasks.gpt.loss import supervised_nats
 from tasks.gpt.trunk import Trunk, hidden_states, recomputing
@@ -87,24 +87,25 @@ def test_both_ways_to_attend_give_the_same(compiled: bool) -> None:
 
 
 def test_blocks_are_for_compiled_runs_on_a_gpu_without_dropout() -> None:
-    assert by_blocks("auto", CUDA, True, 0.0)
-    assert not by_blocks("auto", CUDA, True, 0.1)
-    assert not by_blocks("auto", CUDA, False, 0.0)
-    assert not by_blocks("auto", CPU, True, 0.0)
-    assert by_blocks("flex", CUDA, True, 0.0)
-    assert not by_blocks("sdpa", CUDA, True, 0.0)
+    assert way_for("auto", CUDA, True, 0.0) == "flex"
+    assert way_for("auto", CUDA, True, 0.1) == "sdpa"
+    assert way_for("auto", CUDA, False, 0.0) == "sdpa"
+    assert way_for("auto", CPU, False, 0.0) == "parts"
+    assert way_for("auto", CPU, True, 0.0) == "sdpa"
+    assert way_for("flex", CUDA, True, 0.0) == "flex"
+    assert way_for("sdpa", CUDA, True, 0.0) == "sdpa"
     with pytest.raises(ConfigurationError, match=r"config\.attention"):
-        by_blocks("flex", CPU, True, 0.0)
+        way_for("flex", CPU, True, 0.0)
     for compiled, dropout in ((False, 0.0), (True, 0.1)):
         with pytest.raises(ParameterError, match=r"param\.attention"):
-            by_blocks("flex", CUDA, compiled, dropout)
+            way_for("flex", CUDA, compiled, dropout)
 
 
 def test_what_is_not_compiled_attends_by_the_mask_whatever_was_asked() -> None:
     model, ends = tiny(), trees(256, 2, seed=1)
     given = batch(ends)
     plain = supervised_nats(model, *given)
-    set_blocks(model, True)
+    set_way(model, "flex")
     assert torch.equal(supervised_nats(model, *given), plain)
 
 
@@ -125,7 +126,7 @@ def test_a_compiled_pass_by_blocks_gives_the_loss_of_the_mask() -> None:
     trunk = torch.compile(hidden_states)
     with torch.no_grad():
         plain = supervised_nats(model, *given)
-        set_blocks(model, True)
+        set_way(model, "flex")
         torch.testing.assert_close(supervised_nats(model, *given, trunk=trunk), plain, rtol=1e-5, atol=0)
 
 
@@ -137,7 +138,7 @@ def test_the_way_back_of_a_pass_by_blocks_gives_the_gradients_of_the_mask(
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
     model, given = tiny(), batch(trees(300, 2, seed=3))
     plain, expected = way_back(model, given, trunk)
-    set_blocks(model, True)
+    set_way(model, "flex")
     nats, found = way_back(model, given, torch.compile(trunk, backend="aot_eager"))
     assert nats == pytest.approx(plain, rel=1e-5)
     for name, gradient in expected.items():
@@ -157,8 +158,8 @@ def test_loss_and_gradients_by_blocks_are_those_of_the_mask() -> None:
     model = tiny().to(CUDA)
     ids, mask, positions, ends = batch(trees(512, 4, seed=3))
     given, found = (ids.to(CUDA), mask, positions.to(CUDA), ends.to(CUDA)), []
-    for blocks in (False, True):
-        set_blocks(model, blocks)
+    for way in ("sdpa", "flex"):
+        set_way(model, way)
         found.append(way_back(model, given, torch.compile(hidden_states)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
     for name, expected in found[0][1].items():
