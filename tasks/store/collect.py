@@ -18,7 +18,7 @@ from typing import Any
 
 from tasks.errors import StoreError
 from tasks.store.folders import CHECKPOINTS, RECIPE, RESUMABLE, Store, write_whole, writing
-from tasks.store.manifest import Manifest
+from tasks.store.manifest import Manifest, UnreadableManifest, read_manifest
 from tasks.store.owner import is_alive, mark
 from tasks.store.parts import ABOUT, memos
 
@@ -128,6 +128,8 @@ def _made(manifests: list[tuple[Path, Manifest]], digests: Collection[str]) -> I
 
 def _recipe(scratch: Path) -> dict[str, Any]:
     """Read what is built in a scratch folder, and of what; nothing where that was not noted."""
+    with suppress(UnreadableManifest):  # all is built, and the checkpoints, with the note among them, may be gone
+        return read_manifest(scratch).recipe
     path = scratch / CHECKPOINTS / RECIPE
     found = _load(path) or {}
     if not isinstance(found, dict):

@@ -118,16 +118,33 @@ class Store:
                 return True
         return False
 
+    def built(self, scratch: Path, key: str) -> Manifest | None:
+        """Return the manifest of a scratch folder that lacks nothing but its name; of any other, remove it.
+
+        A try that is killed while it publishes has built all, and may have no checkpoints any more. Its seal tells a
+        whole manifest from one that was cut short, and every file is hashed.
+        """
+        found = examine(scratch)
+        if isinstance(found, Manifest) and found.key == key:
+            log.warning("store.built: a try ended before %s/%s, all built, had its name", found.kind, key[:SHORT])
+            return found
+        with writing(self.root):  # it is no file of what will be built
+            (scratch / NAME).unlink(missing_ok=True)
+        return None
+
     def publish(self, scratch: Path, manifest: Manifest, replace: bool = False) -> tuple[Path, Manifest]:
         """Make a built folder visible by one rename, after everything in it is on the disk.
 
         Returns:
             The finished folder and its manifest; the other's, where another process published the same key first.
             A kill between the two renames of a replacement leaves neither, so a miss; the old one lies in `.aside`.
+            What a kill leaves once the manifest is written is `built`: a resumable step's next try publishes it.
         """
         folder = self.folder(manifest.kind, manifest.key)
         with writing(self.root):
-            sync(write_manifest(scratch, manifest))
+            if not (scratch / NAME).exists():  # else it is `built`: a second writing could be cut short
+                write_manifest(scratch, manifest)
+            sync(scratch / NAME)
             sync(scratch)
             folder.parent.mkdir(parents=True, exist_ok=True)
             if replace and folder.exists():

@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -159,6 +160,17 @@ def test_what_an_unfinished_build_was_begun_with_stays_as_long_as_a_next_try_may
     week = time.time() + 8 * 86_400
     made = [store.folder(one.kind, one.key) for one in (raw, tokens, loose, before)]
     assert sorted(garbage(store, 0, week)) == sorted([*made, folder])
+
+
+def test_what_a_build_that_lacks_only_its_name_was_begun_with_stays(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = publish(store, "tokens", "ids", {})
+    recipe = {"step": "train", "inputs": {"tokens": tokens.digest}}
+    monkeypatch.setattr(Store, "_rename", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), store.scratch("model", sha256_of(recipe), True, recipe=recipe) as out:
+        store.publish(out, Manifest(sha256_of(recipe), "model", recipe, {}, ""))
+    assert garbage(store, 0, LATER) == list((store.root / ".aside").iterdir()), "its checkpoints"
 
 
 def test_a_checkpoint_of_this_hour_keeps_a_build_that_began_weeks_ago(store: Store) -> None:
