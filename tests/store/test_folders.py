@@ -17,6 +17,7 @@ from tasks.store.canonical import sha256_of
 from tasks.store.check import Fault, examine
 from tasks.store.folders import Store, entries, refusal
 from tasks.store.manifest import Manifest, UnreadableManifest, content_digest, read_manifest
+from tasks.store.owner import mark
 
 RECIPE = {"step": "parse", "version": 1, "params": {"max_trees": None}, "inputs": {}}
 KEY = sha256_of(RECIPE)
@@ -178,6 +179,55 @@ def test_a_resumable_build_gets_back_what_a_killed_process_left(store: Store) ->
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == -9
     with store.scratch("model", KEY, resumable=True) as out:
         assert (out / "checkpoint").read_text() == "step 9"
+
+
+def leave(store: Store, name: str, *checkpoints: str) -> None:
+    """Lay out a scratch folder as a try leaves it that failed, or was killed."""
+    folder = store.root / ".scratch" / f"resume-model-{KEY[:12]}.{name}"
+    for checkpoint in checkpoints:
+        (folder / "checkpoints" / checkpoint).mkdir(parents=True)
+    (folder / "checkpoints" / "recipe.json").write_text("{}")
+    (folder / "whose").write_text(name)
+
+
+KILLED = f"{mark().split('.', maxsplit=1)[0]}.4194305.1.aaaaaaaa"  # above the largest process number
+
+
+@pytest.mark.parametrize("furthest", ["left", "00000000.left", "ffffffff.left", KILLED])
+def test_of_what_several_tries_left_the_next_one_goes_on_with_what_got_furthest(store: Store, furthest: str) -> None:
+    names = ["left", "00000000.left", "ffffffff.left", KILLED]
+    leave(store, furthest, "step-00000009", "step-00000010")
+    for name in set(names) - {furthest}:  # later, so that they are younger
+        leave(store, name, "step-00000009", ".step-00000099")
+    with store.scratch("model", KEY, resumable=True) as out:
+        assert (out / "whose").read_text() == furthest
+
+
+def test_what_was_built_is_further_than_any_checkpoint(store: Store) -> None:
+    assert publish_in_a_process(store, "between the renames") == -9
+    leave(store, "00000000.left", "step-00000009")
+    with store.scratch("model", KEY, resumable=True) as out:
+        assert store.built(out, KEY)
+
+
+def test_a_try_that_fails_leaves_what_it_has_beside_what_others_left(store: Store) -> None:
+    leave(store, "00000000.left", "step-00000003")
+    leave(store, KILLED, "step-00000005")
+    with pytest.raises(KeyError), store.scratch("model", KEY, resumable=True):
+        raise KeyError
+    found = sorted(path.name for path in (store.root / ".scratch").glob("*/checkpoints/step-*"))
+    assert found == ["step-00000003", "step-00000005"]
+    with store.scratch("model", KEY, resumable=True) as out:
+        assert (out / "whose").read_text() == KILLED
+
+
+def test_after_a_fresh_build_that_was_not_published_nobody_goes_back_to_what_was_left_before(store: Store) -> None:
+    for name in ("left", "00000000.left", KILLED):
+        leave(store, name, "step-00000009")
+    with store.scratch("model", KEY, resumable=True, fresh=True) as out:
+        (out / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with store.scratch("model", KEY, resumable=True) as out:
+        assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000001"]
 
 
 DEATHS = {
