@@ -174,6 +174,25 @@ def test_what_a_build_that_lacks_only_its_name_was_begun_with_stays(
     assert garbage(store, 0, LATER) == list((store.root / ".aside").iterdir()), "its checkpoints"
 
 
+def test_what_was_left_of_a_build_that_is_finished_by_now_goes_and_keeps_nothing(store: Store) -> None:
+    tokens = publish(store, "tokens", "ids", {})
+    made = publish(store, "model", "weights", {"tokens": tokens.digest})
+    other, folder = left(store, {"step": "train"}), left(store, made.recipe)
+    finished = [store.folder(one.kind, one.key) for one in (tokens, made)]
+    assert sorted(garbage(store, 0, LATER)) == sorted([*finished, folder])
+    assert garbage(store, 3600) == [], "not within the grace time"
+    store.note_run("quickstart", {"train": name(made)})
+    remove(garbage(store, 0, LATER), store)
+    assert list((store.root / ".scratch").iterdir()) == [other]
+
+
+def test_what_a_living_process_builds_by_force_stays_though_that_is_finished(store: Store) -> None:
+    made = publish(store, "model", "weights", {})
+    store.note_run("quickstart", {"train": name(made)})
+    with store.scratch("model", made.key, resumable=True, fresh=True, recipe=made.recipe):
+        assert garbage(store, 0, LATER) == []
+
+
 def test_a_checkpoint_of_this_hour_keeps_a_build_that_began_weeks_ago(store: Store) -> None:
     folder = left(store, {"step": "train"})
     folder.rename(folder.with_name("resume-model-aaaaaaaaaaaa.no.such.process"))
