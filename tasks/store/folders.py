@@ -127,7 +127,7 @@ class Store:
         """
         found = examine(scratch)
         if isinstance(found, Manifest) and found.key == key:
-            log.warning("store.built: a try ended before %s/%s, all built, had its name", found.kind, key[:SHORT])
+            log.warning("store.built: %s/%s was whole when a try was cut off; published now", found.kind, key[:SHORT])
             return found
         with writing(self.root):  # it is no file of what will be built
             (scratch / NAME).unlink(missing_ok=True)
