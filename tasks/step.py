@@ -249,28 +249,32 @@ class _Call:
         return why_missing(self.recipe, near, self.store.names())
 
     def build(self) -> Manifest:
-        """Run the step's function in a scratch folder and publish what it wrote."""
-        started = time.time()
+        """Publish what the step's function writes into a scratch folder; or what a try wrote that ended just before."""
         with self.store.scratch(self.kind, self.key, self.step.resumable, self.forced, self.recipe) as out:
-            try:
-                with self.remembering() as desk:
-                    counts = self.step.function(out, **self.bound)
-                files = entries(out)
-            except OSError as error:
-                if error.errno in WRITE_ERRORS:
-                    raise refusal(self.store.root, error) from error
-                raise
-            missing = set(self.step.makes.files) - set(files)
-            if missing:
-                raise StoreError(f"step {self.step.name} did not write {', '.join(sorted(missing))}", code="step.files")
-            digest = content_digest(files, self.step.makes.records)
-            origin = {
-                **origin_of(self.run.recipe, self.runtime()),
-                "seconds": round(time.time() - started, 3),
-                "texts": desk.counts(),
-            }
-            manifest = Manifest(self.key, self.kind, self.recipe, files, digest, counts, origin)
+            manifest = self.store.built(out, self.key) or self.write(out)
             return self.store.publish(out, manifest, replace=self.forced)[1]
+
+    def write(self, out: Path) -> Manifest:
+        """Run the step's function in a scratch folder, and tell what it wrote."""
+        started = time.time()
+        try:
+            with self.remembering() as desk:
+                counts = self.step.function(out, **self.bound)
+            files = entries(out)
+        except OSError as error:
+            if error.errno in WRITE_ERRORS:
+                raise refusal(self.store.root, error) from error
+            raise
+        missing = set(self.step.makes.files) - set(files)
+        if missing:
+            raise StoreError(f"step {self.step.name} did not write {', '.join(sorted(missing))}", code="step.files")
+        digest = content_digest(files, self.step.makes.records)
+        origin = {
+            **origin_of(self.run.recipe, self.runtime()),
+            "seconds": round(time.time() - started, 3),
+            "texts": desk.counts(),
+        }
+        return Manifest(self.key, self.kind, self.recipe, files, digest, counts, origin)
 
     def runtime(self) -> dict[str, Any]:
         """Return how fast it was asked to work, as JSON values."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -141,6 +142,52 @@ def test_forcing_rebuilds_and_replaces() -> None:
         write(WriteParams())
     assert [(outcome.cached, outcome.why) for outcome in run.outcomes] == [(False, "forced")]
     assert cached(chain()) == [True, True]
+
+
+@step("learn", version=1, makes=Letters, resumable=True)
+def learn(out: Path, params: WriteParams) -> Counts:
+    """Write the letters, after hours."""
+    ran.append("learn")
+    (out / "checkpoints" / "step-1").mkdir(parents=True, exist_ok=True)
+    (out / "text").write_text(params.text)
+    return {"letters": len(params.text)}
+
+
+@pytest.fixture(params=["_spent", "_rename"])
+def cut_short(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of the step that ended when all was written: before its checkpoints were gone, or before it had a name."""
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, request.param, Mock(side_effect=KeyboardInterrupt))
+        pytest.raises(KeyboardInterrupt, learn, WriteParams())
+
+
+@pytest.mark.usefixtures("cut_short")
+def test_what_was_built_when_its_publishing_was_cut_short_is_not_built_again(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert store.manifests() == []
+    made = learn(WriteParams()).manifest
+    assert ran == ["learn"]
+    assert "store.built" in caplog.text
+    assert made == store.look("letters", made.key)
+    assert made.counts == {"letters": 5}
+
+
+@pytest.mark.usefixtures("cut_short")
+def test_what_was_built_and_then_altered_is_built_again(store: Store) -> None:
+    (text,) = (store.root / ".scratch").glob("*/text")
+    text.write_text("jello")
+    made = learn(WriteParams()).manifest
+    assert ran == ["learn", "learn"]
+    assert made == store.look("letters", made.key)
+    assert set(made.files) == {"text"}
+
+
+@pytest.mark.usefixtures("cut_short")
+def test_forcing_builds_again_what_was_built_when_its_publishing_was_cut_short() -> None:
+    with session(force=frozenset({"learn"})):
+        learn(WriteParams())
+    assert ran == ["learn", "learn"]
 
 
 def test_a_version_enters_the_key() -> None:

@@ -3,7 +3,8 @@
 Kept are the artifacts of the last run of each recipe, those that a running program has taken hold of, everything that
 these were made from, what is remembered of texts and was asked for these, and whatever was made or used within the
 grace time. The rest is garbage, as are what was moved aside and the scratch folders of dead processes; one that a next
-try could go on with (a checkpoint) is kept for a week after its last change, with all that it was begun with.
+try could go on with (a checkpoint) is kept for a week after its last change, with all that it was begun with, unless
+what it was to become is finished by now.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from tasks.errors import StoreError
 from tasks.store.folders import CHECKPOINTS, RECIPE, RESUMABLE, Store, write_whole, writing
-from tasks.store.manifest import Manifest
+from tasks.store.manifest import Manifest, UnreadableManifest, read_manifest
 from tasks.store.owner import is_alive, mark
 from tasks.store.parts import ABOUT, memos
 
@@ -67,7 +68,8 @@ def garbage(
     """
     now = time.time() if now is None else now
     manifests, scratch = store.manifests(), sorted((store.root / ".scratch").glob("*"))
-    wanted = [path for path in scratch if _wanted(path, now)]
+    finished = {_id(folder) for folder, _ in manifests}
+    wanted = [path for path in scratch if _wanted(path, finished, now)]
     begun_with = {digest for path in wanted for digest in _digests(_recipe(path))}
     needed = lineage(manifests, {*_roots(store, forgotten), *_made(manifests, begun_with)})
     needed |= {name for folder, made in manifests if _id(folder) in needed for name in made.origin.get("texts", {})}
@@ -128,6 +130,8 @@ def _made(manifests: list[tuple[Path, Manifest]], digests: Collection[str]) -> I
 
 def _recipe(scratch: Path) -> dict[str, Any]:
     """Read what is built in a scratch folder, and of what; nothing where that was not noted."""
+    with suppress(UnreadableManifest):  # all is built, and the checkpoints, with the note among them, may be gone
+        return read_manifest(scratch).recipe
     path = scratch / CHECKPOINTS / RECIPE
     found = _load(path) or {}
     if not isinstance(found, dict):
@@ -169,10 +173,13 @@ def _ids(path: Path, found: object) -> list[str]:
     )
 
 
-def _wanted(path: Path, now: float) -> bool:
+def _wanted(path: Path, finished: Collection[str], now: float) -> bool:
     """Tell whether a scratch folder is in use, or holds a checkpoint that may still be gone on with."""
-    resumable = path.name.startswith(RESUMABLE) and now - _newest(path) < RESUME_TIME
-    return resumable or is_alive(path.name.partition(".")[2], path)
+    build, _, holder = path.name.partition(".")
+    resumable = build.startswith(RESUMABLE) and now - _newest(path) < RESUME_TIME
+    # Not even a forced build goes on with what was left of a finished artifact: it starts anew.
+    goes_on = resumable and build.removeprefix(RESUMABLE).replace("-", "/") not in finished
+    return goes_on or is_alive(holder, path)
 
 
 def _newest(path: Path) -> float:

@@ -1,7 +1,7 @@
 """The store: finished folders named by kind and key, each written once, published whole, checked before use.
 
 <root>/<kind>/<12 hex of the key>/      a finished artifact: manifest.json and files
-<root>/.scratch/<kind>-<12 hex>.<mark>  being built; `.left` in place of the mark: left for the next try
+<root>/.scratch/<kind>-<12 hex>.<mark>  being built; `<8 hex>.left` in place of the mark: left for the next try
 <root>/.aside/                          what was found broken or was replaced
 <root>/.memo/                           what is remembered of texts, see `parts`
 <root>/.verified/, .locks/, .leases/    hashes remembered; waits spared; artifacts in use by running programs
@@ -29,7 +29,9 @@ from tasks.store.owner import is_alive, mark
 
 log = logging.getLogger("treeline.store")
 RESUMABLE = "resume-"  # begins the name of a scratch folder that the next try may go on with
-CHECKPOINTS = "checkpoints"  # a folder in there that only the next try needs: no part of what is published
+# A folder in there that only the next try needs: no part of what is published. A checkpoint is a folder of it, and its
+# name sorts after those of earlier ones.
+CHECKPOINTS = "checkpoints"
 RECIPE = "recipe.json"  # a file of that: what is built there, and of what
 SHORT = 12  # hex digits of a key that name a folder: 48 bits, enough for any one store
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -81,19 +83,20 @@ class Store:
     ) -> Iterator[Path]:
         """Give an empty folder to build in, on the store's file system; a failed build leaves nothing visible.
 
-        A resumable build gets back what an earlier try left, whether that try failed or was killed. A folder is claimed
-        by one rename, so two processes never share one. `fresh` starts anew even so. The recipe, the key's preimage, is
-        noted in a resumable build: `gc` keeps what it was begun with, as long as a next try may go on with it.
+        A resumable build gets back what an earlier try left, whether that try failed or was killed; of several, the one
+        that got furthest. A folder is claimed by one rename, so two processes never share one. `fresh` starts anew even
+        so, and removes what was left: no later try goes back to it. The recipe, the key's preimage, is noted in a
+        resumable build: `gc` keeps what it was begun with, as long as a next try may go on with it.
         """
         name = f"{RESUMABLE if resumable else ''}{kind}-{key[:SHORT]}"
         folder = self.root / ".scratch" / f"{name}.{mark()}"
-        left = self.root / ".scratch" / f"{name}.left"
         with writing(self.root):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            if not (resumable and self._claim(left, folder)):
-                folder.mkdir()
-            elif fresh:
+            claimed = resumable and self._claim(name, folder)
+            while claimed and fresh:
                 shutil.rmtree(folder)
+                claimed = self._claim(name, folder)
+            if not claimed:
                 folder.mkdir()
             if resumable and recipe:
                 write_whole(folder / CHECKPOINTS / RECIPE, json.dumps(recipe, indent=1).encode())
@@ -101,22 +104,34 @@ class Store:
             yield folder
         finally:
             if folder.exists():  # it was not published
-                if resumable and not left.exists():
-                    with suppress(OSError):
-                        folder.rename(left)
+                if resumable:
+                    with suppress(OSError):  # by a name of its own: what another try left may have got less far
+                        folder.rename(folder.with_name(f"{name}{folder.suffix}.left"))
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _claim(self, left: Path, folder: Path) -> bool:
-        """Take over what an earlier try left: by name, or from a process that is gone."""
-        prefix = left.name.removesuffix("left")
-        candidates = [left, *(path for path in left.parent.glob(prefix + "*") if path != left)]
-        for path in candidates:
-            if path != left and is_alive(path.name.removeprefix(prefix), path):
-                continue
+    def _claim(self, name: str, folder: Path) -> bool:
+        """Take over what a try left that failed, or whose process is gone: of several, the one that got furthest."""
+        found = folder.parent.glob(f"{name}.*")
+        left = [path for path in found if not is_alive(path.name.removeprefix(f"{name}."), path)]
+        for path in sorted(left, key=_got_to, reverse=True):
             with suppress(OSError):
                 path.rename(folder)
                 return True
         return False
+
+    def built(self, scratch: Path, key: str) -> Manifest | None:
+        """Return the manifest of a scratch folder that lacks nothing but its name; of any other, remove it.
+
+        A try that is killed while it publishes has built all, and may have no checkpoints any more. Its seal tells a
+        whole manifest from one that was cut short, and every file is hashed.
+        """
+        found = examine(scratch)
+        if isinstance(found, Manifest) and found.key == key:
+            log.warning("store.built: %s/%s was whole when a try was cut off; published now", found.kind, key[:SHORT])
+            return found
+        with writing(self.root):  # it is no file of what will be built
+            (scratch / NAME).unlink(missing_ok=True)
+        return None
 
     def publish(self, scratch: Path, manifest: Manifest, replace: bool = False) -> tuple[Path, Manifest]:
         """Make a built folder visible by one rename, after everything in it is on the disk.
@@ -124,10 +139,13 @@ class Store:
         Returns:
             The finished folder and its manifest; the other's, where another process published the same key first.
             A kill between the two renames of a replacement leaves neither, so a miss; the old one lies in `.aside`.
+            What a kill leaves once the manifest is written is `built`: a resumable step's next try publishes it.
         """
         folder = self.folder(manifest.kind, manifest.key)
         with writing(self.root):
-            sync(write_manifest(scratch, manifest))
+            if not (scratch / NAME).exists():  # else it is `built`: a second writing could be cut short
+                write_manifest(scratch, manifest)
+            sync(scratch / NAME)
             sync(scratch)
             folder.parent.mkdir(parents=True, exist_ok=True)
             if replace and folder.exists():
@@ -232,6 +250,15 @@ class Store:
 
     def _memory(self, folder: Path) -> Path:
         return self.root / ".verified" / f"{folder.parent.name}-{folder.name}.json"
+
+
+def _got_to(scratch: Path) -> tuple[bool, str]:
+    """Return how far a try got, greater for further: whether it has a manifest, and its last checkpoint's name.
+
+    Clocks are not asked: of two tries, the younger one may have got less far.
+    """
+    checkpoints = [path.name for path in (scratch / CHECKPOINTS).glob("[!.]*") if path.is_dir()]
+    return (scratch / NAME).exists(), max(checkpoints, default="")
 
 
 def entries(folder: Path) -> dict[str, FileEntry]:

@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -147,7 +148,8 @@ def left(store: Store, recipe: dict[str, Any]) -> Path:
     """What a try left that was cut short."""
     with pytest.raises(KeyError), store.scratch("model", sha256_of(recipe), resumable=True, recipe=recipe):
         raise KeyError
-    return store.root / ".scratch" / f"resume-model-{sha256_of(recipe)[:12]}.left"
+    (folder,) = (store.root / ".scratch").glob(f"resume-model-{sha256_of(recipe)[:12]}.*.left")
+    return folder
 
 
 def test_what_an_unfinished_build_was_begun_with_stays_as_long_as_a_next_try_may_go_on(store: Store) -> None:
@@ -159,6 +161,36 @@ def test_what_an_unfinished_build_was_begun_with_stays_as_long_as_a_next_try_may
     week = time.time() + 8 * 86_400
     made = [store.folder(one.kind, one.key) for one in (raw, tokens, loose, before)]
     assert sorted(garbage(store, 0, week)) == sorted([*made, folder])
+
+
+def test_what_a_build_that_lacks_only_its_name_was_begun_with_stays(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = publish(store, "tokens", "ids", {})
+    recipe = {"step": "train", "inputs": {"tokens": tokens.digest}}
+    monkeypatch.setattr(Store, "_rename", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), store.scratch("model", sha256_of(recipe), True, recipe=recipe) as out:
+        store.publish(out, Manifest(sha256_of(recipe), "model", recipe, {}, ""))
+    assert garbage(store, 0, LATER) == list((store.root / ".aside").iterdir()), "its checkpoints"
+
+
+def test_what_was_left_of_a_build_that_is_finished_by_now_goes_and_keeps_nothing(store: Store) -> None:
+    tokens = publish(store, "tokens", "ids", {})
+    made = publish(store, "model", "weights", {"tokens": tokens.digest})
+    other, folder = left(store, {"step": "train"}), left(store, made.recipe)
+    finished = [store.folder(one.kind, one.key) for one in (tokens, made)]
+    assert sorted(garbage(store, 0, LATER)) == sorted([*finished, folder])
+    assert garbage(store, 3600) == [], "not within the grace time"
+    store.note_run("quickstart", {"train": name(made)})
+    remove(garbage(store, 0, LATER), store)
+    assert list((store.root / ".scratch").iterdir()) == [other]
+
+
+def test_what_a_living_process_builds_by_force_stays_though_that_is_finished(store: Store) -> None:
+    made = publish(store, "model", "weights", {})
+    store.note_run("quickstart", {"train": name(made)})
+    with store.scratch("model", made.key, resumable=True, fresh=True, recipe=made.recipe):
+        assert garbage(store, 0, LATER) == []
 
 
 def test_a_checkpoint_of_this_hour_keeps_a_build_that_began_weeks_ago(store: Store) -> None:

@@ -17,6 +17,7 @@ from tasks.store.canonical import sha256_of
 from tasks.store.check import Fault, examine
 from tasks.store.folders import Store, entries, refusal
 from tasks.store.manifest import Manifest, UnreadableManifest, content_digest, read_manifest
+from tasks.store.owner import mark
 
 RECIPE = {"step": "parse", "version": 1, "params": {"max_trees": None}, "inputs": {}}
 KEY = sha256_of(RECIPE)
@@ -178,6 +179,138 @@ def test_a_resumable_build_gets_back_what_a_killed_process_left(store: Store) ->
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == -9
     with store.scratch("model", KEY, resumable=True) as out:
         assert (out / "checkpoint").read_text() == "step 9"
+
+
+def leave(store: Store, name: str, *checkpoints: str) -> None:
+    """Lay out a scratch folder as a try leaves it that failed, or was killed."""
+    folder = store.root / ".scratch" / f"resume-model-{KEY[:12]}.{name}"
+    for checkpoint in checkpoints:
+        (folder / "checkpoints" / checkpoint).mkdir(parents=True)
+    (folder / "checkpoints" / "recipe.json").write_text("{}")
+    (folder / "whose").write_text(name)
+
+
+KILLED = f"{mark().split('.', maxsplit=1)[0]}.4194305.1.aaaaaaaa"  # above the largest process number
+
+
+@pytest.mark.parametrize("furthest", ["left", "00000000.left", "ffffffff.left", KILLED])
+def test_of_what_several_tries_left_the_next_one_goes_on_with_what_got_furthest(store: Store, furthest: str) -> None:
+    names = ["left", "00000000.left", "ffffffff.left", KILLED]
+    leave(store, furthest, "step-00000009", "step-00000010")
+    for name in set(names) - {furthest}:  # later, so that they are younger
+        leave(store, name, "step-00000009", ".step-00000099")
+    with store.scratch("model", KEY, resumable=True) as out:
+        assert (out / "whose").read_text() == furthest
+
+
+def test_what_was_built_is_further_than_any_checkpoint(store: Store) -> None:
+    assert publish_in_a_process(store, "between the renames") == -9
+    leave(store, "00000000.left", "step-00000009")
+    with store.scratch("model", KEY, resumable=True) as out:
+        assert store.built(out, KEY)
+
+
+def test_a_try_that_fails_leaves_what_it_has_beside_what_others_left(store: Store) -> None:
+    leave(store, "00000000.left", "step-00000003")
+    leave(store, KILLED, "step-00000005")
+    with pytest.raises(KeyError), store.scratch("model", KEY, resumable=True):
+        raise KeyError
+    found = sorted(path.name for path in (store.root / ".scratch").glob("*/checkpoints/step-*"))
+    assert found == ["step-00000003", "step-00000005"]
+    with store.scratch("model", KEY, resumable=True) as out:
+        assert (out / "whose").read_text() == KILLED
+
+
+def test_after_a_fresh_build_that_was_not_published_nobody_goes_back_to_what_was_left_before(store: Store) -> None:
+    for name in ("left", "00000000.left", KILLED):
+        leave(store, name, "step-00000009")
+    with store.scratch("model", KEY, resumable=True, fresh=True) as out:
+        (out / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with store.scratch("model", KEY, resumable=True) as out:
+        assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+DEATHS = {
+    "before the manifest": "folders.write_manifest = die",
+    "in the manifest": "folders.write_manifest = lambda out, made: die((out / 'manifest.json').write_text('{'))",
+    "before the checkpoints are gone": "folders.Store._spent = die",
+    "between the renames": "folders.Store._rename = die",
+}
+
+
+def publish_in_a_process(store: Store, death: str) -> int:
+    """Build a model, or finish one, in a process that dies of a signal at some point of publishing."""
+    code = f"""
+import os
+from pathlib import Path
+from tasks.store import folders
+from tasks.store.manifest import Manifest, content_digest
+die = lambda *given: os.kill(os.getpid(), 9)
+{DEATHS[death]}
+store = folders.Store(Path({str(store.root)!r}))
+with store.scratch("model", {KEY!r}, resumable=True, recipe={RECIPE!r}) as out:
+    made = store.built(out, {KEY!r})
+    if not made:
+        (out / "checkpoints" / "step-7").mkdir()
+        (out / "a.bin").write_bytes(b"hello")
+        files = folders.entries(out)
+        made = Manifest({KEY!r}, "model", {RECIPE!r}, files, content_digest(files))
+    store.publish(out, made)
+"""
+    return subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode
+
+
+@pytest.mark.parametrize("death", ["before the checkpoints are gone", "between the renames"])
+def test_what_was_built_when_a_kill_cut_its_publishing_short_is_published_as_it_is(store: Store, death: str) -> None:
+    assert publish_in_a_process(store, death) == -9
+    assert store.look("model", KEY) is None
+    assert publish_in_a_process(store, death) == -9, "the second try, too, is killed while it publishes"
+    with store.scratch("model", KEY, resumable=True, recipe=RECIPE) as out:
+        made = store.built(out, KEY)
+        assert made
+        folder, _ = store.publish(out, made)
+    assert store.look("model", KEY) == made
+    assert {path.name for path in folder.iterdir()} == {"a.bin", "manifest.json"} == {*made.files, "manifest.json"}
+    assert list((store.root / ".scratch").iterdir()) == []
+
+
+def test_a_manifest_is_not_written_again_by_who_finishes_the_publishing(store: Store) -> None:
+    assert publish_in_a_process(store, "between the renames") == -9
+    assert publish_in_a_process(store, "in the manifest") == 0
+    assert isinstance(store.look("model", KEY), Manifest)
+
+
+@pytest.mark.parametrize("death", ["before the manifest", "in the manifest"])
+def test_a_kill_before_the_manifest_is_whole_leaves_the_checkpoints_and_nothing_to_publish(
+    store: Store, death: str
+) -> None:
+    assert publish_in_a_process(store, death) == -9
+    with store.scratch("model", KEY, resumable=True) as out:
+        assert store.built(out, KEY) is None
+        assert {path.name for path in out.iterdir()} == {"a.bin", "checkpoints"}
+        assert (out / "checkpoints" / "step-7").exists()
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_what_was_built_and_then_altered_is_not_published(store: Store, mutation: str) -> None:
+    assert publish_in_a_process(store, "between the renames") == -9
+    (scratch,) = (store.root / ".scratch").iterdir()
+    MUTATIONS[mutation](scratch / "a.bin")
+    with store.scratch("model", KEY, resumable=True) as out:
+        assert store.built(out, KEY) is None
+        assert not (out / "manifest.json").exists(), "or it would be taken for a file of the artifact"
+
+
+def test_what_was_built_of_another_key_with_the_same_first_digits_is_not_published(store: Store) -> None:
+    assert publish_in_a_process(store, "between the renames") == -9
+    with store.scratch("model", KEY[:12] + "f" * 52, resumable=True) as out:
+        assert store.built(out, KEY[:12] + "f" * 52) is None
+
+
+def test_a_fresh_build_does_not_see_what_was_built_before(store: Store) -> None:
+    assert publish_in_a_process(store, "between the renames") == -9
+    with store.scratch("model", KEY, resumable=True, fresh=True) as out:
+        assert list(out.iterdir()) == []
 
 
 def test_a_living_process_keeps_its_scratch_folder_to_itself(store: Store) -> None:
