@@ -19,7 +19,7 @@ from flows.recipe import load
 from flows.tied import tied
 from tasks.errors import UnavailableError
 from tasks.step import home
-from tasks.store.folders import writing
+from tasks.store.disk import writing
 
 SERVED = ("quickstart", "gpt2-medium")
 START_TIME = 120.0  # seconds; the first start migrates the database, 23-41 s were measured

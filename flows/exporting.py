@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.artifacts import Artifact, Counts, Dialogues, Model, Tokens
 from tasks.errors import InputError, ParameterError, StoreError
 from tasks.start import base_of
-from tasks.store.folders import sync
+from tasks.store.disk import sync
 from tasks.store.owner import mark
 
 if TYPE_CHECKING:

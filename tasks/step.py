@@ -32,8 +32,9 @@ from tasks.rows import Desk, remembering
 from tasks.store.canonical import sha256_of
 from tasks.store.check import Fault
 from tasks.store.collect import Lease, lease
+from tasks.store.disk import refusal
 from tasks.store.explain import why_missing
-from tasks.store.folders import SHORT, Store, entries, refusal
+from tasks.store.folders import SHORT, Store, entries
 from tasks.store.lock import single_flight
 from tasks.store.manifest import Manifest, content_digest
 

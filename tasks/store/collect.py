@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import StoreError
-from tasks.store.folders import CHECKPOINTS, RECIPE, RESUMABLE, Store, write_whole, writing
+from tasks.store.disk import write_whole, writing
+from tasks.store.folders import CHECKPOINTS, RECIPE, RESUMABLE, Store
 from tasks.store.manifest import Manifest, UnreadableManifest, read_manifest
 from tasks.store.owner import is_alive, mark
 from tasks.store.parts import ABOUT, memos

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from tasks.store.canonical import canonical, sha256_file
 from tasks.store.check import identity, recall, remember_files
-from tasks.store.folders import SHORT, sync, write_whole
+from tasks.store.disk import sync, write_whole
+from tasks.store.folders import SHORT
 from tasks.store.owner import is_alive, mark
 from tasks.store.parts import ABOUT, FOLDER, described, fault, memory_of, name_of, parts, united
 

@@ -15,7 +15,7 @@ import pytest
 from tasks.errors import StoreError
 from tasks.store.canonical import sha256_of
 from tasks.store.check import Fault, examine
-from tasks.store.folders import Store, entries, refusal
+from tasks.store.folders import Store, entries
 from tasks.store.manifest import Manifest, UnreadableManifest, content_digest, read_manifest
 from tasks.store.owner import mark
 
@@ -360,9 +360,3 @@ def test_a_disk_that_refuses_is_said_with_what_to_do(store: Store) -> None:
     with pytest.raises(StoreError, match=r"error\[store.create\].*TREELINE_ARTIFACTS") as refused:
         publish(store)
     assert refused.value.exit_code == 73
-
-
-def test_a_full_disk_says_how_much_is_free() -> None:
-    refused = refusal(Path("/"), OSError(28, "No space left on device"))
-    assert refused.exit_code == 74
-    assert "MB free" in str(refused)

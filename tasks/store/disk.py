@@ -1,0 +1,70 @@
+"""The disk: what is flushed to it, files written whole, and its refusals as errors that say what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tasks.errors import PermissionRefused, StoreError
+from tasks.store.owner import mark
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file so that a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{mark()}")
+    try:
+        new.write_bytes(content)
+        sync(new)
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def writing(root: Path) -> Iterator[None]:
+    """Turn the system's refusals to write into errors that say what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise refusal(root, error) from error
+
+
+def refusal(root: Path, error: OSError) -> StoreError | PermissionRefused:
+    """Say why the store could not be written, and how much room there is."""
+    what, where = f"cannot write to the store: {error.strerror or error}", str(error.filename or root)
+    if error.errno in {errno.EACCES, errno.EPERM}:
+        return PermissionRefused(
+            what, str(error.filename or root), "check who owns it, or set TREELINE_ARTIFACTS", code="store.permission"
+        )
+    if error.errno in {errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.EROFS, errno.ELOOP}:
+        refused = StoreError(what, where, "set TREELINE_ARTIFACTS to a folder that can be written", code="store.create")
+        refused.exit_code = 73
+        return refused
+    return StoreError(
+        f"{what}, {room(root)} free",
+        where,
+        "free space or set TREELINE_ARTIFACTS, then rerun; finished steps are kept",
+        code="store.write",
+    )
+
+
+def room(root: Path) -> str:
+    """Return the free space where a folder lies or would lie, in MB."""
+    while not root.exists() and root != root.parent:
+        root = root.parent
+    return f"{shutil.disk_usage(root).free / 1e6:,.0f} MB"
