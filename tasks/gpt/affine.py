@@ -66,9 +66,10 @@ def product_of(product: Any, inputs: Tensor, again: Again, source: Tensor) -> Te
 def matmul(one: Tensor, other: Tensor) -> Tensor:
     """Return (R, I) times (I, O), for few rows: oneDNN's head of 1 to 64 takes 0.5 to 0.75 of MKL's time on Zen 4.
 
-    On Sapphire Rapids it takes 0.5 to 0.7 of it with 4 to 8 rows, and about as long with others.
+    On Sapphire Rapids it takes 0.5 to 0.7 of it with 4 to 8 rows, as long with more, and longer with 1 or 2.
     """
-    return _pointwise(one, other.T, None) if THERE and _suits(one) else one @ other
+    quick = THERE and (PAYS or len(one) > 2) and _suits(one)
+    return _pointwise(one, other.T, None) if quick else one @ other
 
 
 def multiply(one: Tensor, other: Tensor, out: Tensor) -> None:
