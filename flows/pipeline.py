@@ -109,10 +109,11 @@ def sweep_arms(recipe: Recipe, settings: Sequence[str], seeds: int = 1) -> list[
     """Train one model for each combination of some settings, and compare them in one table.
 
     Args:
-        recipe: What every arm starts from; all are judged on its tokens.
+        recipe: What every arm starts from; all are judged on its tokens, made with the settings that have one value.
         settings: What is varied, such as train.lr=1e-5,3e-5,1e-4; one entry a setting.
         seeds: Seeds that each arm is trained from, to tell a difference from noise.
     """
+    recipe = sweep.settled(recipe, settings)
     planned = sweep.arms(recipe, settings, seeds)
     judge = data(recipe)
     for one in planned:

@@ -87,7 +87,7 @@ def sweep(asked: argparse.Namespace) -> int:
 def _sweep(asked: argparse.Namespace) -> int:
     from flows import sweep as sweeps
 
-    base = recipe.load(asked.recipe)
+    base = sweeps.settled(recipe.load(asked.recipe), asked.settings)
     planned = sweeps.arms(base, asked.settings, asked.seeds)
     if (outcomes := sweeps.done(base, planned)) is None:
         _prefect(asked.verbose)

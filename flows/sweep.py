@@ -88,6 +88,12 @@ def arms(base: Recipe, settings: Sequence[str], seeds: int) -> list[Arm]:
     return made
 
 
+def settled(base: Recipe, settings: Sequence[str]) -> Recipe:
+    """Return what all arms have in common, and are judged by: the recipe, with the settings that have one value."""
+    single = [f"{name}={json.dumps(values[0])}" for name, values in map(_values, settings) if len(values) == 1]
+    return changed(base, single, base.name) if single else base
+
+
 def _refuse(names: Sequence[str], arms: int) -> None:
     """Raise an error for settings that make no sweep."""
     odd = [name for name in names if name.startswith("evaluate.")]
@@ -195,14 +201,22 @@ def comparison(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     by_label: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         by_label.setdefault(outcome.arm.label, []).append(outcome)
-    rows = [_row(label, found) for label, found in by_label.items()]
+    first_of: dict[tuple[str, ...], str] = {}
+    for label, found in by_label.items():
+        first_of.setdefault(_models(found), label)
+    rows = [_row(label, found, first_of[_models(found)]) for label, found in by_label.items()]
     return sorted(rows, key=lambda row: (not row["compared"], row["NLL"]["mean"] if row["NLL"] else math.inf))
 
 
-def _row(label: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def _models(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
+    return tuple(outcome.model.id for outcome in outcomes)
+
+
+def _row(label: str, outcomes: Sequence[Outcome], first: str) -> dict[str, Any]:
     compared = all(outcome.shared for outcome in outcomes)
     apart = "" if compared else " (on its own tokens: not to be compared)"
-    row: dict[str, Any] = {"arm": (label or "as it is") + apart, "seeds": len(outcomes), "compared": compared}
+    same = "" if label == first else f" (the very models of {first or 'as it is'}: the setting has no say here)"
+    row: dict[str, Any] = {"arm": (label or "as it is") + apart + same, "seeds": len(outcomes), "compared": compared}
     for name, (measure, _) in MEASURES.items():
         values = [value for value in map(measure, outcomes) if value is not None]
         row[name] = {"mean": fmean(values), "low": min(values), "high": max(values)} if values else None

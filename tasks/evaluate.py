@@ -93,6 +93,7 @@ def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, ru
     """Write the report: `report.json`, `report.md`, plots, and every reply in `samples.jsonl`."""
     from tasks.dialogue.scorecard import render
     from tasks.gpt.device import at_work, device_of
+    from tasks.gpt.planning import shortage_named
     from tasks.gpt.report import figures, samples
     from tasks.gpt.weights import build_start, load_model
 
@@ -105,7 +106,8 @@ def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, ru
         "tuned": lambda: load_model(model.path),
     }
     device = device_of(run.device)
-    with at_work(device, run.threads, start["width"]):
+    less = "Set evaluate.batch and evaluate.replies to less"
+    with at_work(device, run.threads, start["width"]), shortage_named("a model at its exam", device, less):
         # One model after the other: the larger ones fill a GPU.
         results = {which: examine(load().to(device), exam, params, run, which) for which, load in loads.items()}
     report = {

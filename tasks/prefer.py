@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from tasks.artifacts import Contests, Counts, Model, References
-from tasks.errors import InputError
+from tasks.errors import InputError, ParameterError
 from tasks.step import step
 from tasks.together import together
 from tasks.tuning import TuningParams, TuningRuntime, refuse_strangers, split_of, tune, write_json
@@ -57,6 +57,7 @@ def prefer(
     from tasks.gpt.weights import export, load_model, parameter_count
 
     refuse_strangers(model, contests)
+    refuse_other_precision(references, params)
     inputs = {"contests": contests, "references": references, "model": model}
     if (counts := together("prefer", out, inputs, params, run)) is not None:
         return counts
@@ -70,6 +71,14 @@ def prefer(
     counts = counts_of(progress, parameter_count(tuned), out)
     write_json(out / "training.json", {**counts, "from": model.manifest.digest})
     return counts
+
+
+def refuse_other_precision(references: References, params: PreferParams) -> None:
+    """Raise `ParameterError` where the start was asked in other numbers than it is tuned in: it would seem to move."""
+    asked = references.manifest.recipe.get("params", {}).get("precision", "float32")
+    if asked != params.precision:
+        what = f"the references are in {asked}, and prefer.precision is {params.precision}"
+        raise ParameterError(what, "refer.precision", "Set both to the same", "param.precision")
 
 
 def _side(contests: Contests, references: References, name: str) -> Side:

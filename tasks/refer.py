@@ -6,14 +6,19 @@ That never changes while the preferred model is trained, so it is computed once,
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from tasks.artifacts import Contests, Counts, Model, References
+from tasks.errors import TrainingError
 from tasks.step import Params, step
 from tasks.tuning import TuningRuntime, refuse_strangers, split_of
 
 
 class ReferParams(Params):
-    """Settings of the refer step: none, so far."""
+    """Settings of the refer step."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of products; must be that of prefer, which is held to what is found here."""
 
 
 class ReferRuntime(TuningRuntime):
@@ -31,6 +36,7 @@ def refer(out: Path, contests: Contests, model: Model, params: ReferParams, run:
 
     from tasks.gpt.device import at_work, device_of
     from tasks.gpt.need import AT_ONCE
+    from tasks.gpt.planning import shortage_named
     from tasks.gpt.preference import Replies, all_logps
     from tasks.gpt.weights import load_model
 
@@ -42,6 +48,15 @@ def refer(out: Path, contests: Contests, model: Model, params: ReferParams, run:
     loaded = load_model(model.path).to(device)
     at_once = run.micro_batch if isinstance(run.micro_batch, int) else max(1, AT_ONCE // split.block)
     with at_work(device, run.threads, loaded.config.n_embd):
-        logps = all_logps(loaded, split, replies, at_once, device)
+        logps = None
+        while logps is None:
+            told = f"{at_once} sequences of {split.block:,} tokens at once"
+            try:
+                with shortage_named(told, device, "Set refer.micro_batch to auto, or to less"):
+                    logps = all_logps(loaded, split, replies, at_once, device, params.precision == "bfloat16")
+            except TrainingError:
+                if run.micro_batch != "auto" or at_once == 1:
+                    raise
+                at_once //= 2
     logps.astype("<f4").tofile(out / "logps.bin")
     return {"replies": len(logps), "mean_logp": float(np.mean(logps)) if len(logps) else None}

@@ -15,6 +15,7 @@ from typing import Any
 from tasks.errors import InputError
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+ADAPTERS = "adapter_config.json"  # peft's
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
 
@@ -41,7 +42,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def refuse_incomplete(folder: Path) -> None:
-    """Raise `InputError` unless the folder has weights in one safetensors file, and a config."""
+    """Raise `InputError` unless the folder has weights in one safetensors file, a config, and no adapters."""
     where = str(folder)
     pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLES)
     if not (folder / WEIGHTS).is_file() and pickles:
@@ -51,6 +52,9 @@ def refuse_incomplete(folder: Path) -> None:
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
             raise InputError(f"{name} is missing", where, "Put the model there, in one piece", "model.missing")
+    if (folder / ADAPTERS).exists():  # transformers would add them, and nothing of them is in the key
+        do = "Merge them into the weights (peft: merge_and_unload), or move them elsewhere"
+        raise InputError(f"{ADAPTERS} says that adapters lie beside the weights", where, do, "model.adapters")
 
 
 def digests(folder: Path) -> dict[str, str]:

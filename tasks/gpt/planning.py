@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Literal
 
@@ -96,6 +96,8 @@ def _shape(
         parts=parts,
         brought=parameter_count(model) if parts > 1 or not there else 0,  # parts are of a copy
         lean=device.type == "cpu" and settings.precision != HALF and lean(model),
+        holds=device.type == "cpu" and not any("lora_" in name for name in trained(model)),
+        short=device.type == "cuda",
     )
 
 
@@ -171,16 +173,21 @@ def _timed(
     return took * size / len(batch.ids)
 
 
+def memory_named(machine: Machine, block: int) -> AbstractContextManager[None]:
+    """Turn running out of memory in training into an error that names what to lower."""
+    many = "the first" if machine.micro_batch is None else str(machine.micro_batch)
+    told = f"{many} sequences of {block:,} tokens at once"
+    first = "Set train.micro_batch to auto, or to less; at 1, "
+    do = first + ("" if machine.recompute else "set train.recompute to true, ") + LESS
+    return shortage_named(told, machine.device, do)
+
+
 @contextmanager
-def memory_named(machine: Machine, block: int) -> Iterator[None]:
-    """Turn running out of memory into an error that names what to lower."""
+def shortage_named(told: str, device: torch.device, do: str) -> Iterator[None]:
+    """Turn running out of memory into an error that says with what, and what to do."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _SHORT.search(str(error)):
             raise
-        many = "the first" if machine.micro_batch is None else str(machine.micro_batch)
-        told = f"{many} sequences of {block:,} tokens at once"
-        first = "Set train.micro_batch to auto, or to less; at 1, "
-        do = first + ("" if machine.recompute else "set train.recompute to true, ") + LESS
-        raise TrainingError(f"out of memory with {told}", str(machine.device), do, "train.memory") from error
+        raise TrainingError(f"out of memory with {told}", str(device), do, "train.memory") from error

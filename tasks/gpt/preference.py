@@ -91,14 +91,21 @@ def reply_logps(
 
 
 @torch.no_grad()
-def all_logps(model: GPT2LMHeadModel, split: Split, replies: Replies, at_once: int, device: torch.device) -> Floats:
-    """Return how likely the model finds each reply of a split: (R,) nats, by sequence and start."""
+def all_logps(
+    model: GPT2LMHeadModel, split: Split, replies: Replies, at_once: int, device: torch.device, half: bool = False
+) -> Floats:
+    """Return how likely the model finds each reply of a split: (R,) nats, by sequence and start.
+
+    `half`: products in bfloat16.
+    """
     model.eval()
     found = [np.zeros(0, np.float32)]
     for first in track(range(0, len(split), at_once), "refer", -(-len(split) // at_once), "batches"):
         rows = np.arange(first, min(first + at_once, len(split)))
         numbers = replies.of(rows)
-        found.append(reply_logps(model, split.batch(rows, device), replies.trained[numbers]).float().cpu().numpy())
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+            logps = reply_logps(model, split.batch(rows, device), replies.trained[numbers])
+        found.append(logps.float().cpu().numpy())
     return np.concatenate(found)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from flows import recipe, sweep
 from flows.__main__ import main
-from tasks.artifacts import Tokens
+from tasks.artifacts import Model, Report, Tokens
 from tasks.errors import ParameterError
 from tasks.store.folders import Store
 from tasks.store.manifest import FileEntry, Manifest
@@ -85,6 +85,27 @@ def test_arms_share_their_data_and_are_judged_on_the_same_tokens(
     arguments = ["sweep", TINY, "--set", "encode.layout=tree,top1", "--set", "train.epochs=0.2,0.4", "--json"]
     assert main(arguments) == 0  # nothing is left to do: the table, without Prefect
     assert "not to be compared" not in capsys.readouterr().out
+
+
+def test_what_all_arms_have_in_common_is_settled_before_they_are_judged() -> None:
+    settings = ["encode.vocab_size=300", "train.lr=1e-3,3e-3"]
+    base = sweep.settled(BASE, settings)
+    assert (base.name, base.encode.vocab_size, base.train.lr) == (BASE.name, 300, BASE.train.lr)
+    assert all(arm.recipe.encode == base.encode for arm in sweep.arms(base, settings, 2))
+    assert sweep.settled(BASE, settings[1:]) is BASE
+
+
+def test_arms_that_came_to_the_very_same_models_are_said_to_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "MEASURES", {"NLL": (lambda outcome: 1.0, ".4f")})
+
+    def outcome(label: str, key: str) -> sweep.Outcome:
+        model = Model(Path(), Manifest(key * 64, "model", {}, {}, key))
+        return sweep.Outcome(sweep.Arm(label, 0, BASE), model, Report(Path(), model.manifest), shared=True)
+
+    told = sweep.comparison([outcome("prefer.beta=0.1", "a"), outcome("prefer.beta=0.3", "a"), outcome("other", "b")])
+    first, second, third = (row["arm"] for row in told)
+    assert (first, third) == ("prefer.beta=0.1", "other")
+    assert second == "prefer.beta=0.3 (the very models of prefer.beta=0.1: the setting has no say here)"
 
 
 def test_an_arm_of_other_data_is_not_judged_on_what_it_may_have_seen() -> None:

@@ -54,7 +54,7 @@ status = Path("/proc/self/status").read_text().splitlines()  # `ru_maxrss` would
 count = sum(weight.numel() for weight in trained(model).values())
 held = copies(average, 4, True)
 table = not frozen and not rank
-how = dict(copies=held, recompute=recompute, lean=lean(model))
+how = dict(copies=held, recompute=recompute, lean=lean(model), holds=not rank)
 shape = Shape(layers, heads, width, vocab, count, block, dropout > 0, False, True, frozen, table, **how)
 print(json.dumps([resident + memory(shape, size), peak]))
 """
@@ -67,6 +67,8 @@ print(json.dumps([resident + memory(shape, size), peak]))
     [
         (3, 4, 128, 1024, 128, 8, 0.0, 0, 0),
         (6, 6, 384, 50_304, 128, 2, 0.0, 0, 0),
+        (6, 6, 384, 8_192, 256, 16, 0.0, 0, 0),
+        (4, 4, 256, 1024, 1024, 8, 0.0, 0, 0),
         (4, 4, 256, 1024, 512, 4, 0.1, 0, 0),
         (8, 4, 256, 1024, 512, 8, 0.0, 1, 0),
         (8, 4, 256, 1024, 512, 4, 0.1, 1, 0),
@@ -79,6 +81,8 @@ print(json.dumps([resident + memory(shape, size), peak]))
     ids=[
         "narrow",
         "small",
+        "many",
+        "long",
         "dropout",
         "again",
         "again dropout",

@@ -24,11 +24,11 @@ from tasks.artifacts import (
     parquet_writer,
 )
 from tasks.encode import EncodeParams, EncodeRuntime, encode
-from tasks.errors import InputError
+from tasks.errors import InputError, ParameterError, TrainingError
 from tasks.gpt.preference import Replies, Side, judge, reply_logps
 from tasks.gpt.weights import load_model, set_dropout
 from tasks.pair import PairParams, pair
-from tasks.prefer import PreferParams, PreferRuntime, prefer
+from tasks.prefer import PreferParams, PreferRuntime, prefer, refuse_other_precision
 from tasks.refer import ReferParams, ReferRuntime, refer
 from tasks.store.manifest import Manifest
 from tasks.train import TrainParams, TrainRuntime, train
@@ -99,6 +99,33 @@ def test_a_packed_contest_gives_each_reply_the_probability_it_has_alone(
     with torch.no_grad():
         expected = torch.stack([alone(loaded, contests, row) for row in table.iter_rows(named=True)])
     torch.testing.assert_close(torch.from_numpy(references.logps()), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_with_little_memory_fewer_are_asked_at_once_where_that_is_left_to_it_and_else_that_is_said(
+    made: tuple[Contests, Model, References], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contests, model, references = made
+    tried: list[int] = []
+
+    def short(loaded: object, split: object, replies: object, at_once: int, *rest: object) -> np.ndarray:
+        tried.append(at_once)
+        if at_once > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return references.logps()
+
+    monkeypatch.setattr("tasks.gpt.preference.all_logps", short)
+    refer.function(tmp_path, contests, model, ReferParams(), ReferRuntime(device="cpu", threads=1, micro_batch="auto"))
+    assert tried[-1] == 1
+    assert len(tried) > 1
+    with pytest.raises(TrainingError, match=r"refer\.micro_batch"):
+        refer.function(tmp_path, contests, model, ReferParams(), ReferRuntime(device="cpu", threads=1, micro_batch=4))
+
+
+def test_a_start_that_was_asked_in_other_numbers_is_refused(made: tuple[Contests, Model, References]) -> None:
+    *_, references = made
+    with pytest.raises(ParameterError, match=r"refer\.precision"):
+        refuse_other_precision(references, PreferParams(precision="bfloat16"))
+    refuse_other_precision(references, PreferParams())
 
 
 def test_gradients_of_packed_replies_are_those_of_plain_sequences(made: tuple[Contests, Model, References]) -> None:

@@ -152,6 +152,14 @@ def test_a_pickle_is_refused_and_never_opened(tmp_path: Path) -> None:
     assert not canary.exists()
 
 
+def test_adapters_beside_weights_are_refused_and_nothing_is_added_to_a_model_unseen(tmp_path: Path) -> None:
+    exported(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="merge_and_unload") as caught:
+        load_model(tmp_path)
+    assert caught.value.code == "model.adapters"
+
+
 @pytest.mark.parametrize(
     ("changed", "code"),
     [({"auto_map": {"AutoModel": "evil.Model"}}, "model.unsafe"), ({"model_type": "llama"}, "model.type")],
