@@ -8,6 +8,7 @@ with the reason and what the rule saw.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from tasks.dialogue.reading import Reader, Seen
     from tasks.dialogue.texts import Masks, Texts
 
+log = logging.getLogger("treeline.curate")
 ROWS = 16_384  # of a row group: some 10 MB of text, so memory stays flat and readers can skip
 # What it asks of each text alone, and of two.
 LANGUAGE = Remembered("language", 1, "tasks.dialogue.language", ("pycld2", "polars"))
@@ -117,7 +119,7 @@ class CurateRuntime(TextsRuntime):
     """How fast texts are read, never what is found in them."""
 
 
-@step("curate", version=5, makes=Dialogues)
+@step("curate", version=6, makes=Dialogues)
 def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRuntime) -> Counts:
     """Write `dialogues.parquet` and `dropped.parquet`, both in the order of the messages, and `curation.json`.
 
@@ -144,6 +146,8 @@ def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRunti
     }
     if not counts["messages"]:
         raise _nothing_left(counts, messages.path)
+    if not counts["splits"]["train"]["messages"]:
+        log.warning("curate.train: %s", _nothing_to_train_on(counts))
     _write(out, messages.scan(), texts, table["split"], verdicts, seen.masks)
     told = tally.curation(table, texts, verdicts, counts)
     (out / "curation.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
@@ -165,14 +169,17 @@ def decide(table: pl.DataFrame, texts: Texts, params: CurateParams) -> tuple[Ver
     from tasks.copies import Copies, prints_of, remembering, shared_across_splits
     from tasks.dialogue.crossing import Compared
     from tasks.dialogue.dedupe import likeness
+    from tasks.dialogue.texts import compared, opening
     from tasks.dialogue.threads import parent_rows
+    from tasks.oasst.fields import SYSTEM_CHARS
 
     parents = parent_rows(table)
     with progress.bar("curate", 5, "passes") as bar:
         verdicts = _filtered(table, texts, parents, params)
         bar.advance(note="filtered")
-        seen = _read(table, texts, parents, verdicts, params)
-        texts = replace(texts, masks=seen.masks)
+        own = replace(texts, opens=opening(texts.messages, SYSTEM_CHARS))
+        seen = _read(table, texts, own, parents, verdicts, params)
+        own = compared(own, seen.masks, _reader(params).personal)
         if params.whole_threads:
             _keep_whole(table, parents, verdicts)
         settle = partial(_settle, table, parents, verdicts, params)
@@ -180,9 +187,9 @@ def decide(table: pl.DataFrame, texts: Texts, params: CurateParams) -> tuple[Ver
         filtered = verdicts.kept()
         bar.advance(note="read")
         replies = (table["role"] == "assistant").to_numpy()
-        prints, through = prints_of(texts, filtered, params, NEAR_FINGERPRINT), remembering(params, NEAR_PAIRS)
-        given = Compared(replies, table["split"], prints, texts.of, params, through)
-        alike = likeness(table, prints, texts.of, filtered, params, through)
+        prints, through = prints_of(own, filtered, params, NEAR_FINGERPRINT), remembering(params, NEAR_PAIRS)
+        given = Compared(replies, table["split"], prints, own.of, params, through)
+        alike = likeness(table, prints, own.of, filtered, params, through)
         copies = Copies(table, parents, verdicts, given, alike, settle)
         bar.advance(note="compared")
         if params.separate_splits:
@@ -210,14 +217,18 @@ def _filtered(table: pl.DataFrame, texts: Texts, parents: list[int], params: Cur
     return verdicts
 
 
-def _read(table: pl.DataFrame, texts: Texts, parents: list[int], verdicts: Verdicts, params: CurateParams) -> Seen:
-    """Judge what is left by its text, a window at a time."""
+def _read(
+    table: pl.DataFrame, texts: Texts, own: Texts, parents: list[int], verdicts: Verdicts, params: CurateParams
+) -> Seen:
+    """Judge what is left by its text, a window at a time; `own` gives what the user said of it."""
     import polars as pl
+
+    from tasks.dialogue.texts import said
 
     rows = table.select("role", above=pl.Series(parents, dtype=pl.Int64)).with_row_index("row")
     replies = rows.filter(role="assistant").select(pl.col("row").cast(pl.Int64), "above")
     starts = range(0, len(table), ROWS)
-    windows = ((at, pl.DataFrame([texts.between(at, at + ROWS), table["lang"].slice(at, ROWS)])) for at in starts)
+    windows = ((at, said(texts, own, at, at + ROWS).with_columns(table["lang"].slice(at, ROWS))) for at in starts)
     return _reader(params).read(windows, replies, verdicts)
 
 
@@ -296,10 +307,26 @@ def stages(params: CurateParams) -> list[str]:
     return [*params.rules, *(name for name, active in others.items() if active)]
 
 
+def _nothing_to_train_on(counts: Counts) -> str:
+    """Say where it went. No error: who only evaluates, or tries a few trees, may want just that."""
+    left = ", ".join(f"{name} {sizes['messages']:,}" for name, sizes in counts["splits"].items())
+    return (
+        f"no message is left to train on, of {counts['read']['messages']:,} (left: {left}); dropped by "
+        f"{_spent(counts) or 'nothing'}. Loosen the rule that took the most, or with few trees lower curate.test_share "
+        "and curate.val_share"
+    )
+
+
+def _spent(counts: Counts) -> str:
+    """Name what dropped messages, what took the most first."""
+    most = sorted(counts["funnel"].items(), key=lambda one: -one[1])
+    return ", ".join(f"{name} {number:,}" for name, number in most if number)
+
+
 def _nothing_left(counts: Counts, where: Path) -> InputError:
-    spent = ", ".join(f"{name} {number:,}" for name, number in counts["funnel"].items() if number)
+    spent = _spent(counts) or "nothing: there were none"
     return InputError(
-        f"none of {counts['read']['messages']:,} messages is left; dropped by {spent or 'nothing: there were none'}",
+        f"none of {counts['read']['messages']:,} messages is left; dropped by {spent}",
         str(where),
         "Loosen the rule that took the most, for example --set curate.languages=[] or --set curate.tree_states=[], "
         "or choose another source",

@@ -66,7 +66,7 @@ class ParseParams(Params):
     """Bytes that one byte of a gzip file may unpack to, counted after 16 MiB; more is a bomb and fails the step."""
 
 
-@step("parse", version=3, makes=Messages)
+@step("parse", version=4, makes=Messages)
 def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
     """Write `messages.parquet`, trees in the order of the dump, and `rejected.parquet`.
 

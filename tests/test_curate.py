@@ -302,6 +302,16 @@ def test_nothing_left_is_an_error_that_says_what_took_it(tmp_path: Path) -> None
         reasons(tmp_path)
 
 
+def test_nothing_left_to_train_on_is_said_with_what_took_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    test, train = two_splits()
+    rows = [*chain(train, "b"), {"id": test, "text": train}, {"id": "d", "parent": test}]
+    reasons(tmp_path, *rows, test_share=0.4, val_share=0.2, separate_splits=False)
+    assert "curate.train" not in caplog.text
+    reasons(tmp_path, *rows, test_share=0.4, val_share=0.2)
+    assert "curate.train: no message is left to train on, of 4 (left: train 0, val 0, test 2)" in caplog.text
+    assert "dropped by parent 1, leak 1" in caplog.text
+
+
 ESSAY = "the tide is the slow rise and fall of the sea and the moon pulls on the water that faces it"
 
 

@@ -9,9 +9,12 @@ rows do. Rows of one `tree_id` that begin otherwise are trees of their own, whic
 a tree is one first message, and without `message_ids` nothing says which is meant. The `tree_id` is kept in `extra`.
 
 A system message is put before the first message of the user, with an empty line between, because trees have no third
-role. `langs` are those of the messages, else `lang` is that of all; `id` and `split` are left out, since a path has no
-id and a split is made here. All else is kept: of a row in column `extra` of the root, and of a message as the published
-field of that name, if there is one (`rank`, `labels`, ...), else in `extra`.
+role. How many characters that adds is noted in `extra` as `system_chars`: curate compares what the user said.
+
+`langs` are those of the messages, else `lang` is that of all; `id` and `split` are left out, since a path has no id and
+a split is made here. All else is kept: as the published field of that name, if there is one (of a row `tree_state` and
+`origin`, of a message `rank`, `labels`, ...), else in column `extra`, of a row in that of the root. Names that a tree
+needs for itself have `row.` or `message.` before them there, and those of a system message `system.`.
 """
 
 from __future__ import annotations
@@ -21,13 +24,18 @@ from hashlib import sha256
 from typing import Any
 
 from tasks.oasst import fields
-from tasks.oasst.fields import Fault, wrong
+from tasks.oasst.fields import SYSTEM_CHARS, Fault, wrong
 
 KEY = "messages"  # a line or a table that has it is of this form
 ROLES = {"user": "prompter", "assistant": "assistant"}
 SYSTEM = "system"
+BETWEEN = "\n\n"  # the words of the system and the user's
 TREE = "tree_id"
 OWN = frozenset({KEY, "message_ids", TREE, "id", "split", "lang", "langs"})
+# Names of a tree and of its messages that a row and its messages may have for something else.
+ADDED = ("system.", "tree.")  # what stands before other names in `extra`
+OF_TREE = frozenset({"message_tree_id", "prompt"})
+OF_MESSAGE = frozenset({"message_tree_id", "message_id", "parent_id", "text", "replies", SYSTEM_CHARS})
 
 
 def tree_of(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,20 +45,28 @@ def tree_of(row: Mapping[str, Any]) -> dict[str, Any]:
         Fault: If there are no messages, one has neither of the roles or no text, or ids or languages are not as many.
     """
     said = _with_system([_message(one) for one in _list(KEY, row.get(KEY))])
-    given, tree_id = _as_many("message_ids", row.get("message_ids"), said), row.get(TREE)
-    if tree_id is not None:
-        fields.name(TREE, tree_id)
+    given, tree_id = _as_many("message_ids", row.get("message_ids"), said), _tree_id(row.get(TREE))
     ids = _made(said, tree_id or "") if given is None else [fields.name("message_ids", one) for one in given]
     langs = _as_many("langs", row.get("langs"), said) or [row.get("lang")] * len(said)
     replies: list[dict[str, Any]] = []
     for (role, content, rest), message_id, lang in zip(said[::-1], ids[::-1], langs[::-1], strict=True):
         own = {"message_id": message_id, "text": content, "role": ROLES[role], "replies": replies}
         replies = [{"lang": lang, **rest, **own}]
-    others = {name: value for name, value in row.items() if name not in OWN}
+    others = {_apart(name, "row.", OF_TREE): value for name, value in row.items() if name not in OWN}
     if given is None and tree_id is not None:
-        others[TREE] = tree_id
+        others[TREE] = row[TREE]
     own_name = ids[0] if given is None or tree_id is None else tree_id
     return {**others, "message_tree_id": own_name, "prompt": replies[0]}
+
+
+def _tree_id(found: Any) -> str | None:
+    """Take a string that is not empty, or a whole number, as tables often have for an id."""
+    return None if found is None else fields.name(TREE, str(found) if type(found) is int else found)
+
+
+def _apart(name: str, prefix: str, taken: frozenset[str]) -> str:
+    """Return a name under which no other is kept: one that is taken gets the prefix, or that has it already."""
+    return prefix + name if name in taken or name.startswith((prefix, *ADDED)) else name
 
 
 def _list(field: str, found: Any) -> list[Any]:
@@ -67,17 +83,22 @@ def _message(found: Any) -> tuple[str, str, dict[str, Any]]:
     if type(role) is not str or role not in (*ROLES, SYSTEM):
         raise wrong("role", "string user, assistant or system", role)
     content = fields.string("content", found.get("content"))
-    return role, content, {name: value for name, value in found.items() if name not in ("role", "content")}
+    prefix, taken = ("system.", frozenset(found)) if role == SYSTEM else ("message.", OF_MESSAGE)
+    rest = {name: value for name, value in found.items() if name not in ("role", "content")}
+    return role, content, {_apart(name, prefix, taken): value for name, value in rest.items()}
 
 
 def _with_system(said: list[tuple[str, str, dict[str, Any]]]) -> list[tuple[str, str, dict[str, Any]]]:
     """Put a system message that stands first before the user's; elsewhere there must be none."""
     if said[0][0] == SYSTEM:
-        (_, system, _), *said = said
+        (_, system, told), *said = said
         if not said or said[0][0] != "user":
             raise Fault("schema.role", "expected a message of the user after that of the system")
         (role, content, rest), *later = said
-        said = [(role, f"{system}\n\n{content}" if system else content, rest), *later]
+        before = system + BETWEEN if system else ""
+        if before and content.strip():  # where the user says nothing, all is compared
+            told[SYSTEM_CHARS] = len(before)
+        said = [(role, before + content, {**rest, **told}), *later]
     if any(role == SYSTEM for role, *_ in said):
         raise Fault("schema.role", "expected a message of the system in first place only")
     return said

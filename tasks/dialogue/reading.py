@@ -55,7 +55,8 @@ class Reader:
         """Judge by their texts the messages that are kept so far.
 
         Args:
-            windows: The row of a window's first message, and `text` and `lang` of the window.
+            windows: The row of a window's first message, and of the window `text`, `own`, which is the part of it
+                that the user said, null where that is all, and `lang`.
             replies: `row` of each reply, and `above`, the row that it answers.
             verdicts: Of all rows; the rules drop from it.
         """
@@ -80,7 +81,7 @@ class Reader:
         return Seen(masks, told, len(self.facts.facts))
 
     def columns(self, kept: pl.DataFrame) -> pl.DataFrame:
-        """Add to text and lang of N messages what the rules ask: LANGUAGE, PERSONAL, ASKED and `tagged`.
+        """Add to text, own and lang of N messages what the rules ask: LANGUAGE, PERSONAL, ASKED and `tagged`.
 
         Columns are null where none asks.
         """
@@ -88,10 +89,21 @@ class Reader:
         asked = (
             (self.language if "text_language" in rules else None, LANGUAGE),
             (self.personal if self.limits.pii != "off" else None, PERSONAL),
-            (self.asked, ASKED),
         )
         found = [ask(texts) if ask else pl.DataFrame(schema=schema).clear(len(kept)) for ask, schema in asked]
-        return pl.concat([kept, *found], how="horizontal").with_columns(tagged(kept["lang"]))
+        return pl.concat([kept, *found, self._asked(kept)], how="horizontal").with_columns(tagged(kept["lang"]))
+
+    def _asked(self, kept: pl.DataFrame) -> pl.DataFrame:
+        """Return the columns of ASKED: of the whole text, or else of the part of it that the user said."""
+        if not self.asked:
+            return pl.DataFrame(schema=ASKED).clear(len(kept))
+        found = self.asked(kept["text"])
+        at = kept["own"].is_not_null().arg_true()
+        if at.is_empty():
+            return found
+        own = self.asked(kept["own"].gather(at))["overlap"]
+        whole = found["overlap"].gather(at)
+        return found.with_columns(found["overlap"].scatter(at, whole.zip_with(whole.is_not_null(), own)))
 
 
 def tagged(langs: pl.Series) -> pl.Series:

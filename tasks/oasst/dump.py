@@ -154,9 +154,10 @@ class Dump:
             self.unreadable += 1
             # a published file holds one tree a line; among flat messages nobody knows whose line this was
             return Bad(place, fault.code, fault.message, None, 0 if flat else 1, 0, raw)
-        if "prompt" in value:
-            return self._nested(place, value, raw)
         key = next((key for key in self._forms if key in value), None)
+        # rows of another dataset may have a `prompt`, too, of their own kind
+        if "prompt" in value and not (key and type(value["prompt"]) is not dict and type(value[key]) is list):
+            return self._nested(place, value, raw)
         return self._formed(place, value, raw, key) if key else self._gather(place, value, raw)
 
     def _formed(self, place: Place, row: Mapping[str, Any], raw: bytes | None, key: str) -> Found | Bad:

@@ -10,6 +10,8 @@ from typing import Any
 import orjson
 
 ROLES = ("prompter", "assistant")
+# In `extra` of a first prompt: how many of its characters are those of a system message, with the empty line after it.
+SYSTEM_CHARS = "system_chars"
 LARGEST = 2**31 - 1  # the columns are int32
 # datetime.fromisoformat also takes week dates, days alone and any letter for the T: too much for a published instant.
 INSTANT = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)", re.ASCII)

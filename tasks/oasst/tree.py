@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from tasks.oasst import fields
-from tasks.oasst.fields import Fault, Reader, as_json, by_name, shown, wrong
+from tasks.oasst.fields import SYSTEM_CHARS, Fault, Reader, as_json, by_name, shown, wrong
 
 Row = list[Any]
 
@@ -183,7 +183,7 @@ class Layout:
         if found.keys() <= known.keys():
             return {}
         strange = {field: value for field, value in found.items() if field not in known}
-        for field in strange:
+        for field in (field for field in strange if field != SYSTEM_CHARS):
             full = f"{prefix}{field}"[:80]
             self.unknown[full if full in self.unknown or len(self.unknown) < NAMES_COUNTED else "(others)"] += 1
         return strange

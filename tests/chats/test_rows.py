@@ -98,6 +98,56 @@ def test_published_fields_of_a_message_are_taken_and_all_else_is_kept(tmp_path: 
     assert counts["unknown_fields"] == {"name": 1, "tree.source": 1}
 
 
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_names_that_a_tree_needs_for_itself_are_kept_under_others(tmp_path: Path, form: str) -> None:
+    taken = {"message_id": "m", "text": "t", "replies": 3, "parent_id": "p", "message_tree_id": "z", "system_chars": 1}
+    row = {
+        "messages": [
+            {"role": "system", "content": "Be kind.", "name": "house"},
+            {"role": "user", "content": "x", **taken, "message.text": "u", "system.name": "v", "tree.prompt": "w"},
+        ],
+        "message_tree_id": "9", "prompt": "x", "tree_id": 5,
+    }  # fmt: skip
+    file = lines(tmp_path, row)
+    if form == "parquet":
+        file = tmp_path / "chats.parquet"
+        pq.write_table(pa.Table.from_pylist([{**row, "messages": [{**m, **taken} for m in row["messages"]]}]), file)  # type: ignore[attr-defined]
+    counts, messages, rejected = parsed(tmp_path / "out", file)
+    assert messages["text"].to_list() == ["Be kind.\n\nx"]
+    assert rejected.is_empty()
+    extra = json.loads(messages["extra"][0])
+    own = {f"message.{name}": value for name, value in taken.items()}
+    more = {"message.message.text": "u", "message.system.name": "v", "message.tree.prompt": "w", "system.name": "house"}
+    noted = {"system_chars": 10, "tree.row.message_tree_id": "9", "tree.row.prompt": "x", "tree.tree_id": 5}
+    assert {name: extra[name] for name in own | more | noted} == own | more | noted
+    assert "system_chars" not in counts["unknown_fields"]
+
+
+def test_rows_of_messages_may_have_a_prompt_of_their_own_kind(tmp_path: Path) -> None:
+    tree = {"message_tree_id": "t", "prompt": {"message_id": "t", "text": "x", "role": "prompter", "replies": []}}
+    rows = [chat("q", "a", prompt="q"), {**tree, "messages": []}, {**tree, "messages": 5}, chat("r", prompt=None)]
+    file = lines(tmp_path, *rows, {"prompt": "p", "messages": "m"})
+    _, messages, rejected = parsed(tmp_path / "out", file, max_bad=1)
+    assert messages["text"].to_list() == ["q", "a", "x", "r"]
+    assert rejected.select("line", "code").rows() == [(5, "schema.prompt")]
+
+
+@pytest.mark.parametrize("tree_id", [5, "5"])
+def test_a_tree_id_may_be_a_number(tmp_path: Path, tree_id: Any) -> None:
+    row = chat("q", "a", tree_id=tree_id, message_ids=["5", "6"])
+    _, messages, _ = parsed(tmp_path / "out", lines(tmp_path, row))
+    assert messages["message_tree_id"].to_list() == ["5", "5"]
+
+
+def test_how_many_characters_are_those_of_the_system_is_noted_where_the_user_says_something(tmp_path: Path) -> None:
+    noted = []
+    for number, (system, user) in enumerate([("Sei nett \U0001f600", "x"), ("Be kind.", " "), ("", "x")]):
+        row = {"messages": [{"role": "system", "content": system}, {"role": "user", "content": user}]}
+        _, messages, _ = parsed(tmp_path / str(number), lines(tmp_path, row))
+        noted.append(json.loads(messages["extra"][0] or "{}").get("system_chars"))
+    assert noted == [12, None, None]
+
+
 @pytest.mark.parametrize(
     ("row", "code", "words"),
     [
@@ -116,7 +166,7 @@ def test_published_fields_of_a_message_are_taken_and_all_else_is_kept(tmp_path: 
         (chat("a", "b", langs=["en"]), "schema.langs", "one for each of 2"),
         (chat("a", langs=[5]), "schema.lang", "got integer 5"),
         (chat("a", langs="en"), "schema.langs", "array"),
-        (chat("a", tree_id=5), "schema.tree_id", "got integer 5"),
+        (chat("a", tree_id=True), "schema.tree_id", "got boolean True"),
     ],
 )
 def test_a_bad_row_is_rejected_with_its_line_and_a_reason(
