@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 ROWS = 16_384  # of a row group: some 10 MB of text, so memory stays flat and readers can skip
 # What it asks of each text alone, and of two.
 LANGUAGE = Remembered("language", 1, "tasks.dialogue.language", ("pycld2", "polars"))
-PERSONAL = Remembered("personal", 2, "tasks.dialogue.pii", ("polars", UNICODE))
+PERSONAL = Remembered("personal", 3, "tasks.dialogue.pii", ("polars", UNICODE))
 ASKED = Remembered("asked", 1, "tasks.dialogue.contamination", ("polars",))
 NEAR_FINGERPRINT = Remembered("near-fingerprint", 1, "tasks.dialogue.fingerprint", ("polars", UNICODE))
 NEAR_PAIRS = Remembered("near-pairs", 1, "tasks.dialogue.near", ("polars", UNICODE))
@@ -84,6 +84,12 @@ class CurateParams(Params, Limits, CopyLimits):
     def _leaves_some_to_train_on(self) -> CurateParams:
         if self.test_share + self.val_share >= 1:
             raise ValueError(f"test_share {self.test_share} and val_share {self.val_share} leave nothing to train on")
+        return self
+
+    @model_validator(mode="after")
+    def _drops_by_a_rule(self) -> CurateParams:
+        if self.pii == "drop" and "personal" not in self.rules:
+            raise ValueError('pii "drop" needs the rule "personal", which rules leaves out; add it, or choose "mask"')
         return self
 
     _keyed: tuple[str, ...] = PrivateAttr(default=())  # so that a file that changes after keying is found out
@@ -117,7 +123,7 @@ class CurateRuntime(TextsRuntime):
     """How fast texts are read, never what is found in them."""
 
 
-@step("curate", version=5, makes=Dialogues)
+@step("curate", version=6, makes=Dialogues)
 def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRuntime) -> Counts:
     """Write `dialogues.parquet` and `dropped.parquet`, both in the order of the messages, and `curation.json`.
 
