@@ -57,7 +57,7 @@ log = logging.getLogger("treeline.curate")
 ROWS = 16_384  # of a row group: some 10 MB of text, so memory stays flat and readers can skip
 # What it asks of each text alone, and of two.
 LANGUAGE = Remembered("language", 1, "tasks.dialogue.language", ("pycld2", "polars"))
-PERSONAL = Remembered("personal", 2, "tasks.dialogue.pii", ("polars", UNICODE))
+PERSONAL = Remembered("personal", 3, "tasks.dialogue.pii", ("polars", UNICODE))
 ASKED = Remembered("asked", 1, "tasks.dialogue.contamination", ("polars",))
 NEAR_FINGERPRINT = Remembered("near-fingerprint", 1, "tasks.dialogue.fingerprint", ("polars", UNICODE))
 NEAR_PAIRS = Remembered("near-pairs", 1, "tasks.dialogue.near", ("polars", UNICODE))
@@ -86,6 +86,12 @@ class CurateParams(Params, Limits, CopyLimits):
     def _leaves_some_to_train_on(self) -> CurateParams:
         if self.test_share + self.val_share >= 1:
             raise ValueError(f"test_share {self.test_share} and val_share {self.val_share} leave nothing to train on")
+        return self
+
+    @model_validator(mode="after")
+    def _drops_by_a_rule(self) -> CurateParams:
+        if self.pii == "drop" and "personal" not in self.rules:
+            raise ValueError('pii "drop" needs the rule "personal", which rules leaves out; add it, or choose "mask"')
         return self
 
     _keyed: tuple[str, ...] = PrivateAttr(default=())  # so that a file that changes after keying is found out

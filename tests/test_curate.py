@@ -25,6 +25,7 @@ from tasks.artifacts import (
     parquet_writer,
 )
 from tasks.curate import ROWS, CurateParams, CurateRuntime, curate
+from tasks.dialogue.language import SEEN
 from tasks.dialogue.record import RULES
 from tasks.dialogue.split import split_of
 from tasks.errors import InputError, ParameterError, SourceChanged
@@ -496,6 +497,17 @@ def test_personal_data_can_be_left_or_drop_their_message(tmp_path: Path) -> None
     made, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", CurateParams(**ALL_TRAIN, pii="off"))
     assert made.scan().collect()["text"].to_list() == ["a", MAIL, "c"]
     assert counts["masked"] == 0
+
+
+def test_personal_data_are_not_dropped_without_the_rule_that_drops_them() -> None:
+    with pytest.raises(ValueError, match='pii "drop" needs the rule "personal"'):
+        CurateParams(pii="drop", rules=("empty",))
+
+
+def test_a_language_is_not_asked_of_more_characters_than_are_looked_at() -> None:
+    assert CurateParams(text_language_chars=SEEN).text_language_chars == SEEN
+    with pytest.raises(ValueError, match=f"less than or equal to {SEEN}"):
+        CurateParams(text_language_chars=SEEN + 1)
 
 
 def test_texts_that_differ_only_in_what_is_masked_are_copies_and_dropped_ones_stay_as_published(tmp_path: Path) -> None:

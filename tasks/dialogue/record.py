@@ -63,11 +63,12 @@ class Limits(BaseModel):
     """Best-ranked replies to a prompt that are kept; an unranked one only without siblings. None: all."""
     text_language_from: Share = 0.95
     """Share of a text, 0 to 1, from which on it has to be in another language than its tag says, to be dropped."""
-    text_language_chars: int = Field(default=100, ge=1)
-    """Characters from which on a text's language is looked at; shorter ones say too little."""
+    text_language_chars: int = Field(default=100, ge=1, le=2_000)
+    """Characters from which on a text's language is looked at, of which only the first 2,000 are: shorter ones say too
+    little."""
     pii: Literal["off", "mask", "drop"] = "mask"
     """What becomes of e-mail addresses, phone, IP and card numbers: nothing, a mask such as [e-mail], or the message
-    that holds them is dropped."""
+    that holds them is dropped by the rule `personal`."""
     overlap_words: int = Field(default=13, ge=3, le=64)
     """Words in a row that a message may not share with an evaluation's prompt; one with fewer is compared whole."""
     drop_facts: bool = False
