@@ -526,7 +526,8 @@ def test_files_of_prompts_are_read_and_keyed_by_their_content(tmp_path: Path, mo
     (tmp_path / "exam.txt").write_bytes((tmp_path / "exam.jsonl").read_bytes())
     assert params.keyed() != CurateParams(**ALL_TRAIN, prompt_files=(str(tmp_path / "exam.txt"),)).keyed()
     rows = [*chain("a", "b"), {"id": "c", "parent": "a"}]
-    made, _ = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", params)
+    made, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", params)
+    assert counts["prompts_sought"] == 2
     dropped = made.dropped().select("message_id", "reason", "evidence").collect().rows()
     assert dropped == [("b", "contaminated", "file 1 line 2, the same text")]
     (tmp_path / "exam.jsonl").write_text('"other"')
