@@ -117,7 +117,7 @@ class CurateRuntime(TextsRuntime):
     """How fast texts are read, never what is found in them."""
 
 
-@step("curate", version=6, makes=Dialogues)
+@step("curate", version=7, makes=Dialogues)
 def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRuntime) -> Counts:
     """Write `dialogues.parquet` and `dropped.parquet`, both in the order of the messages, and `curation.json`.
 

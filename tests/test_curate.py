@@ -463,10 +463,10 @@ def test_whatever_the_trees_nothing_is_lost_and_nobody_outlives_an_ancestor(
     assert set(twins) <= set(kept["message_id"])
     assert counts["shared_across_splits"]["kept"] == {"exact": 0, "near": 0}
     assert set(dropped.filter(reason="parent")["evidence"]) <= set(dropped["message_id"])
-    is_reply = pl.col("role") == "assistant"
-    said = kept.filter(pl.when(is_reply).then(pl.col("text") != "").otherwise(pl.col("parent_id").is_null()))
+    first_prompt = (pl.col("role") == "prompter") & pl.col("parent_id").is_null()
+    said = kept.filter(first_prompt | (pl.col("text") != ""))
     texts = said.select("role", pl.col("text").str.to_lowercase().str.strip_chars(), "split").unique()
-    assert texts.select("role", "text").is_unique().all()  # no reply and no first prompt in two splits
+    assert texts.select("role", "text").is_unique().all()  # nothing that is compared is in two splits
 
 
 MAIL = "Write to jane.doe@mail.com or call 415-555-0123."
