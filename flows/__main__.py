@@ -25,7 +25,7 @@ AGAIN = 10.0  # seconds after which a signal that ended nothing is sent again; t
 EXAMPLES = """examples:
   python -m flows run                          the quickstart: offline, on the CPU, some minutes
   python -m flows plan --set encode.block=512  what would run, and why; nothing is run
-  python -m flows show dialogues -n 3          three conversations of the youngest dialogues
+  python -m flows show dialogues -n 3          three conversations of the last run's dialogues
   python -m flows run gpt2-medium --until encode
   python -m flows chat --prompt "What's the capital of France?"
 """
@@ -182,7 +182,7 @@ def _add_looks(command: Command) -> None:
     made.add_argument("kind", nargs="?", choices=[*KINDS], metavar="KIND", help=", ".join(KINDS))
     _as_json(made)
     made = command("show", commands.show, "look into an artifact")
-    made.add_argument("artifact", metavar="ID_OR_KIND", help="an id as `ls` prints it, or a kind for its youngest")
+    made.add_argument("artifact", metavar="ID_OR_KIND", help="an id as `ls` prints it, or a kind: the last run's")
     made.add_argument("-n", type=_count, default=5, metavar="N", help="how many rows, trees or sequences (default: 5)")
     for which, about in (("rejected", "of messages: lines that could not be read"), ("dropped", "of dialogues")):
         made.add_argument(f"--{which}", action="store_const", const=which, dest="aside", help=about)
@@ -191,7 +191,7 @@ def _add_looks(command: Command) -> None:
         "why-dropped", commands.why_dropped, "say which rule dropped a message, what it saw, and the twin that stays"
     )
     made.add_argument("message", metavar="MESSAGE_ID", help="as `show` and the report name it")
-    made.add_argument("--dialogues", default="dialogues", metavar="ID", help="an id (default: the youngest)")
+    made.add_argument("--dialogues", default="dialogues", metavar="ID", help="an id (default: the last run's)")
     _as_json(made)
     made = command("export", commands.export, "write an artifact into a new folder, for another program")
     made.add_argument(
@@ -200,7 +200,7 @@ def _add_looks(command: Command) -> None:
         metavar="FORM",
         help="nanogpt (of tokens), messages (of dialogues), adapter (of a model: LoRA and the base that it lies over)",
     )
-    made.add_argument("artifact", metavar="ID_OR_KIND", help="an id as `ls` prints it, or a kind for its youngest")
+    made.add_argument("artifact", metavar="ID_OR_KIND", help="an id as `ls` prints it, or a kind: the last run's")
     made.add_argument("folder", type=Path, metavar="DIR", help="a folder that is not there yet, or is empty")
 
 
@@ -223,7 +223,7 @@ def _add_upkeep(command: Command) -> None:
     _as_json(made)
     command("lock", commands.lock, "write the digests of the steps' code into tasks/versions.lock")
     made = command("chat", commands.chat, "talk to a tuned model")
-    made.add_argument("--model", default="model", metavar="ID", help="a model's id (default: the youngest)")
+    made.add_argument("--model", default="model", metavar="ID", help="a model's id (default: the last run's)")
     made.add_argument("--prompt", metavar="TEXT", help="answer this and end")
     made.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     made = command("serve", commands.serve, "serve the deployments to the Prefect UI, until interrupted")

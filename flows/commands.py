@@ -55,7 +55,8 @@ def show(asked: argparse.Namespace) -> int:
     artifact = seen(Artifact, asked.artifact)
     if asked.aside:
         rows = showing.aside(artifact, asked.aside, asked.n)
-        print_json(rows) if asked.json else print(printable("\n".join(map(showing.aside_line, rows))))
+        told = [artifact.id, *map(showing.aside_line, rows)]
+        print_json(rows) if asked.json else print(printable("\n".join(told)))
     elif asked.json:
         print_json(showing.rows(artifact, asked.n))
     else:
@@ -82,13 +83,14 @@ def why_dropped(asked: argparse.Namespace) -> int:
     if not found:
         raise ParameterError(
             f"no message {asked.message!r} in {dialogues.id}",
-            do="`python -m flows show messages --json` lists ids; a bad line's messages are in rejected.parquet",
+            do="`python -m flows show messages --json` lists ids; a bad line's messages are in rejected.parquet; "
+            "--dialogues ID looks into others",
             code="param.message",
         )
     if asked.json:
         print_json(found)
     else:
-        print(printable("\n".join(showing.verdict(row) for row in found)))
+        print(printable("\n".join([f"in {dialogues.id}", *map(showing.verdict, found)])))
     return 0
 
 

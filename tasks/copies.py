@@ -140,7 +140,7 @@ class Copies:
 def shared_across_splits(
     copies: Copies, filtered: list[bool], shares: tuple[float, float]
 ) -> dict[str, dict[str, int]]:
-    """Count the first prompts and long replies of which a copy, or else a near copy, stands in another split.
+    """Count the first prompts and long messages of which a copy, or else a near copy, stands in another split.
 
     `kept` is what is written, 0 if splits are separated: what is kept is compared once more, in every bucket, so that
     this would find what separating missed. The others are what three ways to split would share of what the filters

@@ -108,7 +108,7 @@ class CurateParams(Params, Limits, CopyLimits):
         """Yield where each prompt stands and what it says.
 
         Raises:
-            InputError: For a line that holds none, or a file that changed since its hash entered the key.
+            InputError: For a line or a file that holds none, or a file that changed since its hash entered the key.
         """
         from tasks.dialogue.prompts import read_prompts
 
@@ -125,7 +125,7 @@ class CurateRuntime(TextsRuntime):
     """How fast texts are read, never what is found in them."""
 
 
-@step("curate", version=6, makes=Dialogues)
+@step("curate", version=7, makes=Dialogues)
 def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRuntime) -> Counts:
     """Write `dialogues.parquet` and `dropped.parquet`, both in the order of the messages, and `curation.json`.
 
@@ -147,6 +147,7 @@ def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRunti
         "funnel": tally.funnel(verdicts, stages(params)),
         "label_coverage": tally.coverage(messages.scan(), SCORES),
         "masked": sum(verdicts.reasons[row] is None for row in seen.masks),
+        "prompts_sought": seen.prompts,
         "facts": {"asked": seen.facts, "told_in_train": tally.told(table, verdicts, seen.told)} if seen.facts else {},
         "shared_across_splits": shared,
     }
@@ -260,6 +261,7 @@ def _reader(params: CurateParams) -> Reader:
         partial(_rows_of, PERSONAL.of(pii.scan, {})),
         partial(_rows_of, asked) if prompts or told else None,
         Facts(told),
+        len(prompts),
     )
 
 

@@ -8,7 +8,7 @@ from tasks.artifacts import KINDS, Artifact
 from tasks.errors import ParameterError, StoreError
 from tasks.step import home
 from tasks.store.check import Fault
-from tasks.store.folders import Store
+from tasks.store.folders import SHORT, Store
 from tasks.store.manifest import Manifest
 
 A = TypeVar("A", bound=Artifact)
@@ -41,9 +41,22 @@ def named(kind: type[A], name: str, where: str = "") -> A:
 
 
 def seen(kind: type[A], name: str, where: str = "") -> A:
-    """Open an artifact by its name, or the youngest of a kind by the kind's: for who looks, not for a setting."""
-    youngest = Store(home()).manifests(name)[-1:] if name in KINDS else []
-    return named(kind, f"{name}/{youngest[0][1].key}" if youngest else name, where)
+    """Open an artifact by its name, or by its kind's the one to look at first: for who looks, not for a setting."""
+    return named(kind, (_first_of(name) if name in KINDS else None) or name, where)
+
+
+def _first_of(kind: str) -> str | None:
+    """Return the id of the artifact of a kind that the last run ended with, or else of the youngest; None without any.
+
+    A run that found all it needed made nothing, so the youngest can be another run's.
+    """
+    store = Store(home())
+    made = [f"{kind}/{manifest.key[:SHORT]}" for _, manifest in store.manifests(kind)]  # oldest first
+    for recipe in store.latest_runs():
+        ended = {*store.last_run(recipe).values()}
+        if found := [one for one in made if one in ended]:
+            return found[-1]
+    return made[-1] if made else None
 
 
 def of_content(kind: type[A], digest: str) -> A | None:

@@ -129,6 +129,7 @@ class _Intake:
         self._late: dict[Place, list[Bad]] = {}  # rejected, but the line is not at hand any more
         self._out: tuple[int, int] | None = None  # trees and messages, once settled
         self._named: list[str] = []
+        self._do = "Mend the file, copy or download it again, or raise parse.max_bad"
         self._books: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
@@ -164,6 +165,11 @@ class _Intake:
 
     def reject(self, bad: Bad) -> None:
         """Note a line or tree that cannot be taken."""
+        from tasks.oasst.lines import AS_LINES
+
+        if not self._named and bad.raw and bad.raw[:HEAD].lstrip().startswith(b"["):
+            name = self._files[bad.place.file].name
+            self._do = f"{name} looks like one JSON array; write one object a line (JSON Lines): {AS_LINES}"
         self._books.update(trees_in=bad.trees, messages_in=bad.messages)
         self._reject(bad)
 
@@ -272,7 +278,7 @@ class _Intake:
             raise InputError(
                 f"{found:,} of {total:,} {what} cannot be used ({found / total:.1%}, at most {most:.1%} may be bad)",
                 "; ".join(self._named),
-                "Mend or download the file again, or raise parse.max_bad",
+                self._do,
                 "input.bad",
             )
         if (replaced := books["messages_replaced"]) > most * books["messages_in"]:

@@ -474,10 +474,10 @@ def test_whatever_the_trees_nothing_is_lost_and_nobody_outlives_an_ancestor(
     assert set(twins) <= set(kept["message_id"])
     assert counts["shared_across_splits"]["kept"] == {"exact": 0, "near": 0}
     assert set(dropped.filter(reason="parent")["evidence"]) <= set(dropped["message_id"])
-    is_reply = pl.col("role") == "assistant"
-    said = kept.filter(pl.when(is_reply).then(pl.col("text") != "").otherwise(pl.col("parent_id").is_null()))
+    first_prompt = (pl.col("role") == "prompter") & pl.col("parent_id").is_null()
+    said = kept.filter(first_prompt | (pl.col("text") != ""))
     texts = said.select("role", pl.col("text").str.to_lowercase().str.strip_chars(), "split").unique()
-    assert texts.select("role", "text").is_unique().all()  # no reply and no first prompt in two splits
+    assert texts.select("role", "text").is_unique().all()  # nothing that is compared is in two splits
 
 
 MAIL = "Write to jane.doe@mail.com or call 415-555-0123."
@@ -548,7 +548,8 @@ def test_files_of_prompts_are_read_and_keyed_by_their_content(tmp_path: Path, mo
     (tmp_path / "exam.txt").write_bytes((tmp_path / "exam.jsonl").read_bytes())
     assert params.keyed() != CurateParams(**ALL_TRAIN, prompt_files=(str(tmp_path / "exam.txt"),)).keyed()
     rows = [*chain("a", "b"), {"id": "c", "parent": "a"}]
-    made, _ = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", params)
+    made, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", params)
+    assert counts["prompts_sought"] == 2
     dropped = made.dropped().select("message_id", "reason", "evidence").collect().rows()
     assert dropped == [("b", "contaminated", "file 1 line 2, the same text")]
     (tmp_path / "exam.jsonl").write_text('"other"')

@@ -274,6 +274,13 @@ def test_too_many_bad_lines_fail_the_step_and_the_first_are_named(tmp_path: Path
     assert "trees.jsonl.gz:100 schema.prompt" in said
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_file_that_is_one_array_is_told_to_be_written_one_object_a_line(tmp_path: Path, indent: int | None) -> None:
+    with pytest.raises(InputError, match=r"one JSON array.*one object a line.*jq -c '\.\[\]'") as caught:
+        parsed(tmp_path, json.dumps([tree("a"), tree("b")], indent=indent).encode())
+    assert caught.value.code == "input.bad"
+
+
 @pytest.mark.parametrize(
     ("content", "code"),
     [

@@ -6,8 +6,9 @@ role and text by text. So the same answer to another question is no duplicate, a
 What is in the test or the val split never goes for a copy, or these would lose messages as the data grows; only
 `leaks` takes from val what test holds, too.
 
-By their own text, wherever they stand, only first prompts and long replies are compared: a short reply ("Paris.")
-rightly answers many questions, and what a later prompt means depends on what stands above it.
+By their own text, wherever they stand, only first prompts and what is long are compared: a short reply ("Paris.")
+rightly answers many questions, and what a short later prompt ("Shorter!") means depends on what stands above it. A long
+later prompt goes for a copy only in another split: within one, what stands above it may be other.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def likeness(
     limits: CopyLimits,
     through: Through = counted,
 ) -> Likeness:
-    """Compare first prompts with each other, and long replies with each other.
+    """Compare first prompts and long later ones with each other, and long replies with each other.
 
     Args:
         messages: N rows: parent_id, role.
@@ -125,7 +126,7 @@ def likeness(
     said = np.full(len(messages), -1, dtype=np.int64)
     near: dict[int, list[tuple[int, float]]] = defaultdict(list)
     replies = (messages["role"] == "assistant").to_numpy()
-    compared = np.where(replies, prints.chars >= limits.copy_chars, messages["parent_id"].is_null().to_numpy())
+    compared = (prints.chars >= limits.copy_chars) | (~replies & messages["parent_id"].is_null().to_numpy())
     compared &= np.array(kept, dtype=np.bool_)
     first, crowded = 0, False
     for side in (False, True):
@@ -176,7 +177,7 @@ def near_duplicates(
     own = np.array(kept, dtype=np.bool_) & replies
     own[[*found]] = False
     needed = holds(parents, own.tolist())
-    roots = compared[~replies[compared]].tolist()
+    roots = compared[~replies[compared] & (np.array(parents)[compared] < 0)].tolist()
     yields = dict(zip(roots, (messages["split"].gather(roots) == "train").to_list(), strict=True))
     answered: dict[int, int] = {}
     for row in roots:

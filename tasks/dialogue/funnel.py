@@ -80,10 +80,10 @@ def _funnel(funnel: Mapping[str, int], by_language: Mapping[str, Mapping[str, in
 
 
 def _shared(shared: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
-    """Tell how many first prompts and long replies stand in two splits, under each way to split."""
+    """Tell how many first prompts and long messages stand in two splits, under each way to split."""
     yield (
-        "First prompts and long replies of which a copy, or else a near copy, stands in another split, as written here,"
-        " and as three ways to split what the filters left would share them. Copies within a split go from train"
+        "First prompts and long messages of which a copy, or else a near copy, stands in another split, as written"
+        " here, and as three ways to split what the filters left would share them. Copies within a split go from train"
         " alone, so the test split only grows as data does:"
     )
     rows = [(told, *(f"{shared[way][kind]:,}" for kind in ("exact", "near"))) for way, told in WAYS.items()]

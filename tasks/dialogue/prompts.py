@@ -9,8 +9,11 @@ import orjson
 
 from tasks.errors import InputError
 
-# Where known benchmarks and exports keep what they ask; the first that is there counts.
+# Where known benchmarks and exports keep what they ask. A row is asked with all that it has of them: the instruction
+# alone says little where the text that it is about stands in `input`.
 FIELDS = ("prompt", "question", "instruction", "input", "text", "problem", "ctx")
+_UTF8_MARK = b"\xef\xbb\xbf"
+_EXPECTED = f"a text, or an object with text in {', '.join(FIELDS)} or a user's in messages"
 
 
 def format_of(name: str) -> Literal["json", "text"]:
@@ -21,17 +24,23 @@ def format_of(name: str) -> Literal["json", "text"]:
 def read_prompts(name: str, content: bytes) -> Iterator[tuple[int, str]]:
     """Yield the prompts of a file with the numbers of their lines, from 1; empty lines are passed over.
 
-    A file of JSON lines, by its name, holds texts, objects with one of FIELDS, or chats as `messages`, of which the
-    user's are prompts. In any other, a line is a prompt.
+    A file of JSON lines, by its name, holds texts, objects, or chats as `messages`, of which the user's are prompts.
+    Of an object, each of FIELDS that holds text is a prompt. In any other file, a line is a prompt.
 
     Raises:
-        InputError: For a line that is none of that.
+        InputError: For a line that is none of that or asks nothing, and for a file without a prompt.
     """
-    for number, line in enumerate(content.split(b"\n"), 1):
+    asked = False
+    for number, line in enumerate(content.removeprefix(_UTF8_MARK).split(b"\n"), 1):
         where = f"{name} line {number}"
         if line.strip():
             found = _of_json(line, where) if format_of(name) == "json" else [_decoded(line, where)]
-            yield from ((number, text) for text in found if text.strip())
+            yield from ((number, text) for text in found)
+            asked = asked or bool(found)
+    if not asked:
+        expected = f"{_EXPECTED} on each line" if format_of(name) == "json" else "a prompt a line"
+        do = "Put prompts into it, or take it out of curate.prompt_files"
+        raise InputError(f"expected {expected}, found none", name, do, "curate.prompts")
 
 
 def _decoded(line: bytes, where: str) -> str:
@@ -42,20 +51,25 @@ def _decoded(line: bytes, where: str) -> str:
 
 
 def _of_json(line: bytes, where: str) -> list[str]:
+    """Return what a line asks: one text at least."""
     try:
         found = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         raise _odd("a line of JSON", str(error), where) from error
+    texts = [text for text in _asked(found, where) if text.strip()]
+    if not texts:
+        raise _odd(_EXPECTED, line[:60].decode(errors="replace"), where)
+    return texts
+
+
+def _asked(found: Any, where: str) -> list[str]:
     if isinstance(found, str):
         return [found]
-    if isinstance(found, Mapping) and isinstance(found.get("messages"), list):
-        return [_content(turn, where) for turn in found["messages"] if _is_users(turn)]
-    texts = [found[name] for name in FIELDS if isinstance(found.get(name), str)] if isinstance(found, Mapping) else []
-    if not texts:
-        raise _odd(
-            f"a text, or an object with {', '.join(FIELDS)} or messages", line[:60].decode(errors="replace"), where
-        )
-    return texts[:1]
+    if not isinstance(found, Mapping):
+        return []
+    turns = found.get("messages")
+    said = [_content(turn, where) for turn in turns if _is_users(turn)] if isinstance(turns, list) else []
+    return [*said, *(found[name] for name in FIELDS if isinstance(found.get(name), str))]
 
 
 def _is_users(turn: Any) -> bool:

@@ -26,11 +26,13 @@ class Seen:
         masks: Row -> the text without what is personal, and what that was.
         told: `row` of a reply and the number of a `fact` that it tells, in this order.
         facts: How many facts were looked for.
+        prompts: How many prompts of an evaluation were.
     """
 
     masks: dict[int, tuple[str, str]]
     told: pl.DataFrame
     facts: int
+    prompts: int
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Reader:
         personal: Gives the columns of PERSONAL; called only if it is to be masked or dropped.
         asked: Gives the columns of ASKED; None: no evaluation asks anything.
         facts: What an evaluation wants to hear.
+        prompts: How many prompts `asked` looks for.
     """
 
     limits: Limits
@@ -50,6 +53,7 @@ class Reader:
     personal: PerText
     asked: PerText | None
     facts: Facts
+    prompts: int
 
     def read(self, windows: Iterable[tuple[int, pl.DataFrame]], replies: pl.DataFrame, verdicts: Verdicts) -> Seen:
         """Judge by their texts the messages that are kept so far.
@@ -78,7 +82,7 @@ class Reader:
         if self.limits.drop_facts:
             for row, fact in told.iter_rows():  # of several facts the first is named
                 verdicts.drop("fact", {row: self.facts.facts[fact].name})
-        return Seen(masks, told, len(self.facts.facts))
+        return Seen(masks, told, len(self.facts.facts), self.prompts)
 
     def columns(self, kept: pl.DataFrame) -> pl.DataFrame:
         """Add to text, own and lang of N messages what the rules ask: LANGUAGE, PERSONAL, ASKED and `tagged`.

@@ -99,7 +99,7 @@ class CopyLimits(BaseModel):
     separate_splits: bool = True
     """Whether what two splits hold, nearly or exactly, goes from the less protected one: train, then val."""
     copy_chars: int = Field(default=200, ge=1)
-    """Characters from which on a reply is compared with others by its text; shorter ones answer many questions."""
+    """Characters, white space folded, from which on a reply or a later prompt is compared with others by its text."""
     near_ngram: int = Field(default=3, ge=1, le=16)
     """Words of an n-gram, by whose sets texts are compared; 5 is usual for web pages, messages are shorter."""
     near_permutations: int = Field(default=128, ge=8, le=1024)

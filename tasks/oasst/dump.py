@@ -308,8 +308,8 @@ def parquet_rows(path: Path, forms: Collection[str] = ()) -> Iterator[tuple[int,
                 yield number, row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path.name} is not a whole Parquet file ({error})", f"Seen after {number:,} rows", "Download it again",
-            "parquet.corrupt",
+            f"{path.name} is not a whole Parquet file ({error})", f"Seen after {number:,} rows",
+            "Copy or download it again", "parquet.corrupt",
         ) from error  # fmt: skip
     if not number:
         raise InputError(f"{path.name} has no rows", code="input.empty")

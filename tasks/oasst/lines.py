@@ -23,6 +23,7 @@ RATIO_COUNTS_FROM = 16 << 20  # decompressed bytes; below it a high ratio is har
 GZIP_WINDOW = 31  # zlib's word for "a gzip header, and check CRC and size at the end"
 CORRUPT: type[Exception] = isal_zlib.error  # type: ignore[assignment]  # its stub says an instance
 BLANK = b" \t\r"  # what JSON calls white space; a form feed is not
+AS_LINES = "jq -c '.[]' FILE > FILE.jsonl"  # makes JSON Lines of a JSON array
 
 
 class Line(NamedTuple):
@@ -79,7 +80,7 @@ class Lines:
                 self.rows += 1
                 yield line
         if not self.rows:
-            self._fail("input.empty", "has nothing in it")
+            self._fail("input.empty", "has nothing in it", "Name another file, or copy or download this one again")
 
     def _split(self) -> Iterator[Line]:
         number, offset, pieces = 1, 0, list[bytes | memoryview]()  # of the line under way
@@ -97,7 +98,8 @@ class Lines:
 
     def _limit(self, size: int, number: int) -> None:
         if size > self._limits.line:
-            self._fail("line.too_long", f"has more than {self._limits.line:,} bytes in line {number}")
+            do = f"Raise parse.max_line_mb; if all of it is one JSON array, write one object a line: {AS_LINES}"
+            self._fail("line.too_long", f"has more than {self._limits.line:,} bytes in line {number}", do)
 
     def _text(self) -> Iterator[bytes]:
         """Yield the decompressed bytes, without a byte order mark, if they can be UTF-8 text at all."""
@@ -170,8 +172,11 @@ class Lines:
     def _limit_ratio(self, size: int) -> None:
         made = self.bytes + size
         if made > RATIO_COUNTS_FROM and made > self._limits.ratio * self._read:
-            self._fail("gzip.ratio", f"unpacks to more than {self._limits.ratio:,.0f} times its size")
+            what = f"unpacks to more than {self._limits.ratio:,.0f} times its size"
+            self._fail("gzip.ratio", what, "If you trust the file, raise parse.max_ratio")
 
-    def _fail(self, code: str, what: str, do: str = "Download it again", cause: Exception | None = None) -> NoReturn:
+    def _fail(
+        self, code: str, what: str, do: str = "Copy or download it again", cause: Exception | None = None
+    ) -> NoReturn:
         where = f"Seen after {self.rows:,} rows, at or before byte {self._read:,} of the file"
         raise InputError(f"{self._path.name} {what}", where, do, code) from cause

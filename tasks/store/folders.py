@@ -223,14 +223,17 @@ class Store:
         """Write down which artifacts the last run of a recipe ended with, step -> id; `gc` keeps them.
 
         What an earlier run ended with stays for the steps that are not named: a run that stopped early, or failed,
-        takes nothing away.
+        takes nothing away. The file's time is that of the last run, also of one that made nothing new.
         """
         if not _NAME.fullmatch(recipe):
             raise StoreError(f"{recipe!r} is not a recipe's name", code="name.invalid")
-        known = self.last_run(recipe)
+        known, note = self.last_run(recipe), self.root / ".refs" / f"{recipe}.json"
         if known | ids != known:
             with writing(self.root):
-                write_whole(self.root / ".refs" / f"{recipe}.json", json.dumps(known | ids, indent=1).encode())
+                write_whole(note, json.dumps(known | ids, indent=1).encode())
+        elif known:
+            with suppress(OSError):  # a store that only can be read tells less well which run was the last
+                os.utime(note)
 
     def last_run(self, recipe: str) -> dict[str, str]:
         """Read what `note_run` wrote; nothing where that is missing or broken."""
@@ -242,6 +245,14 @@ class Store:
     def runs(self) -> list[str]:
         """List the recipes whose last run is noted."""
         return sorted(path.stem for path in (self.root / ".refs").glob("*.json"))
+
+    def latest_runs(self) -> list[str]:
+        """List the recipes whose last run is noted, that of the most recent run first."""
+        times = {}
+        for path in (self.root / ".refs").glob("*.json"):
+            with suppress(OSError):  # it was forgotten meanwhile
+                times[path.stem] = path.stat().st_mtime_ns
+        return sorted(times, key=lambda name: (-times[name], name))
 
     def forget(self, recipes: Iterable[str]) -> None:
         """Forget the last run of some recipes: nothing is kept for their sake any more."""

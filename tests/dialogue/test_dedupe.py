@@ -156,15 +156,34 @@ def test_a_first_prompt_in_two_splits_goes_from_the_less_protected() -> None:
     assert leaked(messages, "train") == {"a": "b"}
 
 
-def test_a_reply_leaks_only_where_it_is_long_and_a_later_prompt_never() -> None:
+def test_a_reply_or_a_later_prompt_leaks_only_where_it_is_long() -> None:
     long, test = "a reply of some length", {"split": "test"}
     messages = table(
         ("a", None, "1", {}), ("b", "a", long, {}), ("c", "b", long, {}), ("d", "a", "two", {}),
         ("e", None, "2", test), ("f", "e", long, test), ("g", "f", long, test), ("h", "e", "two", test),
     )  # fmt: skip
-    assert leaked(messages, "train") == {"b": "f"}
-    assert leaked(messages, "train", chars=3) == {"b": "f", "d": "h"}
+    assert leaked(messages, "train") == {"b": "f", "c": "g"}
+    assert leaked(messages, "train", chars=3) == {"b": "f", "c": "g", "d": "h"}
     assert leaked(messages, "train", chars=100) == {}
+
+
+def test_a_long_later_prompt_leaks_nearly_too_and_to_a_first_one_and_a_short_follow_up_never() -> None:
+    test = {"split": "test"}
+    rows: list[Row] = [("a", None, "1", {}), ("b", "a", "two", {}), ("c", "b", LONG, {}), ("d", "b", "thanks", {})]
+    later: list[Row] = [("f", "e", "three", test), ("g", "f", NEAR, test), ("h", "f", "thanks", test)]
+    assert leaked(table(*rows, ("e", None, "2", test), *later), "train", chars=20) == {"c": "g"}
+    assert leaked(table(*rows, ("e", None, NEAR, test)), "train", chars=20) == {"c": "e"}
+
+
+def test_within_a_split_a_later_prompt_never_goes_for_its_text_nor_makes_a_first_one_go() -> None:
+    messages = table(
+        ("a", None, "1", {}), ("b", "a", "two", {}), ("c", "b", LONG, {}), ("d", "c", "four", {}),
+        ("e", None, "2", {}), ("f", "e", "three", {}), ("g", "f", NEAR, {}), ("h", "g", "five", {}),
+        ("i", None, LONG, {}),
+    )  # fmt: skip
+    parents, every = parent_rows(messages), [True] * len(messages)
+    assert nearly_gone(messages, chars=20) == {}
+    assert repeated_prompts(messages, compared(messages, chars=20), parents, every) == {}
 
 
 def test_a_prompt_that_is_a_reply_elsewhere_does_not_leak() -> None:

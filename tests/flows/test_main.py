@@ -135,6 +135,7 @@ def test_a_dropped_message_says_why_and_where_it_is_kept_if_it_is(shell: Shell) 
     dropped = pl.read_parquet(path, columns=["message_id", "reason", "evidence"])
     told = dropped.filter(pl.col("reason").is_in(["deleted", "spam", "quality"])).row(0)
     said = shell("why-dropped", told[0]).stdout
+    assert said.startswith(f"in dialogues/{path.parent.name}\n")
     assert told[0] in said
     assert f"dropped by {told[1]}: {told[2]}" in said
     copied = dropped.filter(reason="duplicate").row(0)
@@ -148,6 +149,7 @@ def test_a_dropped_message_says_why_and_where_it_is_kept_if_it_is(shell: Shell) 
 def test_what_was_set_aside_can_be_shown(shell: Shell) -> None:
     told = shell("show", "dialogues", "--dropped", "-n", "3").stdout
     rows = shell.json("show", "dialogues", "--dropped", "-n", "3")
+    assert told.startswith("dialogues/")
     assert isinstance(rows, list)
     assert [row["message_id"] in told and row["reason"] in told for row in rows] == [True] * 3
     assert shell.json("show", "messages", "--rejected") == []

@@ -129,6 +129,23 @@ def test_a_bomb_is_stopped_by_its_ratio_before_it_fills_the_memory(tmp_path: Pat
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize(
+    ("content", "limits", "setting"),
+    [
+        (b"x" * 11, Limits(line=10), "parse.max_line_mb"),
+        (gzip.compress(b"0" * (20 << 20)), Limits(), "parse.max_ratio"),
+    ],
+)
+def test_over_a_limit_the_setting_that_raises_it_is_named(
+    tmp_path: Path, content: bytes, limits: Limits, setting: str
+) -> None:
+    assert setting in fault(tmp_path, content, limits).do
+
+
+def test_an_empty_file_may_be_a_local_one(tmp_path: Path) -> None:
+    assert fault(tmp_path, b"").do.startswith("Name another file, or copy")
+
+
 def test_progress_adds_up_to_the_size_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "trees.jsonl.gz"
     path.write_bytes(PACKED)
