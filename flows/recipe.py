@@ -81,14 +81,17 @@ class Recipe(BaseModel):
     """How fast, never what."""
 
     def section(self, step: str) -> Params:
-        """Return the settings of a step; curation is told what the evaluation asks, unless it was told otherwise."""
-        if step != "curate":
-            found: Params = getattr(self, step)
-            return found
-        asked = {"panel": self.evaluate.panel, "facts": self.evaluate.facts}
-        return self.curate.model_copy(
-            update={name: value for name, value in asked.items() if getattr(self.curate, name) is None}
-        )
+        """Return the settings of a step, with what other steps decide unless it was told otherwise.
+
+        Curation is told what the evaluation asks, and refer in what numbers prefer works.
+        """
+        told: dict[str, dict[str, Any]] = {
+            "curate": {"panel": self.evaluate.panel, "facts": self.evaluate.facts},
+            "refer": {"precision": self.prefer.precision},
+        }
+        found: Params = getattr(self, step)
+        left = {name: value for name, value in told.get(step, {}).items() if getattr(found, name) is None}
+        return found.model_copy(update=left) if left else found
 
 
 def names() -> list[str]:

@@ -185,8 +185,9 @@ def decide(table: pl.DataFrame, texts: Texts, params: CurateParams) -> tuple[Ver
         verdicts = _filtered(table, texts, parents, params)
         bar.advance(note="filtered")
         own = replace(texts, opens=opening(texts.messages, SYSTEM_CHARS))
-        seen = _read(table, texts, own, parents, verdicts, params)
-        own = compared(own, seen.masks, _reader(params).personal)
+        reader = _reader(params)
+        seen = _read(table, texts, own, parents, verdicts, reader)
+        own = compared(own, seen.masks, reader.personal)
         if params.whole_threads:
             _keep_whole(table, parents, verdicts)
         settle = partial(_settle, table, parents, verdicts, params)
@@ -225,7 +226,7 @@ def _filtered(table: pl.DataFrame, texts: Texts, parents: list[int], params: Cur
 
 
 def _read(
-    table: pl.DataFrame, texts: Texts, own: Texts, parents: list[int], verdicts: Verdicts, params: CurateParams
+    table: pl.DataFrame, texts: Texts, own: Texts, parents: list[int], verdicts: Verdicts, reader: Reader
 ) -> Seen:
     """Judge what is left by its text, a window at a time; `own` gives what the user said of it."""
     import polars as pl
@@ -236,7 +237,7 @@ def _read(
     replies = rows.filter(role="assistant").select(pl.col("row").cast(pl.Int64), "above")
     starts = range(0, len(table), ROWS)
     windows = ((at, said(texts, own, at, at + ROWS).with_columns(table["lang"].slice(at, ROWS))) for at in starts)
-    return _reader(params).read(windows, replies, verdicts)
+    return reader.read(windows, replies, verdicts)
 
 
 def _reader(params: CurateParams) -> Reader:

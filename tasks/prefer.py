@@ -75,10 +75,10 @@ def prefer(
 
 def refuse_other_precision(references: References, params: PreferParams) -> None:
     """Raise `ParameterError` where the start was asked in other numbers than it is tuned in: it would seem to move."""
-    asked = references.manifest.recipe.get("params", {}).get("precision", "float32")
+    asked = references.manifest.recipe.get("params", {}).get("precision") or "float32"
     if asked != params.precision:
         what = f"the references are in {asked}, and prefer.precision is {params.precision}"
-        raise ParameterError(what, "refer.precision", "Set both to the same", "param.precision")
+        raise ParameterError(what, "refer.precision", "Leave refer.precision out", "param.precision")
 
 
 def _side(contests: Contests, references: References, name: str) -> Side:

@@ -17,8 +17,8 @@ from tasks.tuning import TuningRuntime, refuse_strangers, split_of
 class ReferParams(Params):
     """Settings of the refer step."""
 
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of products; must be that of prefer, which is held to what is found here."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Of products. None: that of prefer, which is held to what is found here."""
 
 
 class ReferRuntime(TuningRuntime):

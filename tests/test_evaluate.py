@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from tasks.artifacts import Encoding, Model, Report, Tokens, read_encoding, write_encoding
 from tasks.dialogue.funnel import WAYS
-from tasks.errors import InputError, ParameterError
+from tasks.errors import InputError, ParameterError, TrainingError
 from tasks.evaluate import EvaluateParams, EvaluateRuntime, evaluate
 from tasks.gpt.folder import digests
 from tasks.gpt.weights import build_start, load_model
@@ -187,6 +187,17 @@ def test_regions_are_asked_and_drawn_where_facts_have_them(model: Model, tokens:
     )
     assert "![facts](facts.svg)" in found.markdown()
     assert (found.path / "facts.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_too_little_memory_names_what_to_lower(
+    model: Model, tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*given: object, **named: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("tasks.gpt.sample.generate", short)
+    with pytest.raises(TrainingError, match=r"evaluate\.replies"):
+        reported(tmp_path / "r", model, tokens)
 
 
 def test_a_model_of_another_encoding_is_refused(model: Model, tokens: Tokens, tmp_path: Path) -> None:

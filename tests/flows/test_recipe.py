@@ -68,6 +68,14 @@ def test_a_file_of_ones_own_is_a_recipe(tmp_path: Path) -> None:
         recipe.load(str(tmp_path / "broken.toml"))
 
 
+def test_refer_works_in_the_numbers_of_prefer_unless_it_was_told_otherwise() -> None:
+    def numbers(*settings: str) -> str:
+        return str(recipe.load("quickstart", settings).section("refer").model_dump()["precision"])
+
+    half = "prefer.precision=bfloat16"
+    assert (numbers(), numbers(half), numbers(half, "refer.precision=float32")) == ("float32", "bfloat16", "float32")
+
+
 def test_curation_is_told_what_the_evaluation_asks_unless_it_was_told_otherwise() -> None:
     made = recipe.load("quickstart", ['evaluate.panel=["Who?"]'])
     told = made.section("curate").model_dump()
