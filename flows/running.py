@@ -19,9 +19,9 @@ from flows.chain import STEP_NAMES
 from flows.terminal import Bars, asked_of_texts, console, plan_table, print_json, resume_table, summary_table, table
 from tasks.artifacts import Artifact
 from tasks.errors import ParameterError, PermissionRefused, StoreError
+from tasks.launch import torchrun_group
 from tasks.step import Step, home, session
 from tasks.store.folders import Store
-from tasks.together import in_torchrun
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _wanted(asked: argparse.Namespace) -> _Wanted:
 
 def run(asked: argparse.Namespace) -> int:
     """Run a recipe; its last line on standard output is the id of what it ends with."""
-    with in_torchrun() as leads:  # as all but rank 0 of torchrun's processes, nothing is left to do afterwards
+    with torchrun_group() as leads:  # as all but rank 0 of torchrun's processes, nothing is left to do afterwards
         return _run(asked) if leads else 0
 
 
@@ -80,7 +80,7 @@ def _run(asked: argparse.Namespace) -> int:
 
 def sweep(asked: argparse.Namespace) -> int:
     """Run the arms of a sweep, and print the table that compares them."""
-    with in_torchrun() as leads:
+    with torchrun_group() as leads:
         return _sweep(asked) if leads else 0
 
 

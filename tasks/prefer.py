@@ -13,8 +13,8 @@ from pydantic import Field
 
 from tasks.artifacts import Contests, Counts, Model, References
 from tasks.errors import InputError, ParameterError
+from tasks.launch import run_distributed
 from tasks.step import step
-from tasks.together import together
 from tasks.tuning import TuningParams, TuningRuntime, refuse_strangers, split_of, tune, write_json
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def prefer(
     refuse_strangers(model, contests)
     refuse_other_precision(references, params)
     inputs = {"contests": contests, "references": references, "model": model}
-    if (counts := together("prefer", out, inputs, params, run)) is not None:
+    if (counts := run_distributed("prefer", out, inputs, params, run)) is not None:
         return counts
     fitted, held = (_side(contests, references, name) for name in ("train", "val"))
     aim = EachPair(fitted, held, params.beta)

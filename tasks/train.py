@@ -12,10 +12,10 @@ from pydantic import Field, model_validator
 from tasks.artifacts import Counts, Encoding, Model, Tokens
 from tasks.errors import InputError, ParameterError
 from tasks.gpt.folder import CONFIG, WEIGHTS, digests, read_config
+from tasks.launch import run_distributed
 from tasks.sources import MODELS
 from tasks.start import FOLDER, MODEL, SCRATCH, allowed_folder, fetch_published, model_of
 from tasks.step import Params, hold, step
-from tasks.together import together
 from tasks.tuning import (
     Count,
     TuningParams,
@@ -111,7 +111,7 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     splits = split_of(tokens, "train"), split_of(tokens, "val")
     refuse_unfit(spec, *splits)
     refuse_foreign(params.start, tokens.path / "tokenizer.json")
-    if (counts := together("train", out, {"tokens": tokens}, params, run)) is not None:
+    if (counts := run_distributed("train", out, {"tokens": tokens}, params, run)) is not None:
         return counts
     model = build_start(spec, folder)
     warn_of_new_words(encoding, folder, params)

@@ -136,10 +136,10 @@ class TuningRuntime(Runtime):
     """Processes that train together, each on a GPU of its own; auto: one a GPU. On the CPU, one is best. Those of torchrun, where it started this one; on several machines, only it can."""  # noqa: E501
     sharding: Literal["auto", "none", "full"] = "auto"
     """With many processes, whether each holds the whole model (none) or a part of it (full), which takes less memory and more talk. auto: full where the whole would fill half a GPU. A part is no whole: full and an average exclude each other, and with one auto means none."""  # noqa: E501
-    restarts: Annotated[int, Field(ge=0, le=1_000)] = 2
-    """With many processes, how often all go on from the last checkpoint after one was lost. Under torchrun, its --max-restarts counts."""  # noqa: E501
-    silence_seconds: Annotated[float, Field(ge=30, le=604_800)] = 900.0
-    """With many processes, seconds without a sign of life, or without getting on, after which one counts as lost. To get on is to begin something: a micro-batch, a sum, a file of a checkpoint. It must be longer than whatever is done in one go: loading the weights, compiling."""  # noqa: E501
+    max_restarts: Annotated[int, Field(ge=0, le=1_000)] = 2
+    """With several processes, how often all resume from the last checkpoint after one was lost. Under torchrun, its own --max-restarts counts."""  # noqa: E501
+    heartbeat_timeout: Annotated[float, Field(ge=30, le=604_800)] = 900.0
+    """With several processes, seconds without progress after which they count as hung. Progress is a micro-batch, a sum or a file of a checkpoint that begins; loading the weights and compiling must each take less than this."""  # noqa: E501
 
 
 def tune(
@@ -164,22 +164,22 @@ def tune(
         objective: What is made small. None: the loss of each supervised token.
 
     Raises:
-        Done: On all other ranks, when training has ended.
+        WorkerDone: On all other ranks, when training has ended.
     """
     from tasks.gpt import lora
     from tasks.gpt.checkpoint import noted
     from tasks.gpt.device import at_work, device_of, keep_compiled
+    from tasks.gpt.distributed import WorkerDone, current_group
     from tasks.gpt.interrupt import Interrupt
     from tasks.gpt.loop import fit
     from tasks.gpt.planning import memory_named
-    from tasks.gpt.world import Done, here
 
-    world, interrupt = here(), Interrupt()
-    world.begin()  # the weights are there
+    world, interrupt = current_group(), Interrupt()
+    world.heartbeat()  # the weights are there
     adapters = _set_up(model, params)
     settings = params.settings(splits[0].block, splits[0].supervised())
     device = world.device(device_of(run.device))
-    first = world.told(noted(workplace / CHECKPOINTS).get("way", {}) if world.first else None)
+    first = world.broadcast(noted(workplace / CHECKPOINTS).get("way", {}) if world.is_main else None)
     run = as_begun(run, first, world.size)
     if run.compile:
         keep_compiled(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / COMPILED)
@@ -189,8 +189,8 @@ def tune(
             machine = replace(machine, named=named)
         with memory_named(machine, splits[0].block):
             progress = fit(model, *splits, settings=settings, machine=machine, workplace=workplace, objective=objective)
-    if not world.first:
-        raise Done
+    if not world.is_main:
+        raise WorkerDone
     if adapters:
         lora.pack(adapters, workplace)
         lora.merge(adapters)
@@ -242,12 +242,12 @@ def _machine(
     """Return where the run goes on and how, with the plan of its memory and time said."""
     from tasks.gpt.attention import set_way, way_for
     from tasks.gpt.device import spare_memory
+    from tasks.gpt.distributed import current_group
+    from tasks.gpt.parallel import should_shard
     from tasks.gpt.planning import memory_named, planned
     from tasks.gpt.run import Machine
-    from tasks.gpt.spread import parted
-    from tasks.gpt.world import here
 
-    world, block = here(), splits[0].block
+    world, block = current_group(), splits[0].block
     set_way(model, way_for(run.attention, device, run.compile, params.dropout))
     machine = Machine(
         device,
@@ -257,7 +257,7 @@ def _machine(
         keep=run.keep_checkpoints,
         interrupt=interrupt,
         world=world,
-        sharded=parted(model, device, run.sharding, params.average, world),
+        sharded=should_shard(model, device, run.sharding, params.average, world),
     )
     with memory_named(machine, block):
         asked = run.micro_batch, time.monotonic, run.recompute

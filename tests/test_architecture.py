@@ -6,6 +6,7 @@ flows -> steps -> {artifacts, sources, nouns} -> store -> errors
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,8 @@ def name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-def imports(path: Path, top_level: bool = False) -> Iterator[str]:
-    """Yield what a module imports; with `top_level`, only what importing it brings in."""
+def imports(path: Path, top_level: bool = False, annotations: bool = True) -> Iterator[str]:
+    """Yield what a module imports; with `top_level`, only what importing it brings in; or not for annotations only."""
     waiting: list[ast.AST] = [ast.parse(path.read_bytes())]
     while waiting:
         node = waiting.pop()
@@ -35,10 +36,9 @@ def imports(path: Path, top_level: bool = False) -> Iterator[str]:
             assert node.level == 0, f"{path}: relative import"
             yield node.module or ""
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or (
-            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        )
-        if not (top_level and lazy):
+        lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not (top_level and lazy) and not ((top_level or not annotations) and typing):
             waiting.extend(ast.iter_child_nodes(node))
 
 
@@ -65,6 +65,12 @@ def test_imports_go_one_way(path: Path) -> None:
         assert {part(module) for module in found} <= {"store", "errors"}
     if part(me) in {"errors", "progress"}:
         assert not found
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Also not by imports inside functions; only annotations may point back."""
+    names = {name(path) for path in modules()}
+    TopologicalSorter({name(path): {*imports(path, annotations=False)} & names for path in modules()}).prepare()
 
 
 @pytest.mark.parametrize("path", modules(), ids=name)

@@ -22,10 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2LMHeadModel
 
 from tasks.gpt.batches import Array, Batch, Split
+from tasks.gpt.distributed import SINGLE, ProcessGroup
 from tasks.gpt.loss import predictors
 from tasks.gpt.need import CHUNK
 from tasks.gpt.trunk import Trunk, hidden_states
-from tasks.gpt.world import ALONE, World
 from tasks.progress import track
 
 Ints = NDArray[np.int64]
@@ -215,15 +215,15 @@ class EachPair:
 
     @torch.no_grad()
     def measure(
-        self, model: GPT2LMHeadModel, at_once: int, device: torch.device, trunk: Trunk, world: World = ALONE
+        self, model: GPT2LMHeadModel, at_once: int, device: torch.device, trunk: Trunk, world: ProcessGroup = SINGLE
     ) -> dict[str, float] | None:
         """Return means over the validation pairs: loss, share told right, margin, log-probability of the better."""
         names = ("val_nll", "accuracy", "margin", "chosen", "count")
         sums = torch.zeros(len(names), dtype=torch.float64)
-        for rows, count in world.dealt(np.arange(len(self.val)), at_once):
+        for rows, count in world.shard(np.arange(len(self.val)), at_once):
             found = self.held.judge(model, rows, self.beta, device, trunk)
             right, ones = (found.margin > 0).float(), torch.ones_like(found.loss)
             parts = (found.loss, right, found.margin, found.chosen, ones)
             sums += torch.stack([part.sum().cpu().double() for part in parts]) * count
-        *totals, pairs = world.total(sums).tolist()
+        *totals, pairs = world.sum(sums).tolist()
         return {name: total / pairs for name, total in zip(names, totals, strict=False)} if pairs else None
