@@ -82,7 +82,8 @@ def test_what_was_started_ends_with_a_killed_pytest(tmp_path: Path) -> None:
         "    time.sleep(1000)"
     )
     with started([sys.executable, "-c", code], cwd=ROOT) as killed:
-        child = int(until(lambda: said.exists() and said.read_text().endswith("\n") and said.read_text(), killed))
+        until(lambda: said.exists() and said.read_text().endswith("\n"), killed)
+        child = int(said.read_text())
         killed.send_signal(signal.SIGKILL)
         until(lambda: gone(child))
 

@@ -26,7 +26,10 @@ LOOK = 1.0  # seconds between two looks at the progress: each reads all of /proc
 
 
 def until(
-    condition: Callable[[], T], process: subprocess.Popen[Any] | None = None, seconds: float = 0.0, pause: float = 0.02
+    condition: Callable[[], T | None],
+    process: subprocess.Popen[Any] | None = None,
+    seconds: float = 0.0,
+    pause: float = 0.02,
 ) -> T:
     """Wait until a condition holds, and return what it gave.
 

@@ -3,7 +3,6 @@
 import logging
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from tasks.gpt import launch
 from tasks.gpt.interrupt import Interrupt, Interrupted
 from tasks.gpt.launch import done_by_many
 from tasks.progress import listening
+from tests.waiting import patience, until
 
 RANK = """
 import json, os, signal, sys, time
@@ -30,10 +30,15 @@ tries = len([name for name in os.listdir(here) if name.startswith(f"{rank}-")])
 
 
 def many(here: Path, body: str, interrupt: Interrupt | None = None, **more: Any) -> Any:
-    order = {"here": str(here)}
+    order = {"here": str(here), "grace": launch.GRACE}
     command = [sys.executable, "-c", RANK + body]
-    given: dict[str, Any] = {"restarts": 0, "silence": 30.0, **more}
+    given: dict[str, Any] = {"restarts": 0, "silence": patience(30), **more}
     return done_by_many(command, order, 2, where="here", folder=here, interrupt=interrupt or Interrupt(), **given)
+
+
+@pytest.fixture(autouse=True)
+def _aftermath(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "AFTERMATH", patience(launch.AFTERMATH))
 
 
 def nobody_is_left(here: Path) -> bool:
@@ -90,14 +95,14 @@ say(error={"at": 2.0, "what": "RuntimeError: connection closed by peer"}); sys.e
 
 def test_a_rank_that_is_frozen_is_named_and_ended(tmp_path: Path) -> None:
     body = "os.kill(os.getpid(), signal.SIGSTOP) if rank == 1 else forever()"
-    with pytest.raises(RankLost, match="rank 1 of 2 gave no sign of life for 1 s"):
-        many(tmp_path, body, silence=1.0)
+    with pytest.raises(RankLost, match=r"rank 1 of 2 gave no sign of life for [\d.]+ s"):
+        many(tmp_path, body, silence=patience(1))
     assert nobody_is_left(tmp_path)
 
 
 def test_of_ranks_that_wait_for_each_other_the_one_behind_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RankLost, match="rank 1 of 2 got no further for 1 s; others wait"):
-        many(tmp_path, "forever(lambda: 7 - rank)", silence=1.0)
+    with pytest.raises(RankLost, match=r"rank 1 of 2 got no further for [\d.]+ s; others wait"):
+        many(tmp_path, "forever(lambda: 7 - rank)", silence=patience(1))
     assert nobody_is_left(tmp_path)
 
 
@@ -127,11 +132,10 @@ def asked_when_ready(folder: Path) -> Interrupt:
     interrupt = Interrupt()
 
     def ask() -> None:
-        while len(list(folder.glob("ready-*"))) < 2:
-            time.sleep(0.02)
+        until(lambda: len(list(folder.glob("ready-*"))) == 2)
         interrupt.ask()
 
-    threading.Thread(target=ask).start()
+    threading.Thread(target=ask, daemon=True).start()
     return interrupt
 
 
@@ -177,15 +181,16 @@ else:
 
 
 def test_whoever_has_done_its_part_may_end_as_it_likes_while_rank_0_goes_on_in_silence(tmp_path: Path) -> None:
-    body = """
+    silence = patience(0.8)
+    body = f"""
 if rank == 1:
-    say(error={"at": 1.0, "what": "x", "kind": "InputError", "parts": ["odd", "", "", "train.odd"]})
+    say(error={{"at": 1.0, "what": "x", "kind": "InputError", "parts": ["odd", "", "", "train.odd"]}})
     say(done=None)
     sys.exit(70)
-for _ in range(15): say(beat=7); time.sleep(0.1)
+for _ in range(15): say(beat=7); time.sleep({silence / 8})
 say(result="made")
 """
-    assert many(tmp_path, body, silence=0.8) == "made"
+    assert many(tmp_path, body, silence=silence) == "made"
 
 
 def test_one_that_ends_before_its_order_is_named_by_its_code(tmp_path: Path) -> None:
@@ -204,7 +209,7 @@ open(f"{here}/ready-{rank}", "w").close()
 while not asked: say(beat=0); time.sleep(0.05)
 """
 SAVING = """
-for beat in range(1, 11): say(beat=beat); time.sleep(0.1)
+for beat in range(1, 11): say(beat=beat); time.sleep(order["grace"] / 7)
 open(f"{here}/saved-{rank}", "w").close(); sys.exit(143)
 """
 
@@ -213,7 +218,7 @@ open(f"{here}/saved-{rank}", "w").close(); sys.exit(143)
 def test_asked_to_stop_who_gets_on_is_waited_for_and_who_does_not_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, after: str, saved: int
 ) -> None:
-    monkeypatch.setattr(launch, "GRACE", 0.7)
+    monkeypatch.setattr(launch, "GRACE", patience(0.7))
     with pytest.raises(Interrupted):
         many(tmp_path, SLOW + after, asked_when_ready(tmp_path))
     assert len(list(tmp_path.glob("saved-*"))) == saved

@@ -24,6 +24,7 @@ from tasks.gpt.run import Machine, Settings
 from tasks.gpt.weights import freeze
 from tasks.gpt.world import World, joined
 from tests.gpt import test_loop
+from tests.waiting import patience
 
 STEP = replace(test_loop.SETTINGS, sequences=8, epochs=2)  # of 21 sequences: steps of 8, 8 and 5
 MACHINE = replace(test_loop.MACHINE, micro_batch=2)
@@ -197,7 +198,7 @@ def in_world(size: int, folder: Path, work: Callable[[Path, World], Told]) -> li
         if child == 0:
             code = 1
             try:
-                with joined(rank, size, rank, f"file://{meeting}", patience=60.0) as world:
+                with joined(rank, size, rank, f"file://{meeting}", patience=patience(60)) as world:
                     told = work(folder, world)
                 folder.with_suffix(f".{rank}").write_text(json.dumps(told))
                 code = 0
