@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import logging
-import string
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,13 +15,12 @@ from typing import Any
 from flows.showing import adapters
 from flows.terminal import asked_of_texts
 from tasks.artifacts import Dialogues, Model, Report
-from tasks.dialogue.markdown import printable
+from tasks.dialogue.markdown import named
 from tasks.progress import Bar, Listener
 from tasks.step import Outcome
 
 log = logging.getLogger("treeline.flows")
 EVERY = 5.0  # seconds between two updates of a progress artifact: each is a request
-REFERENCES = {ord(mark): f"&#{ord(mark)};" for mark in string.punctuation}
 
 
 def best_effort(publish: Callable[[], Any]) -> Any:
@@ -54,9 +52,9 @@ def publish_comparison(recipe: str, rows: Sequence[Sequence[str]]) -> None:
     """Leave the table that compares the arms of a sweep; its first row is the head."""
     from prefect.artifacts import create_markdown_artifact
 
-    lines = [f"| {' | '.join(map(safe, row))} |" for row in rows]
+    lines = [f"| {' | '.join(map(named, row))} |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
-    page = f"# Sweep of {safe(recipe)}\n\nThe mean over the seeds, and the band.\n\n" + "\n".join(lines)
+    page = f"# Sweep of {named(recipe)}\n\nThe mean over the seeds, and the band.\n\n" + "\n".join(lines)
     best_effort(lambda: create_markdown_artifact(key="treeline-sweep", markdown=page))
 
 
@@ -64,11 +62,11 @@ def card(outcome: Outcome) -> str:
     """Render one step's card: what it made, its counts, and its picture where it has one."""
     artifact = outcome.artifact
     head = f"# {outcome.step}: `{artifact.id}` {'cached' if outcome.cached else 'made'}"
-    parts = [head, f"{safe(outcome.why)}; {outcome.seconds:.1f} s; in {safe(str(artifact.path))}"]
+    parts = [head, f"{named(outcome.why)}; {outcome.seconds:.1f} s; in {named(str(artifact.path))}"]
     parts.append(_with_pictures(artifact) if isinstance(artifact, Report) else counts_table(artifact.counts))
-    parts += [] if outcome.cached else [safe(line) for line in asked_of_texts(artifact.manifest)]
+    parts += [] if outcome.cached else [named(line) for line in asked_of_texts(artifact.manifest)]
     if isinstance(artifact, Model):
-        parts += [safe(line) for line in [adapters(artifact)] if line]
+        parts += [named(line) for line in [adapters(artifact)] if line]
         parts.append(_losses(artifact))
     if isinstance(artifact, Dialogues):
         parts.append(_funnel(artifact))
@@ -80,11 +78,11 @@ def summary(recipe: str, outcomes: Sequence[Outcome]) -> str:
     arrows = " --> ".join(f'{one.step}["{one.artifact.id}"]' for one in outcomes)
     state = {True: "cached", False: "ran"}
     rows = [
-        f"| {one.step} | {state[one.cached]} | {one.seconds:.1f} | {safe(one.why)} | `{one.artifact.id}` |"
+        f"| {one.step} | {state[one.cached]} | {one.seconds:.1f} | {named(one.why)} | `{one.artifact.id}` |"
         for one in outcomes
     ]
     head = "| step | | seconds | why | artifact |\n|---|---|---:|---|---|"
-    return f"# Treeline: {safe(recipe)}\n\n```mermaid\ngraph LR\n{arrows}\n```\n\n{head}\n" + "\n".join(rows)
+    return f"# Treeline: {named(recipe)}\n\n```mermaid\ngraph LR\n{arrows}\n```\n\n{head}\n" + "\n".join(rows)
 
 
 def counts_table(counts: Mapping[str, Any], name: str = "count") -> str:
@@ -92,8 +90,8 @@ def counts_table(counts: Mapping[str, Any], name: str = "count") -> str:
     plain = {key: value for key, value in counts.items() if value is not None and not isinstance(value, dict)}
     parts = []
     if plain:
-        rows = [f"| {safe(key)} | {_cell(value)} |" for key, value in plain.items()]
-        parts.append("\n".join([f"| {safe(name)} | |", "|---|---:|", *rows]))
+        rows = [f"| {named(key)} | {_cell(value)} |" for key, value in plain.items()]
+        parts.append("\n".join([f"| {named(name)} | |", "|---|---:|", *rows]))
     parts += [counts_table(value, key) for key, value in counts.items() if isinstance(value, dict) and value]
     return "\n\n".join(parts)
 
@@ -101,16 +99,7 @@ def counts_table(counts: Mapping[str, Any], name: str = "count") -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, int | float):
         return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-    return safe(str(value))
-
-
-def safe(text: str) -> str:
-    """Make text inert in Markdown and HTML, outside a code span: it may come from the data.
-
-    All punctuation becomes references, which are read as characters only: no link, image, address, emphasis, list,
-    table or tag can begin. What does not print is spelled out.
-    """
-    return " ".join(printable(text).split()).translate(REFERENCES)
+    return named(str(value))
 
 
 def _with_pictures(report: Report) -> str:

@@ -2,7 +2,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -39,6 +38,7 @@ from tasks.text.chat import TEMPLATES, load_dialect, tags
 from tasks.train import TrainParams, TrainRuntime, name_messages, train, warn_of_new_words, worth_of
 from tasks.tuning import as_begun
 from tests.gpt.test_loop import Killed, Killer
+from tests.waiting import ended, started, until
 
 BLOCK = 96
 TALKS = [
@@ -378,14 +378,13 @@ sys.exit(main(["ls"]))
 
 def test_sigterm_saves_a_checkpoint_and_ends_with_143_within_20_seconds(tokens: Tokens, tmp_path: Path) -> None:
     asked = [sys.executable, "-c", TERMINATED, str(tokens.path), str(tmp_path)]
-    child = subprocess.Popen(asked, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "log.jsonl"
-    while child.poll() is None and (not log.exists() or log.read_text().count("\n") < 5):
-        time.sleep(0.05)
-    began = time.monotonic()
-    child.send_signal(signal.SIGTERM)
-    _, said = child.communicate(timeout=20)
-    assert (child.returncode, time.monotonic() - began < 20) == (143, True), said
+    log, told = tmp_path / "log.jsonl", tmp_path / "told"
+    with told.open("w") as stderr, started(asked, cwd=Path(__file__).parents[1], stderr=stderr) as child:
+        until(lambda: log.exists() and log.read_text().count("\n") >= 5, child)
+        child.send_signal(signal.SIGTERM)
+        code = ended(child, seconds=20)
+    said = told.read_text()
+    assert code == 143, said
     assert "stopped by SIGTERM" in said
     (saved,) = (tmp_path / "checkpoints").glob("step-*")
     assert int(saved.name.removeprefix("step-")) >= 4

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from tasks.dialogue import funnel
-from tasks.dialogue.markdown import entry, fenced, named, table
+from tasks.dialogue.markdown import code, entry, fenced, named, table
 
 Figures = Mapping[str, Any]  # report.json, or a part of it
 CUT = " …"  # after a reply that never stopped
@@ -33,7 +33,7 @@ def render(report: Figures, heads: bool = True) -> str:
 def _opening(report: Figures) -> Iterator[str]:
     start, training = report["start"], report["training"]
     shape = f"{start['layers']} layers × {start['width']} wide, {_number(training.get('parameters'))} parameters"
-    origin = "random weights" if start["start"] == "scratch" else f"`{named(start.get('repo') or start['start'])}`"
+    origin = "random weights" if start["start"] == "scratch" else code(start.get("repo") or start["start"])
     if start.get("model"):
         origin = "a model that was tuned before"
     yield "# Tuned against base"
@@ -147,7 +147,7 @@ def _lineage(report: Figures) -> Iterator[str]:
         **report["lineage"],
     }  # fmt: skip
     yield "## Lineage"
-    yield "\n".join(f"- {label}: `{named(str(value))}`" for label, value in known.items() if value is not None)
+    yield "\n".join(f"- {label}: {code(str(value))}" for label, value in known.items() if value is not None)
 
 
 def _said(reply: Figures) -> str:

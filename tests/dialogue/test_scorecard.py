@@ -127,10 +127,10 @@ def test_what_does_not_print_is_spelled_out() -> None:
     assert "\x1b" not in render(with_texts("\x1b]0;title\x07"))
 
 
-def test_names_outside_of_fences_are_stripped_of_markup() -> None:
+def test_names_outside_of_fences_stand_as_code() -> None:
     hostile = copy.deepcopy(REPORT)
     hostile["start"] |= {"start": "gpt2", "repo": "a`<b>|[x](y)"}
     hostile["facts"]["by_region"] = {"A|b`<i>": {"base": 0.0, "tuned": 1.0, "n": 4}}
     page = render(hostile)
-    assert "`a??b???x?(y)`" in page
-    assert "| A?b??i? |" in page
+    assert r"is `` a`<b>\x7c[x](y) ``; the tuned" in page
+    assert re.search(r"\| `` A\\x7cb`<i> `` +\|", page)

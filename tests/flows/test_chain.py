@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from tasks.artifacts import Artifact, Model
 from tasks.start import base_of
 from tasks.step import Step, session
 from tasks.store.folders import Store
+from tests.waiting import ended, started, until
 
 ROOT = Path(__file__).parents[2]
 TINY = str(Path(__file__).with_name("tiny.toml"))
@@ -80,35 +81,32 @@ def digests(store: Store) -> dict[str, str]:
     return {manifest.kind: manifest.digest for _, manifest in store.manifests()}
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
+def start(folder: Path) -> AbstractContextManager[subprocess.Popen[bytes]]:
     code = f"from flows import chain, recipe; chain.run(recipe.load({TINY!r}, ['train.threads=1']), chain.CHAIN)"
     environment = {**os.environ, "TREELINE_ARTIFACTS": str(folder)}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, start_new_session=True)
+    return started([sys.executable, "-c", code], cwd=ROOT, env=environment, start_new_session=True)
 
 
 @pytest.mark.slow
 def test_a_kill_in_the_middle_of_any_step_leaves_no_half_artifact_and_the_rerun_ends_equal(tmp_path: Path) -> None:
     whole, killed = Store(tmp_path / "whole"), Store(tmp_path / "killed")
-    assert start(whole.root).wait(200) == 0
+    with start(whole.root) as process:
+        assert ended(process) == 0
     for step in chain.CHAIN:
         _kill_during(step, killed)
         assert step.makes.kind not in digests(killed)
-    assert start(killed.root).wait(200) == 0
+    with start(killed.root) as process:
+        assert ended(process) == 0
     assert digests(killed) == digests(whole)
     assert set(digests(killed)) == {step.makes.kind for step in chain.CHAIN}
 
 
 def _kill_during(step: Step[..., Artifact], store: Store) -> None:
-    process = start(store.root)
-    resumable = "resume-" if step.resumable else ""
-    mine = f"{resumable}{step.makes.kind}-*.{process.pid}.*"
-    deadline = time.monotonic() + 100
-    while not any((store.root / ".scratch").glob(mine)):
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with start(store.root) as process:
+        mine = f"{'resume-' if step.resumable else ''}{step.makes.kind}-*.{process.pid}.*"
+        until(lambda: any((store.root / ".scratch").glob(mine)), process, pause=0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_a_recipe_with_preferences_has_three_steps_more(store: Store) -> None:

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from flows import recipe
+from tests.waiting import ended, patience, started, until
 
 ROOT = Path(__file__).parents[2]
 TINY = str(Path(__file__).with_name("tiny.toml"))
@@ -28,8 +28,8 @@ def free_port() -> int:
 
 
 class Api:
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, process: subprocess.Popen[bytes]) -> None:
+        self.url, self.process = url, process
         self.csrf: dict[str, str] = {}
 
     def __call__(self, path: str, body: Any = None) -> Any:
@@ -38,7 +38,7 @@ class Api:
             self.csrf = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "0" * 32}
         data = None if body is None else json.dumps(body).encode()
         asked = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json", **self.csrf})
-        with urllib.request.urlopen(asked, timeout=20) as answer:
+        with urllib.request.urlopen(asked, timeout=patience(20)) as answer:
             return json.load(answer)
 
 
@@ -48,18 +48,12 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TREELINE_"))}
     environment = {**kept, "TREELINE_ARTIFACTS": str(folder), "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
     asked = [sys.executable, "-m", "flows", "serve", "--port", str(port)]
-    process = subprocess.Popen(asked, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    made = Api(f"http://127.0.0.1:{port}/api")
-    deadline = time.monotonic() + 150
-    try:
-        while not _served(made):
-            assert process.poll() is None, process.communicate()[0].decode()[-2000:]
-            assert time.monotonic() < deadline
-            time.sleep(1)
+    with started(asked, cwd=ROOT, env=environment) as process:
+        made = Api(f"http://127.0.0.1:{port}/api", process)
+        until(lambda: _served(made), process, pause=0.5)
         yield made
-    finally:
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        ended(process, seconds=60)
 
 
 def _served(api: Api) -> bool:
@@ -74,13 +68,11 @@ def start(api: Api) -> dict[str, Any]:
     deployment = api("/deployments/name/treeline/quickstart")
     parameters = {"recipe": recipe.load(TINY).model_dump(mode="json")}
     created = api(f"/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})
-    deadline = time.monotonic() + 200
-    while True:
-        found: dict[str, Any] = api(f"/flow_runs/{created['id']}")
-        if found["state_type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}:
-            return found
-        assert time.monotonic() < deadline
-        time.sleep(1)
+    return until(lambda: _over(api(f"/flow_runs/{created['id']}")), api.process, pause=0.5)
+
+
+def _over(run: dict[str, Any]) -> dict[str, Any] | None:
+    return run if run["state_type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"} else None
 
 
 def tasks(api: Api, run: dict[str, Any]) -> list[dict[str, Any]]:
@@ -124,4 +116,4 @@ def test_a_web_page_from_elsewhere_cannot_start_a_run(api: Api) -> None:
         f"{api.url}/flows/", b'{"name": "evil"}', {"Content-Type": "application/json", "Origin": "https://evil.example"}
     )
     with pytest.raises(urllib.error.HTTPError, match="403"):
-        urllib.request.urlopen(asked, timeout=10)
+        urllib.request.urlopen(asked, timeout=patience(10))

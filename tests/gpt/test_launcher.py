@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from tasks.gpt import launcher
 from tasks.gpt.interrupt import Interrupt, Interrupted
 from tasks.gpt.launcher import run_workers
 from tasks.progress import listening
+from tests.waiting import patience, until
 
 WORKER = """
 import json, os, signal, sys, time
@@ -35,8 +35,9 @@ attempts = len([name for name in os.listdir(here) if name.startswith(f"{rank}-")
 
 def run(here: Path, body: str, interrupt: Interrupt | None = None, **settings: Any) -> Any:
     command = [sys.executable, "-c", WORKER + body]
-    settings = {"max_restarts": 0, "heartbeat_timeout": 30.0, **settings}
-    return run_workers(command, {"here": str(here)}, 2, location="here", interrupt=interrupt or Interrupt(), **settings)
+    settings = {"max_restarts": 0, "heartbeat_timeout": patience(30), **settings}
+    job = {"here": str(here), "grace": launcher.GRACE_SECONDS}
+    return run_workers(command, job, 2, location="here", interrupt=interrupt or Interrupt(), **settings)
 
 
 def nobody_is_left(here: Path) -> bool:
@@ -93,14 +94,14 @@ send(error={"time": 2.0, "message": "RuntimeError: connection closed by peer"});
 
 def test_a_rank_that_is_frozen_is_named_and_ended(tmp_path: Path) -> None:
     body = "os.kill(os.getpid(), signal.SIGSTOP) if rank == 1 else forever()"
-    with pytest.raises(RankLost, match="rank 1 of 2 made no progress for 1 s; the other ranks are blocked on it"):
-        run(tmp_path, body, heartbeat_timeout=1.0)
+    with pytest.raises(RankLost, match=r"rank 1 of 2 made no progress for [\d.]+ s; the other ranks are blocked on it"):
+        run(tmp_path, body, heartbeat_timeout=patience(1))
     assert nobody_is_left(tmp_path)
 
 
 def test_of_ranks_that_wait_for_each_other_the_one_behind_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RankLost, match="rank 1 of 2 made no progress for 1 s; the other ranks are blocked on it"):
-        run(tmp_path, "forever(lambda: 7 - rank)", heartbeat_timeout=1.0)
+    with pytest.raises(RankLost, match=r"rank 1 of 2 made no progress for [\d.]+ s; the other ranks are blocked on it"):
+        run(tmp_path, "forever(lambda: 7 - rank)", heartbeat_timeout=patience(1))
     assert nobody_is_left(tmp_path)
 
 
@@ -132,11 +133,10 @@ def asked_when_ready(folder: Path) -> Interrupt:
     interrupt = Interrupt()
 
     def ask() -> None:
-        while len(list(folder.glob("ready-*"))) < 2:
-            time.sleep(0.02)
+        until(lambda: len(list(folder.glob("ready-*"))) == 2)
         interrupt.ask()
 
-    threading.Thread(target=ask).start()
+    threading.Thread(target=ask, daemon=True).start()
     return interrupt
 
 
@@ -182,15 +182,16 @@ else:
 
 
 def test_whoever_has_done_its_part_may_end_as_it_likes_while_rank_0_goes_on_in_silence(tmp_path: Path) -> None:
-    body = """
+    silence = patience(0.8)
+    body = f"""
 if rank == 1:
-    send(error={"time": 1.0, "message": "x", "type": "InputError", "arguments": ["odd", "", "", "train.odd"]})
+    send(error={{"time": 1.0, "message": "x", "type": "InputError", "arguments": ["odd", "", "", "train.odd"]}})
     send(done=None)
     sys.exit(70)
-for _ in range(15): send(heartbeats=7); time.sleep(0.1)
+for _ in range(15): send(heartbeats=7); time.sleep({silence / 8})
 send(result="made")
 """
-    assert run(tmp_path, body, heartbeat_timeout=0.8) == "made"
+    assert run(tmp_path, body, heartbeat_timeout=silence) == "made"
 
 
 def test_a_worker_that_exits_before_it_reads_its_job_is_named_with_its_code(tmp_path: Path) -> None:
@@ -222,7 +223,7 @@ open(f"{here}/ready-{rank}", "w").close()
 while not asked: send(heartbeats=0); time.sleep(0.05)
 """
 SAVING = """
-for beat in range(1, 11): send(heartbeats=beat); time.sleep(0.1)
+for beat in range(1, 11): send(heartbeats=beat); time.sleep(job["grace"] / 7)
 open(f"{here}/saved-{rank}", "w").close(); sys.exit(143)
 """
 
@@ -231,7 +232,7 @@ open(f"{here}/saved-{rank}", "w").close(); sys.exit(143)
 def test_asked_to_stop_who_gets_on_is_waited_for_and_who_does_not_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, after: str, saved: int
 ) -> None:
-    monkeypatch.setattr(launcher, "GRACE_SECONDS", 0.7)
+    monkeypatch.setattr(launcher, "GRACE_SECONDS", patience(0.7))
     with pytest.raises(Interrupted):
         run(tmp_path, SLOW + after, asked_when_ready(tmp_path))
     assert len(list(tmp_path.glob("saved-*"))) == saved
