@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.artifacts import Artifact, Counts, Dialogues, Model, Tokens
 from tasks.errors import InputError, ParameterError, StoreError
 from tasks.start import base_of
-from tasks.store.disk import sync
-from tasks.store.owner import mark
+from tasks.store.disk import mark, sync
 
 if TYPE_CHECKING:
     import polars as pl

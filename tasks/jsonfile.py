@@ -1,4 +1,4 @@
-"""JSON from a disk: read within bounds, so that no file costs more than its size or ends in another error than these."""
+"""JSON from a disk: read within bounds, so that no file takes more than its size, or ends in an odd error."""
 
 from __future__ import annotations
 

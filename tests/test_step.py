@@ -16,6 +16,7 @@ from tasks.store.folders import Store
 class Letters(Artifact):
     kind = "letters"
     files = ("text",)
+    optional = ("log",)
     records = frozenset({"log"})
 
 
@@ -144,7 +145,7 @@ def test_forcing_rebuilds_and_replaces() -> None:
     assert cached(chain()) == [True, True]
 
 
-@step("learn", version=1, makes=Letters, resumable=True)
+@step("learn", version=1, makes=Letters, inherits=("checkpoints",))
 def learn(out: Path, params: WriteParams) -> Counts:
     """Write the letters, after hours."""
     ran.append("learn")
@@ -191,7 +192,7 @@ def test_forcing_builds_again_what_was_built_when_its_publishing_was_cut_short()
 
 
 def test_a_version_enters_the_key() -> None:
-    newer: Step[..., Letters] = Step("write", 2, Letters, False, write.function)
+    newer: Step[..., Letters] = Step("write", 2, Letters, (), write.function)
     assert newer.recipe({}, WriteParams()) != write.recipe({}, WriteParams())
 
 

@@ -99,11 +99,11 @@ def test_a_kill_in_the_middle_of_any_step_leaves_no_half_artifact_and_the_rerun_
 
 
 def _kill_during(step: Step[..., Artifact], store: Store) -> None:
+    mine = f"{'resume-' if step.inherits else ''}{step.makes.kind}-*"
+    before = {*(store.root / ".scratch").glob(mine)}
     process = start(store.root)
-    resumable = "resume-" if step.resumable else ""
-    mine = f"{resumable}{step.makes.kind}-*.{process.pid}.*"
     deadline = time.monotonic() + 100
-    while not any((store.root / ".scratch").glob(mine)):
+    while not {*(store.root / ".scratch").glob(mine)} - before:
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)

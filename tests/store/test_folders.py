@@ -17,10 +17,10 @@ from tasks.store.canonical import sha256_of
 from tasks.store.check import Fault, examine
 from tasks.store.folders import Store, entries
 from tasks.store.manifest import Manifest, UnreadableManifest, content_digest, read_manifest
-from tasks.store.owner import mark
 
 RECIPE = {"step": "parse", "version": 1, "params": {"max_trees": None}, "inputs": {}}
 KEY = sha256_of(RECIPE)
+KEPT = ("checkpoints", "log", "whose")
 
 
 def publish(store: Store, content: bytes = b"hello", recipe: dict[str, Any] = RECIPE) -> tuple[Path, Manifest]:
@@ -135,14 +135,14 @@ def test_eight_writers_of_one_key_leave_one_whole_artifact(store: Store) -> None
 
 def test_a_resumable_build_gets_back_what_a_failed_try_left(store: Store) -> None:
     def fail() -> None:
-        with store.scratch("model", KEY, resumable=True) as out:
-            (out / "checkpoint").write_text("step 7")
+        with store.scratch("model", KEY, inherits=KEPT) as out:
+            (out / "log").write_text("step 7")
             raise RuntimeError("boom")
 
     pytest.raises(RuntimeError, fail)
-    with store.scratch("model", KEY, resumable=True) as out:
-        assert (out / "checkpoint").read_text() == "step 7"
-    with store.scratch("model", "f" * 64, resumable=True) as other:
+    with store.scratch("model", KEY, inherits=KEPT) as out:
+        assert (out / "log").read_text() == "step 7"
+    with store.scratch("model", "f" * 64, inherits=KEPT) as other:
         assert list(other.iterdir()) == []
 
 
@@ -150,7 +150,7 @@ def test_checkpoints_are_no_part_of_what_is_published_and_stay_until_everything_
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def build() -> None:
-        with store.scratch("model", KEY, resumable=True, recipe={"step": "train"}) as out:
+        with store.scratch("model", KEY, inherits=KEPT, recipe={"step": "train"}) as out:
             assert json.loads((out / "checkpoints" / "recipe.json").read_text()) == {"step": "train"}
             (out / "checkpoints" / "step").write_text("3")
             (out / "a.bin").write_bytes(b"hello")
@@ -173,12 +173,12 @@ def test_checkpoints_are_no_part_of_what_is_published_and_stay_until_everything_
 def test_a_resumable_build_gets_back_what_a_killed_process_left(store: Store) -> None:
     code = (
         "import os, sys; from pathlib import Path; from tasks.store.folders import Store\n"
-        f"with Store(Path({str(store.root)!r})).scratch('model', {KEY!r}, resumable=True) as out:\n"
-        "    (out / 'checkpoint').write_text('step 9'); os.kill(os.getpid(), 9)"
+        f"with Store(Path({str(store.root)!r})).scratch('model', {KEY!r}, inherits=('checkpoints', 'log'))  as out:\n"
+        "    (out / 'log').write_text('step 9'); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == -9
-    with store.scratch("model", KEY, resumable=True) as out:
-        assert (out / "checkpoint").read_text() == "step 9"
+    with store.scratch("model", KEY, inherits=KEPT) as out:
+        assert (out / "log").read_text() == "step 9"
 
 
 def leave(store: Store, name: str, *checkpoints: str) -> None:
@@ -190,7 +190,7 @@ def leave(store: Store, name: str, *checkpoints: str) -> None:
     (folder / "whose").write_text(name)
 
 
-KILLED = f"{mark().split('.', maxsplit=1)[0]}.4194305.1.aaaaaaaa"  # above the largest process number
+KILLED = "0123456789abcdef"  # its lease is gone
 
 
 @pytest.mark.parametrize("furthest", ["left", "00000000.left", "ffffffff.left", KILLED])
@@ -199,34 +199,34 @@ def test_of_what_several_tries_left_the_next_one_goes_on_with_what_got_furthest(
     leave(store, furthest, "step-00000009", "step-00000010")
     for name in set(names) - {furthest}:  # later, so that they are younger
         leave(store, name, "step-00000009", ".step-00000099")
-    with store.scratch("model", KEY, resumable=True) as out:
+    with store.scratch("model", KEY, inherits=KEPT) as out:
         assert (out / "whose").read_text() == furthest
 
 
 def test_what_was_built_is_further_than_any_checkpoint(store: Store) -> None:
     assert publish_in_a_process(store, "between the renames") == -9
     leave(store, "00000000.left", "step-00000009")
-    with store.scratch("model", KEY, resumable=True) as out:
-        assert store.built(out, KEY)
+    with store.scratch("model", KEY, inherits=KEPT) as out:
+        assert store.built(out, KEY, KEPT)
 
 
 def test_a_try_that_fails_leaves_what_it_has_beside_what_others_left(store: Store) -> None:
     leave(store, "00000000.left", "step-00000003")
     leave(store, KILLED, "step-00000005")
-    with pytest.raises(KeyError), store.scratch("model", KEY, resumable=True):
+    with pytest.raises(KeyError), store.scratch("model", KEY, inherits=KEPT):
         raise KeyError
     found = sorted(path.name for path in (store.root / ".scratch").glob("*/checkpoints/step-*"))
     assert found == ["step-00000003", "step-00000005"]
-    with store.scratch("model", KEY, resumable=True) as out:
+    with store.scratch("model", KEY, inherits=KEPT) as out:
         assert (out / "whose").read_text() == KILLED
 
 
 def test_after_a_fresh_build_that_was_not_published_nobody_goes_back_to_what_was_left_before(store: Store) -> None:
     for name in ("left", "00000000.left", KILLED):
         leave(store, name, "step-00000009")
-    with store.scratch("model", KEY, resumable=True, fresh=True) as out:
+    with store.scratch("model", KEY, inherits=KEPT, fresh=True) as out:
         (out / "checkpoints" / "step-00000001").mkdir(parents=True)
-    with store.scratch("model", KEY, resumable=True) as out:
+    with store.scratch("model", KEY, inherits=KEPT) as out:
         assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000001"]
 
 
@@ -248,8 +248,8 @@ from tasks.store.manifest import Manifest, content_digest
 die = lambda *given: os.kill(os.getpid(), 9)
 {DEATHS[death]}
 store = folders.Store(Path({str(store.root)!r}))
-with store.scratch("model", {KEY!r}, resumable=True, recipe={RECIPE!r}) as out:
-    made = store.built(out, {KEY!r})
+with store.scratch("model", {KEY!r}, inherits={KEPT!r}, recipe={RECIPE!r}) as out:
+    made = store.built(out, {KEY!r}, {KEPT!r})
     if not made:
         (out / "checkpoints" / "step-7").mkdir()
         (out / "a.bin").write_bytes(b"hello")
@@ -265,8 +265,8 @@ def test_what_was_built_when_a_kill_cut_its_publishing_short_is_published_as_it_
     assert publish_in_a_process(store, death) == -9
     assert store.look("model", KEY) is None
     assert publish_in_a_process(store, death) == -9, "the second try, too, is killed while it publishes"
-    with store.scratch("model", KEY, resumable=True, recipe=RECIPE) as out:
-        made = store.built(out, KEY)
+    with store.scratch("model", KEY, inherits=KEPT, recipe=RECIPE) as out:
+        made = store.built(out, KEY, KEPT)
         assert made
         folder, _ = store.publish(out, made)
     assert store.look("model", KEY) == made
@@ -285,9 +285,9 @@ def test_a_kill_before_the_manifest_is_whole_leaves_the_checkpoints_and_nothing_
     store: Store, death: str
 ) -> None:
     assert publish_in_a_process(store, death) == -9
-    with store.scratch("model", KEY, resumable=True) as out:
-        assert store.built(out, KEY) is None
-        assert {path.name for path in out.iterdir()} == {"a.bin", "checkpoints"}
+    with store.scratch("model", KEY, inherits=KEPT) as out:
+        assert store.built(out, KEY, KEPT) is None
+        assert {path.name for path in out.iterdir()} == {"checkpoints"}
         assert (out / "checkpoints" / "step-7").exists()
 
 
@@ -296,25 +296,25 @@ def test_what_was_built_and_then_altered_is_not_published(store: Store, mutation
     assert publish_in_a_process(store, "between the renames") == -9
     (scratch,) = (store.root / ".scratch").iterdir()
     MUTATIONS[mutation](scratch / "a.bin")
-    with store.scratch("model", KEY, resumable=True) as out:
-        assert store.built(out, KEY) is None
-        assert not (out / "manifest.json").exists(), "or it would be taken for a file of the artifact"
+    with store.scratch("model", KEY, inherits=KEPT) as out:
+        assert store.built(out, KEY, KEPT) is None
+        assert not {path.name for path in out.iterdir()} - {*KEPT}, "or it would be taken for a file of the artifact"
 
 
 def test_what_was_built_of_another_key_with_the_same_first_digits_is_not_published(store: Store) -> None:
     assert publish_in_a_process(store, "between the renames") == -9
-    with store.scratch("model", KEY[:12] + "f" * 52, resumable=True) as out:
-        assert store.built(out, KEY[:12] + "f" * 52) is None
+    with store.scratch("model", KEY[:12] + "f" * 52, inherits=KEPT) as out:
+        assert store.built(out, KEY[:12] + "f" * 52, KEPT) is None
 
 
 def test_a_fresh_build_does_not_see_what_was_built_before(store: Store) -> None:
     assert publish_in_a_process(store, "between the renames") == -9
-    with store.scratch("model", KEY, resumable=True, fresh=True) as out:
+    with store.scratch("model", KEY, inherits=KEPT, fresh=True) as out:
         assert list(out.iterdir()) == []
 
 
 def test_a_living_process_keeps_its_scratch_folder_to_itself(store: Store) -> None:
-    with store.scratch("model", KEY, resumable=True) as first, store.scratch("model", KEY, resumable=True) as second:
+    with store.scratch("model", KEY, inherits=KEPT) as first, store.scratch("model", KEY, inherits=KEPT) as second:
         assert first != second
 
 
