@@ -4,7 +4,7 @@
 
 Who has a lease holds a lock on its file, which the kernel lets go of when the process dies. So on one kernel, the lock
 tells at once: also of another PID namespace, under another host name, or of a process that is stopped. Where it cannot
-tell (another host, a restart, a file system without locks), a watcher looks by its own clock whether the file is renewed.
+tell (another host, a restart, no locks on the disk), a watcher looks by its own clock whether the file is renewed.
 """
 
 from __future__ import annotations

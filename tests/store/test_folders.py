@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 
 from tasks.errors import StoreError
 from tasks.store.canonical import sha256_of
-from tasks.store.check import Fault, examine
+from tasks.store.check import Fault, examine, identity
+from tasks.store.collect import garbage
 from tasks.store.folders import Store, entries
 from tasks.store.manifest import Manifest, UnreadableManifest, content_digest, read_manifest
 
@@ -23,13 +25,15 @@ KEY = sha256_of(RECIPE)
 KEPT = ("checkpoints", "log", "whose")
 
 
-def publish(store: Store, content: bytes = b"hello", recipe: dict[str, Any] = RECIPE) -> tuple[Path, Manifest]:
+def publish(
+    store: Store, content: bytes = b"hello", recipe: dict[str, Any] = RECIPE, kind: str = "messages"
+) -> tuple[Path, Manifest]:
     key = sha256_of(recipe)
-    with store.scratch("messages", key) as out:
+    with store.scratch(kind, key) as out:
         (out / "a.bin").write_bytes(content)
         (out / "b.bin").write_bytes(b"second file")
         files = entries(out)
-        return store.publish(out, Manifest(key, "messages", recipe, files, content_digest(files), {"rows": 1}))
+        return store.publish(out, Manifest(key, kind, recipe, files, content_digest(files), {"rows": 1}))
 
 
 @pytest.fixture
@@ -42,6 +46,31 @@ def test_what_was_published_is_found_again(store: Store) -> None:
     assert store.look("messages", KEY) == manifest == read_manifest(folder)
     assert (folder / "a.bin").read_bytes() == b"hello"
     assert [made for _, made in store.manifests()] == [manifest]
+
+
+def test_a_build_inherits_what_it_names_and_nothing_else(store: Store, tmp_path: Path) -> None:
+    leave(store, "left", "step-00000003")
+    (tries,) = (store.root / ".scratch").iterdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("stays")
+    (tries / ".tmpABCDEF").write_text("of safetensors")
+    (tries / ".tmpFOLDER" / "deep").mkdir(parents=True)
+    (tries / "link").symlink_to(tmp_path / "mine")
+    (tries / "log").mkdir()
+    with store.scratch("model", KEY, inherits=KEPT) as out:
+        assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "whose"]
+        assert (out / "checkpoints" / "step-00000003").exists()
+    assert (tmp_path / "mine" / "file").exists()
+
+
+def test_what_is_no_folder_of_its_own_is_not_inherited(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("stays")
+    (store.root / ".scratch").mkdir(parents=True)
+    (store.root / ".scratch" / f"resume-model-{KEY[:12]}.left").symlink_to(tmp_path / "mine")
+    with store.scratch("model", KEY, inherits=KEPT) as out:
+        assert list(out.iterdir()) == []
+    assert (tmp_path / "mine" / "file").exists()
 
 
 def test_a_build_that_fails_leaves_nothing(store: Store) -> None:
@@ -301,6 +330,16 @@ def test_what_was_built_and_then_altered_is_not_published(store: Store, mutation
         assert not {path.name for path in out.iterdir()} - {*KEPT}, "or it would be taken for a file of the artifact"
 
 
+@pytest.mark.parametrize("name", [".tmpABCDEF", "pytorch_model.bin"])
+def test_what_was_built_is_not_published_with_a_file_beside(store: Store, name: str) -> None:
+    assert publish_in_a_process(store, "between the renames") == -9
+    (scratch,) = (store.root / ".scratch").iterdir()
+    (scratch / name).write_text("x")
+    with store.scratch("model", KEY, inherits=KEPT) as out:
+        assert store.built(out, KEY, KEPT) is None
+        assert not (out / name).exists()
+
+
 def test_what_was_built_of_another_key_with_the_same_first_digits_is_not_published(store: Store) -> None:
     assert publish_in_a_process(store, "between the renames") == -9
     with store.scratch("model", KEY[:12] + "f" * 52, inherits=KEPT) as out:
@@ -326,14 +365,108 @@ def test_names_cannot_leave_the_store(store: Store, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "broken", [b"", b"{", b"[]", b"null", b'{"schema": 99, "seal": ""}', b'{"seal": 1, "schema": "x"}', b"\xff\xfe"]
-)
+    "broken",
+    [
+        b"", b"{", b"[]", b"null", b'{"schema": 99, "seal": ""}', b'{"seal": 1, "schema": "x"}', b"\xff\xfe",
+        b"[" * 200_000, b'{"seal":' * 200_000, b'{"seal": 1, "schema": 1' + b"1" * 5_000 + b"}", b" " * (17 << 20),
+    ],
+    ids=lambda content: f"{content[:8]!r} of {len(content)}",
+)  # fmt: skip
 def test_a_broken_manifest_is_unreadable_and_never_a_crash(store: Store, broken: bytes) -> None:
     folder, _ = publish(store)
     (folder / "manifest.json").write_bytes(broken)
     pytest.raises(UnreadableManifest, read_manifest, folder)
     assert isinstance(store.look("messages", KEY), Fault)
     assert store.manifests() == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"../../secret": {"bytes": 1, "sha256": ""}}},
+        {"files": {"manifest.json": {"bytes": 1, "sha256": ""}}},
+        {"files": []},
+        {"files": {"a": {"bytes": -1, "sha256": ""}}},
+        {"created": 5},
+        {"counts": []},
+        {"origin": {"texts": 5}},
+        {"origin": {"texts": {"a": 5}}},
+        {"origin": []},
+        {"more": 1},
+        {"recipe": {"inputs": []}},
+        {"recipe": {"step": 5}},
+        {"recipe": {"params": []}},
+        {"kind": "tokens"},
+    ],
+    ids=str,
+)
+def test_a_manifest_of_another_shape_is_passed_over_and_named_though_its_seal_is_right(
+    store: Store, change: dict[str, Any]
+) -> None:
+    """A seal is only a hash: who makes up a manifest can make it up, too."""
+    folder, _ = publish(store)
+    body = {**json.loads((folder / "manifest.json").read_bytes()), **change}
+    body["key"] = sha256_of(body["recipe"])
+    del body["seal"]
+    (folder / "manifest.json").write_text(json.dumps({"seal": sha256_of(body), **body}))
+    assert store.manifests() == []
+    assert [line.partition(":")[0] for line in store.passed_over()] == [f"messages/{KEY[:12]}"]
+    assert len(store.verify(folder)) == 1
+    assert garbage(store, 0, time.time() + 86_400) == []
+
+
+def test_a_manifest_that_could_not_be_read_again_is_not_written(store: Store) -> None:
+    counts = {"words": ["x" * 1000] * 20_000}
+    with pytest.raises(StoreError, match="at most 16,777,216 are read"), store.scratch("messages", KEY) as out:
+        store.publish(out, Manifest(KEY, "messages", RECIPE, {}, "", counts))
+
+
+def test_a_kind_that_is_a_link_is_named_and_nothing_behind_it_is_used(store: Store, tmp_path: Path) -> None:
+    folder, _ = publish(store)
+    folder.parent.rename(tmp_path / "elsewhere")
+    folder.parent.symlink_to(tmp_path / "elsewhere")
+    (store.root / "model").symlink_to(store.root / "model")
+    assert store.look("messages", KEY) is None
+    assert (store.folders(), store.folders("messages"), store.manifests()) == ([], [], [])
+    assert store.passed_over() == ["messages: is a link", "model: is a link"]
+    assert garbage(store, 0, time.time() + 86_400) == [], "what was noted of its hashes stays, too"
+    with pytest.raises(StoreError, match="is a link"):
+        publish(store)
+    assert publish(store, recipe={"step": "parse", "version": 2}, kind="tokens")[0].exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_config.json", "folder", "link"])
+def test_verifying_names_what_was_added(store: Store, name: str) -> None:
+    folder, _ = publish(store)
+    assert store.verify(folder) == []
+    path = folder / name
+    {"folder": path.mkdir, "link": lambda: path.symlink_to("a.bin")}.get(name, path.touch)()
+    assert [fault.file for fault in store.verify(folder)] == [name]
+
+
+def flip_below(path: Path, memory: Path) -> None:
+    """Alter a file so that nothing tells, as the disk below the file system can: its identity is noted as hashed."""
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    noted = json.loads(memory.read_bytes())
+    noted[path.name][1] = identity(path)
+    memory.write_text(json.dumps(noted))
+
+
+def test_after_verifying_found_a_fault_the_next_use_finds_it_too(store: Store) -> None:
+    folder, _ = publish(store)
+    flip_below(folder / "a.bin", store.root / ".verified" / f"messages-{KEY[:12]}.json")
+    assert isinstance(store.look("messages", KEY), Manifest), "a use trusts an unchanged identity"
+    assert [fault.file for fault in store.verify(folder)] == ["a.bin"]
+    assert isinstance(store.look("messages", KEY), Fault)
+
+
+def test_every_use_hashes_again_where_that_is_asked_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = publish(store)
+    flip_below(folder / "a.bin", store.root / ".verified" / f"messages-{KEY[:12]}.json")
+    monkeypatch.setenv("TREELINE_REHASH", "0")
+    assert isinstance(store.look("messages", KEY), Manifest)
+    monkeypatch.setenv("TREELINE_REHASH", "1")
+    assert isinstance(store.look("messages", KEY), Fault)
 
 
 def test_a_manifest_with_one_altered_number_is_refused(store: Store) -> None:
