@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
     import polars as pl
     import pyarrow as pa
-    import pyarrow.parquet as pq
+
+    from tasks.parquet import TableWriter
 
 Counts = dict[str, Any]  # what a step measured: names to numbers, or to tables of numbers such as the funnel
 
@@ -136,7 +137,7 @@ def arrow_schema(columns: Mapping[str, str]) -> pa.Schema:
 
 def parquet_writer(
     path: Path, columns: Mapping[str, str], level: int = 3, distinct: Collection[str] = ()
-) -> pq.ParquetWriter:
+) -> TableWriter:
     """Open a Parquet file for writing with the house's settings: explicit schema, zstd, page checksums.
 
     Args:
@@ -145,9 +146,9 @@ def parquet_writer(
         level: Of zstd.
         distinct: Columns whose values hardly ever come again: no dictionary is tried for them.
     """
-    import pyarrow.parquet as pq
+    from tasks.parquet import TableWriter
 
-    return pq.ParquetWriter(
+    return TableWriter(
         path,
         arrow_schema(columns),
         compression="zstd",

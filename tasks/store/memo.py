@@ -153,10 +153,12 @@ class Memo:
         unfinished = self.folder / f".{mark()}.part"
         try:
             first = next(batches)
-            with pa.OSFile(str(unfinished), "w") as file, pa.ipc.new_file(file, first.schema) as writer:
+            with pa.OSFile(str(unfinished), "w") as file:
+                writer = pa.ipc.new_file(file, first.schema)
                 writer.write_batch(first)
                 for batch in batches:
                     writer.write_batch(batch)
+                writer.close()  # not after an error, which it would hide by one of its own
             sync(unfinished)
             path = self.folder / f"{sha256_file(unfinished)}.arrow"
             unfinished.replace(path)
