@@ -15,6 +15,7 @@ from tasks.artifacts import Contests, Counts, Model, References
 from tasks.errors import InputError, ParameterError
 from tasks.launch import run_distributed
 from tasks.step import step
+from tasks.store.folders import CHECKPOINTS
 from tasks.tuning import TuningParams, TuningRuntime, refuse_strangers, split_of, tune, write_json
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class PreferRuntime(TuningRuntime):
     """How fast, and where. The outcome is the same but for rounding and the draws of dropout."""
 
 
-@step("prefer", version=4, makes=Model, resumable=True)
+@step("prefer", version=4, makes=Model, inherits=(CHECKPOINTS, "log.jsonl"))
 def prefer(
     out: Path, contests: Contests, references: References, model: Model, params: PreferParams, run: PreferRuntime
 ) -> Counts:

@@ -102,9 +102,10 @@ def test_a_kill_in_the_middle_of_any_step_leaves_no_half_artifact_and_the_rerun_
 
 
 def _kill_during(step: Step[..., Artifact], store: Store) -> None:
+    mine = f"{'resume-' if step.inherits else ''}{step.makes.kind}-*"
+    before = {*(store.root / ".scratch").glob(mine)}
     with start(store.root) as process:
-        mine = f"{'resume-' if step.resumable else ''}{step.makes.kind}-*.{process.pid}.*"
-        until(lambda: any((store.root / ".scratch").glob(mine)), process, pause=0.002)
+        until(lambda: {*(store.root / ".scratch").glob(mine)} - before, process, pause=0.002)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
@@ -131,3 +132,16 @@ def test_a_model_that_prefers_is_made_of_the_one_that_was_trained(store: Store) 
     assert all(entry.status == "cached" for entry in chain.plan(asked, chain.whole(asked)))
     plain = chain.plan(recipe.load(TINY, ["train.epochs=0.3"]), chain.CHAIN)
     assert [entry.status for entry in plain] == ["cached"] * 5 + ["run"]
+
+
+def test_a_store_named_like_a_pattern_reads_its_own_files_and_not_those_of_a_neighbour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {}
+    for name, trees in (("exp1", 60), ("exp[1]*?#%20", 40)):
+        monkeypatch.setenv("TREELINE_ARTIFACTS", str(tmp_path / name))
+        run(f"parse.max_trees={trees}")
+        made[name] = digests(Store(tmp_path / name))
+    monkeypatch.setenv("TREELINE_ARTIFACTS", str(tmp_path / "plain"))
+    run("parse.max_trees=40")
+    assert made["exp[1]*?#%20"] == digests(Store(tmp_path / "plain")) != made["exp1"]

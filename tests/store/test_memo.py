@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 
 from tasks.store import memo as memos
 from tasks.store import parts as store_parts
+from tasks.store.collect import garbage
+from tasks.store.folders import Store
 from tasks.store.memo import Keys, Memo, first_places, taken
 from tasks.store.parts import fault, parts
 from tests.waiting import ended, started
@@ -258,7 +261,9 @@ def test_a_kill_in_the_middle_of_writing_leaves_what_was_there(tmp_path: Path) -
     assert len(list(memo.folder.glob(".*.part"))) == 1
     assert known(memo, 1, 2, 5, 6) == right(1, 2)
     memo.close()
-    assert list(memo.folder.glob(".*.part")) == []
+    (part,) = memo.folder.glob(".*.part")
+    assert part not in garbage(Store(tmp_path), 0, time.time() + 3600), "it may still be written"
+    assert part in garbage(Store(tmp_path), 0, time.time() + 2 * 86_400)
 
 
 @pytest.mark.parametrize("places", [[2], [1, 2, 3], [3, 2, 1], [0, 2, 3], [1, 1, 3], [1, 3, 2, 4]])
