@@ -103,7 +103,7 @@ def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
     if layout.naive_dates:
         log.warning("parse: %s dates name no offset, and were read as UTC", f"{layout.naive_dates:,}")
     intake.refuse_if_bad(params.max_bad, dump)
-    return intake.counts(dump, layout.unknown)
+    return {**intake.counts(dump, layout.unknown), "naive_dates": layout.naive_dates}
 
 
 @contextmanager
