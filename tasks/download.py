@@ -105,7 +105,7 @@ class DownloadRuntime(Runtime):
     backoff_s: float = Field(default=1.0, ge=0, le=60)
     """Seconds before the first of them; doubles each time, up to 30."""
 
-    max_gb: float = Field(default=16, gt=0)
+    max_gb: float = Field(default=16, gt=0, le=1e6)
     """Largest file that is taken from the hub, in GB, where its size is not pinned."""
 
 
