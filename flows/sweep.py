@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 from flows import chain
-from flows.recipe import Recipe, changed
+from flows.recipe import Recipe, changed, toml
 from tasks.artifacts import Model, Report, Tokens
 from tasks.errors import ParameterError
 from tasks.evaluate import evaluate
@@ -110,7 +110,7 @@ def _values(setting: str) -> tuple[str, list[Any]]:
     if not equals or not text.strip():
         raise ParameterError(f"expected section.name=value,value, found {setting!r}", "--set", code="param.set")
     try:
-        values = tomllib.loads(f"values = [{text}]")["values"]
+        values = toml(f"values = [{text}]", f"--set {setting[:60]}")["values"]
         json.dumps(values)  # TOML has dates, too, which no setting is
     except (tomllib.TOMLDecodeError, TypeError):
         values = [part.strip() for part in text.split(",")]

@@ -66,7 +66,7 @@ class ParseParams(Params):
     """Bytes that one byte of a gzip file may unpack to, counted after 16 MiB; more is a bomb and fails the step."""
 
 
-@step("parse", version=4, makes=Messages)
+@step("parse", version=5, makes=Messages)
 def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
     """Write `messages.parquet`, trees in the order of the dump, and `rejected.parquet`.
 
@@ -100,8 +100,10 @@ def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
                 break
         intake.settle()
         intake.finish(dump)
+    if layout.naive_dates:
+        log.warning("parse: %s dates name no offset, and were read as UTC", f"{layout.naive_dates:,}")
     intake.refuse_if_bad(params.max_bad, dump)
-    return intake.counts(dump, layout.unknown)
+    return {**intake.counts(dump, layout.unknown), "naive_dates": layout.naive_dates}
 
 
 @contextmanager
@@ -168,8 +170,10 @@ class _Intake:
 
     def reject(self, bad: Bad) -> None:
         """Note a line or tree that cannot be taken."""
-        from tasks.oasst.lines import AS_LINES
+        from tasks.oasst.advice import AS_LINES
 
+        if not self._named and bad.do:
+            self._do = bad.do
         if not self._named and bad.raw and bad.raw[:HEAD].lstrip().startswith(b"["):
             name = self._files[bad.place.file].name
             self._do = f"{name} looks like one JSON array; write one object a line (JSON Lines): {AS_LINES}"

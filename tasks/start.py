@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.artifacts import Model
-from tasks.errors import ParameterError
+from tasks.errors import ParameterError, PermissionRefused
 from tasks.gpt.folder import CONFIG, WEIGHTS, find_folder
 from tasks.hub import fetch_file
 from tasks.lookup import named, of_content
@@ -28,9 +28,10 @@ def allowed_folder(path: str) -> Path:
 
     Raises:
         ParameterError: If it does not, or is no folder.
+        PermissionRefused: If a file of the model is a link that leads out.
     """
-    found = Path(path).resolve()
-    if not any(found.is_relative_to(root) for root in roots()):
+    found = _resolved(Path(path))
+    if found is None or not _is_allowed(found):
         allowed = ", ".join(map(str, roots())) or "none"
         raise ParameterError(
             f"the model folder {path!r} lies under none of the allowed roots ({allowed})",
@@ -40,7 +41,26 @@ def allowed_folder(path: str) -> Path:
         )
     if not found.is_dir():
         raise ParameterError(f"{path!r} is not a folder", "train.folder", "Give a Hugging Face folder", "param.path")
+    for file in (found / CONFIG, found / WEIGHTS):
+        if not _is_allowed(file):
+            what = f"{file.name} is a link that leads out of the allowed roots"
+            raise PermissionRefused(
+                what, f"train.folder {path}", f"Copy the file there, or name its folder in ${ROOTS}"
+            )
     return found
+
+
+def _is_allowed(path: Path) -> bool:
+    found = _resolved(path)
+    return found is not None and any(found.is_relative_to(root) for root in roots())
+
+
+def _resolved(path: Path) -> Path | None:
+    """Follow all links; None where they go round."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        return None
 
 
 def fetch_published(start: str) -> Path:

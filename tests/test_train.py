@@ -21,7 +21,7 @@ from flows.exporting import export
 from flows.showing import origin, text
 from tasks import start
 from tasks.artifacts import Encoding, Model, Tokens, write_encoding
-from tasks.errors import ConfigurationError, InputError, ParameterError, StoreError
+from tasks.errors import ConfigurationError, InputError, ParameterError, PermissionRefused, StoreError
 from tasks.gpt import checkpoint
 from tasks.gpt.device import device_of
 from tasks.gpt.folder import digests
@@ -223,6 +223,26 @@ def test_a_folder_outside_the_allowed_roots_is_refused(folder: Path, tmp_path: P
         with pytest.raises(ParameterError) as caught:
             TrainParams(**MORE, start="folder", folder=str(path)).keyed()
         assert (caught.value.code, caught.value.exit_code) == ("param.path", 2)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("to", ["absolute", "relative", "loop"])
+def test_a_file_of_a_folder_that_is_a_link_out_of_the_allowed_roots_is_refused(
+    folder: Path, roots: Path, tmp_path: Path, name: str, to: str
+) -> None:
+    outside = shutil.move(folder / name, tmp_path / name)
+    targets = {"absolute": outside, "relative": os.path.relpath(outside, folder), "loop": name}
+    (folder / name).symlink_to(targets[to])
+    with pytest.raises(PermissionRefused) as caught:
+        TrainParams(**MORE, start="folder", folder=str(folder)).keyed()
+    assert (caught.value.code, caught.value.exit_code) == ("permission", 77)
+
+
+def test_a_folder_that_is_a_loop_of_links_is_refused(roots: Path) -> None:
+    (roots / "a").symlink_to("b")
+    (roots / "b").symlink_to("a")
+    with pytest.raises(ParameterError):
+        TrainParams(**MORE, start="folder", folder=str(roots / "a")).keyed()
 
 
 def test_the_key_holds_the_folders_content_and_not_its_path(folder: Path, roots: Path) -> None:

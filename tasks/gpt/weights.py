@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging
 
-from tasks.errors import InputError, ParameterError
+from tasks.errors import ParameterError
 from tasks.gpt.affine import adopt
 from tasks.gpt.checkpoint import disk_named
-from tasks.gpt.folder import CONFIG, WEIGHTS, digests, read_config
+from tasks.gpt.folder import WEIGHTS, digests, read_config
 
 # New rows stay close to the mean of the old: at the mean their logit is bounded by what the model already gives, so
 # they take next to nothing from the known words. Source: John Hewitt 2021, "Initializing New Word Embeddings".
@@ -55,7 +55,7 @@ def folder_spec(
     Raises:
         InputError: If the folder is unsafe or not a GPT-2, as `read_config` finds.
     """
-    config = {**GPT2Config().to_dict(), **read_config(folder)}
+    config = read_config(folder)
     names = {"layers": "n_layer", "heads": "n_head", "width": "n_embd", "positions": "n_positions"}
     shape = {name: config[theirs] for name, theirs in names.items()}
     published = {"repo": repo, "revision": revision, **digests(folder)}
@@ -119,32 +119,13 @@ def load_model(folder: Path) -> GPT2LMHeadModel:
     Raises:
         InputError: If the folder is unsafe, not a GPT-2, or its weights do not fit its config.
     """
-    read_config(folder)
+    config = GPT2Config(**read_config(folder))
     logging.disable_progress_bar()  # ours says what is under way
-    try:
-        model, found = GPT2LMHeadModel.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to be told which, below, instead of a wall of text
-        )
-    except SafetensorError as error:
-        raise InputError(
-            f"{WEIGHTS} cannot be read: {error}", str(folder), "Fetch it again", code="model.weights"
-        ) from error
-    for fault in ("missing_keys", "mismatched_keys"):
-        if found[fault]:
-            names = ", ".join(str(key) for key in sorted(found[fault], key=str)[:3])
-            raise InputError(
-                f"{WEIGHTS} has {fault.split('_')[0]} weights: {names}",
-                str(folder),
-                f"Fetch {WEIGHTS} and {CONFIG} of one and the same model",
-                code="model.weights",
-            )
+    # A copy: a file that is mapped and cut later ends the process.
+    weights = {name: weight.to(torch.float32, copy=True) for name, weight in load_file(folder / WEIGHTS).items()}
+    model: GPT2LMHeadModel = GPT2LMHeadModel.from_pretrained(  # of the folder it reads nothing by itself
+        None, config=config, state_dict=weights, dtype=torch.float32, attn_implementation="sdpa"
+    )
     return _fused(model.eval())
 
 
