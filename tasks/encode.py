@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from tasks.text.lay import Texts, Turns
     from tasks.text.layout import Conversation, Forest
 
-PAD = "<|endoftext|>"
 NAMES = ("message_id", "message_tree_id", "role", "split")  # what the index says of a row, besides its rank
 FEW = ("role", "split")  # columns that hold few values
 GROUP = 1 << 17  # rows of a row group of the index: 10 MB
@@ -52,8 +51,8 @@ class EncodeParams(Params):
     tokenizer: Literal["gpt2", "trained"] = "gpt2"
     """Whose byte pairs: GPT-2's own, or a small vocabulary trained on the train split, for a model from scratch."""
 
-    vocab_size: int = Field(default=4_096, ge=260, le=65_536)
-    """Most token ids of a trained vocabulary, its 4 special tokens among them; GPT-2's own has 50,260."""
+    vocab_size: int = Field(default=4_096, ge=261, le=65_536)
+    """Most token ids of a trained vocabulary, its 5 special tokens among them. Only for tokenizer = trained."""
 
     block: int = Field(default=1_024, ge=16, le=65_535)
     """Most tokens of a conversation, from its start to a reply; GPT-2 knows 1,024 positions."""
@@ -75,8 +74,8 @@ class EncodeParams(Params):
         return self
 
     def keyed(self) -> dict[str, Any]:
-        """Return what enters the key; a pack that is the block is none."""
-        kept = super().keyed()
+        """Return what enters the key: settings that have a say; a pack that is the block is none."""
+        kept = self.model_dump(mode="json", exclude={"vocab_size"} if self.tokenizer == "gpt2" else set())
         return {**kept, "pack": None if self.pack == self.block else self.pack}
 
     @property
@@ -89,7 +88,7 @@ class EncodeRuntime(TextsRuntime):
     """How fast texts become ids, never which."""
 
 
-@step("encode", version=3, makes=Tokens)
+@step("encode", version=4, makes=Tokens)
 def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRuntime) -> Counts:
     """Write the memmaps, their index, the tokenizer and the encoding; nothing is published that the gate refuses.
 
@@ -97,7 +96,7 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRun
         InputError: If nothing is left to train on.
         GateError: If what was written must not reach training.
     """
-    from tasks.text.chat import TEMPLATES, tags
+    from tasks.text.chat import PAD, TEMPLATES, tags
 
     template = TEMPLATES[params.template]
     vocabulary = _vocabulary(dialogues, template, params)

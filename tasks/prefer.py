@@ -41,7 +41,7 @@ class PreferRuntime(TuningRuntime):
     """How fast, and where. The outcome is the same but for rounding and the draws of dropout."""
 
 
-@step("prefer", version=4, makes=Model, resumable=True)
+@step("prefer", version=5, makes=Model, resumable=True)
 def prefer(
     out: Path, contests: Contests, references: References, model: Model, params: PreferParams, run: PreferRuntime
 ) -> Counts:
@@ -65,7 +65,7 @@ def prefer(
     aim = EachPair(fitted, held, params.beta)
     tuned, encoding = load_model(model.path), contests.encoding()
     progress = tune(tuned, (aim.train, aim.val), params, run, out, objective=aim)
-    export(tuned, out, stop=encoding.stop, pad=encoding.pad)
+    export(tuned, out, stop=encoding.stop, pad=encoding.pad, used=encoding.used)
     for name in KEPT:
         shutil.copyfile(model.path / name, out / name)
     counts = counts_of(progress, parameter_count(tuned), out)

@@ -309,6 +309,7 @@ def write_tokenizer(out: Path, source: Path, encoding: Encoding, positions: int)
             "bos_token": EOT,
             "eos_token": text_of[encoding.stop],
             "pad_token": text_of[encoding.pad],
+            "padding_side": "left",  # where a reply goes on, no padding may stand
             "extra_special_tokens": sorted(encoding.specials, key=encoding.specials.__getitem__),
             "model_max_length": positions,
             "clean_up_tokenization_spaces": False,

@@ -50,7 +50,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
     folder = tmp_path_factory.mktemp("tokens")
     vocabulary = bpe.trained((text for talk in TALKS * 3 for text in talk), 320, apart=TEMPLATES["chat"].plain())
     pieces = tags(TEMPLATES["chat"], vocabulary.specials, vocabulary.encode)
-    stop, pad = vocabulary.specials["<|end|>"], vocabulary.specials["<|endoftext|>"]
+    stop, pad = vocabulary.specials["<|end|>"], vocabulary.specials["<|pad|>"]
     arrays = {name: np.zeros((len(TALKS), BLOCK), np.uint16) for name in ("ids", "mask", "positions", "ends")}
     for row, (question, answer) in enumerate(TALKS):
         prompt = pieces.prompt([("user", vocabulary.encode(question))])
