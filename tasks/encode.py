@@ -74,9 +74,13 @@ class EncodeParams(Params):
         return self
 
     def keyed(self) -> dict[str, Any]:
-        """Return what enters the key: settings that have a say; a pack that is the block is none."""
-        kept = self.model_dump(mode="json", exclude={"vocab_size"} if self.tokenizer == "gpt2" else set())
+        """Return what enters the key; a pack that is the block is none."""
+        kept = super().keyed()
         return {**kept, "pack": None if self.pack == self.block else self.pack}
+
+    def idle(self) -> set[str]:
+        """Return the settings that have no say: GPT-2's own vocabulary has its size."""
+        return {"vocab_size"} if self.tokenizer == "gpt2" else set()
 
     @property
     def length(self) -> int:

@@ -15,7 +15,7 @@ from tasks.artifacts import Contests, Counts, Model, References
 from tasks.errors import InputError, ParameterError
 from tasks.step import step
 from tasks.together import together
-from tasks.tuning import TuningParams, TuningRuntime, refuse_strangers, split_of, tune, write_json
+from tasks.tuning import TuningParams, TuningRuntime, refuse_strangers, replies_of, split_of, tune, write_json
 
 if TYPE_CHECKING:
     from tasks.gpt.preference import Side
@@ -69,7 +69,7 @@ def prefer(
     for name in KEPT:
         shutil.copyfile(model.path / name, out / name)
     counts = counts_of(progress, parameter_count(tuned), out)
-    write_json(out / "training.json", {**counts, "from": model.manifest.digest})
+    write_json(out / "training.json", {**counts, "from": model.manifest.digest, "contests": contests.manifest.digest})
     return counts
 
 
@@ -83,18 +83,13 @@ def refuse_other_precision(references: References, params: PreferParams) -> None
 
 def _side(contests: Contests, references: References, name: str) -> Side:
     """Return a split of the contests with what the start makes of it."""
-    import numpy as np
+    from tasks.gpt.preference import Side
 
-    from tasks.gpt.preference import Replies, Side
-
-    table, logps = contests.replies().collect(), references.logps()
-    if len(logps) != table.height:
-        what = f"expected references of {table.height:,} replies, found {len(logps):,}"
+    of_each, logps = contests.replies().select("split").collect()["split"], references.logps()
+    if len(logps) != len(of_each):
+        what = f"expected references of {len(of_each):,} replies, found {len(logps):,}"
         raise InputError(what, references.id, "Run the refer step again on these contests", "prefer.references")
-    first, _ = contests.encoding().splits[name]
-    here = (table["split"] == name).to_numpy()
-    columns = [table[column].to_numpy().astype(np.int64)[here] for column in ("sequence", "trained", "contest", "rank")]
-    return Side(split_of(contests, name), Replies(columns[0] - first, *columns[1:]), logps[here])
+    return Side(split_of(contests, name), replies_of(contests, name), logps[(of_each == name).to_numpy()])
 
 
 def counts_of(progress: Progress, parameters: int, out: Path) -> Counts:
