@@ -94,7 +94,7 @@ def nanogpt(tokens: Tokens, folder: Path) -> Counts:
     meta = {
         "format": "nanoGPT: one stream of uint16 token ids a file, little-endian",
         "tokens": counts,
-        "vocab_size": max(encoding.specials.values()) + 1,
+        "vocab_size": encoding.used,
         "specials": encoding.specials,
         "stop": encoding.stop,
         "template": encoding.template,
@@ -229,7 +229,7 @@ def adapter(model: Model, folder: Path) -> Counts:
         raise ParameterError(what, do="Open its folder with transformers, or train with train.lora_rank", code="param")
     base, encoding = build_start(*base_of(model)).eval(), model.encoding()
     (folder / BASE).mkdir()
-    export(base, folder / BASE, stop=encoding.stop, pad=encoding.pad)
+    export(base, folder / BASE, stop=encoding.stop, pad=encoding.pad, used=encoding.used)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(model.path / name, folder / BASE / name)
     with tarfile.open(model.path / ARCHIVE) as archive:

@@ -171,12 +171,13 @@ def judge_of(own: Tokens, judge: Tokens) -> Tokens:
 Measure = Callable[[Outcome], float | None]
 
 
-def _figure(*path: str) -> Measure:
+def _figure(name: str) -> Measure:
+    """Return what reads a figure of the model that an arm ended with: the last that its report compares."""
+
     def read(outcome: Outcome) -> float | None:
-        found: Any = outcome.report.figures()
-        for name in path:
-            found = found.get(name) if isinstance(found, Mapping) else None
-        return None if found is None else float(found)
+        report = outcome.report.figures()
+        found: float | None = (report[name] or {}).get(report["models"][-1])
+        return found
 
     return read
 
@@ -185,10 +186,10 @@ MEASURES: Mapping[str, tuple[Measure, str]] = {  # column -> what of an outcome,
     "trained tokens": (lambda outcome: outcome.model.counts.get("supervised"), ",.0f"),
     "tokens computed": (lambda outcome: outcome.model.counts.get("tokens"), ",.0f"),
     "best step": (lambda outcome: outcome.model.counts.get("best_step"), ",.0f"),
-    "NLL": (_figure("nll", "tuned"), ".4f"),
-    "bits/byte": (_figure("bits_per_byte", "tuned"), ".4f"),
-    "facts": (_figure("facts", "tuned"), ".1%"),
-    "stops": (_figure("stop_rate", "tuned"), ".1%"),
+    "NLL": (_figure("nll"), ".4f"),
+    "bits/byte": (_figure("bits_per_byte"), ".4f"),
+    "facts": (_figure("facts"), ".1%"),
+    "stops": (_figure("stop_rate"), ".1%"),
 }
 
 

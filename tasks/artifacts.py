@@ -284,6 +284,11 @@ class Encoding:
     splits: dict[str, tuple[int, int]]
     utf8_bytes: dict[str, int]
 
+    @property
+    def used(self) -> int:
+        """Ids that stand for something, <= V: the special tokens are the last of them."""
+        return max(self.specials.values()) + 1
+
 
 @dataclass(frozen=True)
 class Sequences(Artifact):

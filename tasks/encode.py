@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from tasks.text.lay import Texts, Turns
     from tasks.text.layout import Conversation, Forest
 
-PAD = "<|endoftext|>"
 NAMES = ("message_id", "message_tree_id", "role", "split")  # what the index says of a row, besides its rank
 FEW = ("role", "split")  # columns that hold few values
 MOST = 65_535  # tokens of a sequence: places in it are uint16
@@ -55,8 +54,8 @@ class EncodeParams(Params):
     tokenizer: Literal["gpt2", "trained"] = "gpt2"
     """Whose byte pairs: GPT-2's own, or a small vocabulary trained on the train split, for a model from scratch."""
 
-    vocab_size: int = Field(default=4_096, ge=260, le=65_536)
-    """Most token ids of a trained vocabulary, its 4 special tokens among them; GPT-2's own has 50,260."""
+    vocab_size: int = Field(default=4_096, ge=261, le=65_536)
+    """Most token ids of a trained vocabulary, its 5 special tokens among them. Only for tokenizer = trained."""
 
     block: int = Field(default=1_024, ge=16, le=MOST)
     """Most tokens of a path, from the start of a conversation to a reply: the context that a model must have. GPT-2's is 1,024."""  # noqa: E501
@@ -82,6 +81,10 @@ class EncodeParams(Params):
         kept = super().keyed()
         return {**kept, "pack": None if self.pack == self._usual else self.pack}
 
+    def idle(self) -> set[str]:
+        """Return the settings that have no say: GPT-2's own vocabulary has its size."""
+        return {"vocab_size"} if self.tokenizer == "gpt2" else set()
+
     @property
     def length(self) -> int:
         """T, tokens of a sequence."""
@@ -105,7 +108,7 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRun
         InputError: If nothing is left to train on.
         GateError: If what was written must not reach training.
     """
-    from tasks.text.chat import TEMPLATES, tags
+    from tasks.text.chat import PAD, TEMPLATES, tags
 
     template = TEMPLATES[params.template]
     vocabulary = _vocabulary(dialogues, template, params)

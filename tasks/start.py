@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from tasks.artifacts import Model
+from tasks.artifacts import Artifact, Model
 from tasks.errors import ParameterError, PermissionRefused
 from tasks.gpt.folder import CONFIG, WEIGHTS, find_folder
 from tasks.hub import fetch_file
 from tasks.lookup import named, of_content
 from tasks.sources import MODELS
 
+A = TypeVar("A", bound=Artifact)
 ROOTS = "TREELINE_MODEL_ROOTS"  # folders that local models may be taken from, separated like PATH
 SCRATCH, FOLDER, MODEL = "scratch", "folder", "model"  # a start that is not the name of a published model
 
@@ -116,12 +117,28 @@ def base_of(model: Model) -> tuple[Mapping[str, Any], Path | None]:
     Raises:
         ParameterError: If that is no longer there.
     """
-    start = model.json("start.json")
-    given = model.json("training.json").get("from")
-    if given is None:
-        return start, folder_of(start)
-    base = of_content(Model, given)
-    if base is None:
-        what = f"the model that the adapters lie over (content {given[:12]}…) is not in the store"
+    start, given = model.json("start.json"), given_to_prefer(model)
+    return ({**start, "start": MODEL}, given.path) if given else (start, folder_of(start))
+
+
+def given_to_prefer(model: Model) -> Model | None:
+    """Return the model that the prefer step made this one of; None for a model that it did not make.
+
+    Raises:
+        ParameterError: If that model is no longer there.
+    """
+    digest = model.json("training.json").get("from")
+    return of_training(Model, digest, model) if digest else None
+
+
+def of_training(kind: type[A], digest: str, model: Model) -> A:
+    """Return the artifact, of this content, that a model was made of.
+
+    Raises:
+        ParameterError: If it is no longer there.
+    """
+    found = of_content(kind, digest)
+    if found is None:
+        what = f"the {kind.kind} that it was made of (content {digest[:12]}…) is not in the store"
         raise ParameterError(what, model.id, "Run its recipe again, or copy its folder here", "param.artifact")
-    return {**start, "start": MODEL}, base.path
+    return found

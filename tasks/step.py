@@ -49,8 +49,12 @@ class Params(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     def keyed(self) -> dict[str, Any]:
-        """Return what enters the key: every setting, defaults spelled out; content in place of a path."""
-        return self.model_dump(mode="json")
+        """Return what enters the key: each setting that has a say, defaults spelled out; content in place of a path."""
+        return self.model_dump(mode="json", exclude=self.idle())
+
+    def idle(self) -> set[str]:
+        """Return the settings that have no say beside the others: to change one of them must not cost a run."""
+        return set()
 
 
 class Runtime(BaseModel):

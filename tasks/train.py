@@ -94,7 +94,7 @@ class TrainRuntime(TuningRuntime):
     """How fast, and where. The outcome is the same but for rounding and the draws of dropout."""
 
 
-@step("train", version=5, makes=Model, inherits=(CHECKPOINTS, "log.jsonl"))
+@step("train", version=6, makes=Model, inherits=(CHECKPOINTS, "log.jsonl"))
 def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> Counts:
     """Write the tuned model, its tokenizer and chat template, and how training went."""
     from tasks.gpt.objective import EachToken
@@ -118,7 +118,7 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     warn_of_new_words(encoding, folder, params)
     aim = EachToken(*splits, worth_of(tokens, params))
     progress = tune(model, splits, params, run, out, named=lambda rows: name_messages(tokens, rows), objective=aim)
-    export(model, out, stop=encoding.stop, pad=encoding.pad)
+    export(model, out, stop=encoding.stop, pad=encoding.pad, used=encoding.used)
     write_tokenizer(out, tokens.path, encoding, spec["positions"])
     write_json(out / "start.json", spec)
     counts = counts_of(progress, parameter_count(model))

@@ -71,7 +71,7 @@ def tokens_in(folder: Path, template: str = "chat", splits: dict[str, tuple[int,
         prompt = pieces.start + asked + pieces.opens["assistant"]
         reply = vocabulary.encode(answer) + pieces.closes["assistant"]
         ids = prompt + reply + pieces.tail
-        pad = vocabulary.specials["<|endoftext|>"]
+        pad = vocabulary.specials["<|pad|>"]
         arrays["ids"][row] = ids + [pad] * (BLOCK - len(ids))
         arrays["mask"][row, len(prompt) : len(prompt) + len(reply)] = 1
         arrays["positions"][row, : len(ids)] = range(len(ids))
@@ -89,7 +89,7 @@ def tokens_in(folder: Path, template: str = "chat", splits: dict[str, tuple[int,
             layout="paths",
             specials=vocabulary.specials,
             stop=vocabulary.specials[chosen.stop],
-            pad=vocabulary.specials["<|endoftext|>"],
+            pad=vocabulary.specials["<|pad|>"],
             splits=splits or {"train": (0, 6), "val": (4, 6), "test": (6, 6)},
             utf8_bytes={},
         ),

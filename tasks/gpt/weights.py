@@ -21,6 +21,8 @@ from tasks.gpt.folder import WEIGHTS, digests, read_config
 # New rows stay close to the mean of the old: at the mean their logit is bounded by what the model already gives, so
 # they take next to nothing from the known words. Source: John Hewitt 2021, "Initializing New Word Embeddings".
 SPREAD = 1e-5
+# What `generate` does with an exported model where nothing else is asked for: as the panel of an evaluation is drawn.
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95}
 
 
 def scratch_spec(*, layers: int, heads: int, width: int, positions: int, vocab_size: int, seed: int) -> dict[str, Any]:
@@ -209,18 +211,23 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def export(model: GPT2LMHeadModel, folder: Path, *, stop: int, pad: int) -> None:
+def export(model: GPT2LMHeadModel, folder: Path, *, stop: int, pad: int, used: int | None = None) -> None:
     """Write config.json, generation_config.json and model.safetensors, so that `AutoModelForCausalLM` opens the folder.
+
+    Its `generate` then says what `sample.generate` says: it ends where that ends, and draws from the same ids.
 
     Args:
         model: What to write; its config is given the two ids.
         folder: Where to; it exists.
         stop: Id of the end-of-turn token; generation ends at it.
-        pad: Id that fills sequences.
+        pad: Id that fills sequences; in no prompt, since transformers hides it there.
+        used: Ids that stand for something; those from here on are never generated. None: all do.
     """
     ids = {"bos_token_id": None, "eos_token_id": stop, "pad_token_id": pad}
     model.config.update(ids)
-    model.generation_config = GenerationConfig(**ids)
+    rows, room = model.config.vocab_size, model.config.n_positions
+    unused = [*range(rows if used is None else used, rows)] or None
+    model.generation_config = GenerationConfig(**ids, **SAMPLING, max_length=room, suppress_tokens=unused)
     logging.disable_progress_bar()
     with disk_named(folder):
         model.save_pretrained(

@@ -11,7 +11,7 @@ import pytest
 
 from flows import chain, recipe
 from flows.showing import adapters
-from tasks.artifacts import Artifact, Model
+from tasks.artifacts import Artifact, Model, Report
 from tasks.start import base_of
 from tasks.step import Step, session
 from tasks.store.folders import Store
@@ -132,6 +132,28 @@ def test_a_model_that_prefers_is_made_of_the_one_that_was_trained(store: Store) 
     assert all(entry.status == "cached" for entry in chain.plan(asked, chain.whole(asked)))
     plain = chain.plan(recipe.load(TINY, ["train.epochs=0.3"]), chain.CHAIN)
     assert [entry.status for entry in plain] == ["cached"] * 5 + ["run"]
+    report = made["evaluate"].json("report.json")
+    assert report["models"] == ["base", "tuned", "preferred"]
+    assert report["training"] == made["train"].json("training.json")
+    assert report["preference"] == made["prefer"].json("training.json")
+    assert report["pairs"] > 0
+    assert report["nll"]["base"] > report["nll"]["tuned"] != report["nll"]["preferred"]
+
+
+@pytest.mark.slow
+def test_a_step_that_kept_its_start_is_told_as_one_that_changed_nothing(store: Store) -> None:
+    """At such a learning rate no weight changes, so no loss is better than the first one."""
+    settings = ["preferences=true", "train.epochs=0.3", "prefer.lr=1e-30", "curate.val_share=0.3", "train.threads=1"]
+    asked = recipe.load(TINY, settings)
+    with session():
+        made = chain.run(asked, chain.whole(asked))
+    (page, report), training = ((made[Report].markdown(), made[Report].figures()), made[Model].json("training.json"))
+    assert training["best_step"] == 0
+    assert training["accuracy_start"] == training["accuracy_best"] == pytest.approx(0.5, abs=0.2)  # no pair is told
+    assert "pairs of ranked replies changed nothing" in page
+    for name in ("nll", "stop_rate", "accuracy", "margin", "chosen"):
+        assert report[name]["preferred"] == report[name]["tuned"]
+    assert report["nll"]["tuned"] != report["nll"]["base"]
 
 
 def test_a_store_named_like_a_pattern_reads_its_own_files_and_not_those_of_a_neighbour(
