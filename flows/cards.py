@@ -9,7 +9,7 @@ import base64
 import logging
 import string
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +17,10 @@ from flows.showing import adapters
 from flows.terminal import asked_of_texts
 from tasks.artifacts import Dialogues, Model, Report
 from tasks.dialogue.markdown import printable
+from tasks.notices import told
 from tasks.progress import Bar, Listener
 from tasks.step import Outcome
+from tasks.store.manifest import Notice
 
 log = logging.getLogger("treeline.flows")
 EVERY = 5.0  # seconds between two updates of a progress artifact: each is a request
@@ -65,6 +67,8 @@ def card(outcome: Outcome) -> str:
     artifact = outcome.artifact
     head = f"# {outcome.step}: `{artifact.id}` {'cached' if outcome.cached else 'made'}"
     parts = [head, f"{safe(outcome.why)}; {outcome.seconds:.1f} s; in {safe(str(artifact.path))}"]
+    own = (one for one in artifact.manifest.notices if one.step == outcome.step)
+    parts += notices(own)
     parts.append(_with_pictures(artifact) if isinstance(artifact, Report) else counts_table(artifact.counts))
     parts += [] if outcome.cached else [safe(line) for line in asked_of_texts(artifact.manifest)]
     if isinstance(artifact, Model):
@@ -84,7 +88,13 @@ def summary(recipe: str, outcomes: Sequence[Outcome]) -> str:
         for one in outcomes
     ]
     head = "| step | | seconds | why | artifact |\n|---|---|---:|---|---|"
-    return f"# Treeline: {safe(recipe)}\n\n```mermaid\ngraph LR\n{arrows}\n```\n\n{head}\n" + "\n".join(rows)
+    page = f"# Treeline: {safe(recipe)}\n\n```mermaid\ngraph LR\n{arrows}\n```\n\n{head}\n" + "\n".join(rows)
+    return "\n\n".join([page, *notices(told(one.artifact.manifest for one in outcomes))])
+
+
+def notices(found: Iterable[Notice]) -> list[str]:
+    """Say what was lost, a paragraph each."""
+    return [f"**{safe(notice.code)}**: {safe(f'{notice.cause}. {notice.setting}.')}" for notice in found]
 
 
 def counts_table(counts: Mapping[str, Any], name: str = "count") -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from tasks.dialogue.markdown import printable
 from tasks.progress import NOBODY, Bar
 from tasks.store.folders import SHORT
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from flows.chain import Planned
     from flows.resuming import Trial
-    from tasks.store.manifest import Manifest
+    from tasks.store.manifest import Manifest, Notice
 
 MARKS = {"cached": "[green]cached[/]", "run": "[yellow]run[/]", "unknown": "[dim]unknown[/]"}
 
@@ -163,6 +164,12 @@ def asked_of_texts(manifest: Manifest) -> list[str]:
         f"{tally['remembered']:,} remembered, {tally['computed']:,} computed"
         for name, tally in asked.items()
     ]
+
+
+def print_notices(notices: Iterable[Notice]) -> None:
+    """Print what a run lost, a line each; names of fields in it are strangers' words."""
+    for notice in notices:
+        console().print(printable(str(notice)), markup=False, highlight=False, soft_wrap=True, style="yellow")
 
 
 def remembered(memos: Sequence[Path]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,6 +13,7 @@ from pydantic import Field, field_validator
 
 from tasks.artifacts import Counts, Model, Report, Tokens
 from tasks.errors import InputError, ParameterError
+from tasks.notices import told
 from tasks.start import folder_of
 from tasks.step import Params, Runtime, step
 from tasks.tuning import refuse_strangers
@@ -88,7 +90,7 @@ class EvaluateRuntime(Runtime):
     """CPU threads. None: one for a model narrower than 512, else as torch finds best."""
 
 
-@step("evaluate", version=6, makes=Report)
+@step("evaluate", version=7, makes=Report)
 def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, run: EvaluateRuntime) -> Counts:
     """Write the report: `report.json`, `report.md`, plots, and every reply in `samples.jsonl`."""
     from tasks.dialogue.scorecard import render
@@ -118,6 +120,7 @@ def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, ru
         "start": start,
         "training": model.json("training.json"),
         "curation": tokens.curation(),
+        "notices": [asdict(notice) for notice in told([model.manifest, tokens.manifest])],
         "lineage": {"model": model.manifest.digest, "tokens": tokens.manifest.digest},
     }
     write_json(out / "report.json", report)

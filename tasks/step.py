@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -36,10 +36,11 @@ from tasks.store.disk import refusal
 from tasks.store.explain import why_missing
 from tasks.store.folders import SHORT, Store, entries
 from tasks.store.lock import single_flight
-from tasks.store.manifest import Manifest, content_digest
+from tasks.store.manifest import Manifest, Notice, content_digest
 
 log = logging.getLogger("treeline.step")
 P = ParamSpec("P")
+Notices = Callable[[Counts, Any], Iterable[Notice]]  # counts and Params of a step -> what it lost
 A = TypeVar("A", bound=Artifact)
 ROOT = Path(__file__).resolve().parent.parent
 # What the system says when it is the disk, not the step, that is at fault.
@@ -134,7 +135,7 @@ def hold(artifact: Artifact) -> None:
 
 
 def step(
-    name: str, *, version: int, makes: type[A], resumable: bool = False
+    name: str, *, version: int, makes: type[A], resumable: bool = False, notices: Notices = lambda counts, params: ()
 ) -> Callable[[Callable[Concatenate[Path, P], Counts]], Step[P, A]]:
     """Turn a function that writes files into a folder into a cached step.
 
@@ -143,20 +144,28 @@ def step(
         version: Raised by a person when the code makes other files than before; `test_versions.py` reminds.
         makes: The artifact that the files are.
         resumable: Whether a build may go on from the folder that a failed or killed one left.
+        notices: Says of what was measured, and the settings, what was lost.
 
     Raises:
         TypeError: At import, if the signature holds anything but `out: Path`, artifacts, one Params and one Runtime.
     """
-    return lambda function: Step(name, version, makes, resumable, function)
+    return lambda function: Step(name, version, makes, resumable, function, notices)
 
 
 class Step(Generic[P, A]):
     """A function from artifacts and settings to an artifact, cached by what enters it."""
 
     def __init__(
-        self, name: str, version: int, makes: type[A], resumable: bool, function: Callable[Concatenate[Path, P], Counts]
+        self,
+        name: str,
+        version: int,
+        makes: type[A],
+        resumable: bool,
+        function: Callable[Concatenate[Path, P], Counts],
+        notices: Notices = lambda counts, params: (),
     ) -> None:
         self.name, self.version, self.makes, self.resumable, self.function = name, version, makes, resumable, function
+        self.notices = notices
         self.__doc__, self.__module__ = function.__doc__, function.__module__
         hints = get_type_hints(function)
         hints.pop("return", None)
@@ -275,7 +284,12 @@ class _Call:
             "seconds": round(time.time() - started, 3),
             "texts": desk.counts(),
         }
-        return Manifest(self.key, self.kind, self.recipe, files, digest, counts, origin)
+        return Manifest(self.key, self.kind, self.recipe, files, digest, counts, origin, notices=self.notices(counts))
+
+    def notices(self, counts: Counts) -> tuple[Notice, ...]:
+        """Return what was lost up to here: a manifest keeps all of it, as an artifact may travel alone."""
+        inputs = [notice for arg in self.step.inputs for notice in self.bound[arg].manifest.notices]
+        return (*dict.fromkeys(inputs), *self.step.notices(counts, self.bound[self.step.params_name]))
 
     def runtime(self) -> dict[str, Any]:
         """Return how fast it was asked to work, as JSON values."""

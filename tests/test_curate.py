@@ -29,6 +29,7 @@ from tasks.dialogue.language import SEEN
 from tasks.dialogue.record import RULES
 from tasks.dialogue.split import split_of
 from tasks.errors import InputError, ParameterError, SourceChanged
+from tasks.notices import of_curate
 from tasks.oasst.sample import SAMPLE_NAME, planted, sample_bytes
 from tasks.parse import ParseParams, parse
 from tasks.rows import Tally, remembering
@@ -303,14 +304,21 @@ def test_nothing_left_is_an_error_that_says_what_took_it(tmp_path: Path) -> None
         reasons(tmp_path)
 
 
-def test_nothing_left_to_train_on_is_said_with_what_took_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_left_to_train_on_is_said_with_what_took_it(tmp_path: Path) -> None:
     test, train = two_splits()
     rows = [*chain(train, "b"), {"id": test, "text": train}, {"id": "d", "parent": test}]
-    reasons(tmp_path, *rows, test_share=0.4, val_share=0.2, separate_splits=False)
-    assert "curate.train" not in caplog.text
-    reasons(tmp_path, *rows, test_share=0.4, val_share=0.2)
-    assert "curate.train: no message is left to train on, of 4 (left: train 0, val 0, test 2)" in caplog.text
-    assert "dropped by parent 1, leak 1" in caplog.text
+    params = CurateParams(test_share=0.4, val_share=0.2)
+    _, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", params)
+    said = {notice.code: str(notice) for notice in of_curate(counts, params)}
+    assert "(replies: train 0, val 0, test 1; dropped by leak 1)" in said["curate.train"]
+    assert "takes 1 of 2 (50.0%) replies" in said["curate.leak"]
+
+
+def test_a_reply_counts_for_the_rule_that_dropped_what_it_answers(tmp_path: Path) -> None:
+    rows = [*chain("a", "b", "c", "d", a={"deleted": True}), *chain("e", "f", f={"deleted": True}), *chain("g", "h")]
+    _, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", CurateParams(**ALL_TRAIN))
+    assert counts["read"]["replies"] == 4
+    assert counts["replies_dropped"] == {"deleted": 3}
 
 
 ESSAY = "the tide is the slow rise and fall of the sea and the moon pulls on the water that faces it"

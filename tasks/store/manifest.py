@@ -27,6 +27,31 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class Notice:
+    """What a step lost, or took otherwise than it stood.
+
+    Attributes:
+        code: A dotted name for machines, the step's first: `curate.leak`.
+        number: How many were lost or taken otherwise.
+        cause: How many of what, and why, in one sentence.
+        setting: The setting that decides, or what else to do, in one sentence.
+    """
+
+    code: str
+    number: int
+    cause: str
+    setting: str
+
+    @property
+    def step(self) -> str:
+        """The step that it is of."""
+        return self.code.partition(".")[0]
+
+    def __str__(self) -> str:
+        return f"warning[{self.code}]: {self.cause}. {self.setting}."
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What an artifact holds, what made it and how.
 
@@ -39,6 +64,7 @@ class Manifest:
         counts: What the step measured.
         origin: Host, code revision, package versions, seconds, runtime: recorded, never keyed.
         created: When it was published, ISO 8601, UTC.
+        notices: What was lost on the way to it: those of its inputs, then its own. Never keyed.
     """
 
     key: str
@@ -50,6 +76,7 @@ class Manifest:
     origin: dict[str, Any] = field(default_factory=dict)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = SCHEMA
+    notices: tuple[Notice, ...] = ()
 
 
 def content_digest(files: dict[str, FileEntry], records: frozenset[str] = frozenset()) -> str:
@@ -79,6 +106,7 @@ def read_manifest(folder: Path) -> Manifest:
         if seal != sha256_of(body):
             raise UnreadableManifest("manifest was altered: its seal does not match")
         body["files"] = {name: FileEntry(**entry) for name, entry in body["files"].items()}
+        body["notices"] = tuple(Notice(**entry) for entry in body.get("notices", ()))
         made = Manifest(**body)
     except UnreadableManifest:
         raise
