@@ -55,10 +55,10 @@ if TYPE_CHECKING:
 
 ROWS = 16_384  # of a row group: some 10 MB of text, so memory stays flat and readers can skip
 # What it asks of each text alone, and of two.
-LANGUAGE = Remembered("language", 1, "tasks.dialogue.language", ("pycld2", "polars"))
-PERSONAL = Remembered("personal", 3, "tasks.dialogue.pii", ("polars", UNICODE))
+LANGUAGE = Remembered("language", 2, "tasks.dialogue.language", ("pycld2", "polars"))
+PERSONAL = Remembered("personal", 4, "tasks.dialogue.pii", ("polars", UNICODE))
 ASKED = Remembered("asked", 1, "tasks.dialogue.contamination", ("polars",))
-NEAR_FINGERPRINT = Remembered("near-fingerprint", 1, "tasks.dialogue.fingerprint", ("polars", UNICODE))
+NEAR_FINGERPRINT = Remembered("near-fingerprint", 2, "tasks.dialogue.fingerprint", ("polars", UNICODE))
 NEAR_PAIRS = Remembered("near-pairs", 1, "tasks.dialogue.near", ("polars", UNICODE))
 SCORES = {"labels": [f"label_{name}" for name in LABELS], "detoxify": [f"detoxify_{name}" for name in DETOXIFY]}
 

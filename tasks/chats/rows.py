@@ -11,10 +11,10 @@ a tree is one first message, and without `message_ids` nothing says which is mea
 A system message is put before the first message of the user, with an empty line between, because trees have no third
 role. How many characters that adds is noted in `extra` as `system_chars`: curate compares what the user said.
 
-`langs` are those of the messages, else `lang` is that of all; `id` is left out, since a path has none. All else is kept:
-as the published field of that name, if there is one (of a row `tree_state` and `origin`, of a message `rank`, `labels`,
-...), else in column `extra`. There, names of a row have `row.` before them, and stand with its last message, as rows
-that begin alike share the others; names that a tree needs for itself have `message.`, those of a system message
+`langs` are those of the messages, else `lang` is that of all; `id` is left out, since a path has none. All else is
+kept: as the published field of that name, if there is one (of a row `tree_state` and `origin`, of a message `rank`,
+`labels`, ...), else in column `extra`. There, names of a row have `row.` before them, and stand with its last message,
+as rows that begin alike share the others; names that a tree needs for itself have `message.`, those of a system message
 `system.`.
 """
 
