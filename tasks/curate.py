@@ -39,7 +39,7 @@ from tasks.dialogue.record import (
     Verdicts,
 )  # fmt: skip
 from tasks.errors import InputError, SourceChanged
-from tasks.notices import of_curate, spent
+from tasks.notices import DECIDES, of_curate, spent
 from tasks.remembered import UNICODE, PerText, Remembered
 from tasks.rows import per_text
 from tasks.sources import LocalPath, allowed_file
@@ -316,11 +316,12 @@ def stages(params: CurateParams) -> list[str]:
 
 def _nothing_left(counts: Counts, where: Path) -> InputError:
     took = spent(counts["funnel"]) or "nothing: there were none"
+    most = max(counts["replies_dropped"], key=counts["replies_dropped"].__getitem__, default="no_reply")
     return InputError(
         f"none of {counts['read']['messages']:,} messages is left; dropped by {took}",
         str(where),
-        "Loosen the rule that took the most, for example --set curate.languages=[] or --set curate.tree_states=[], "
-        "or choose another source",
+        f"Loosen the rule that took the most, for example by --set curate.{DECIDES.get(most, 'rules')}=..., or choose "
+        "another source",
         "curate.empty",
     )
 

@@ -28,7 +28,7 @@ DECIDES = {
     "hate_speech": "hate_speech_from", "sexual_content": "sexual_content_from", "quality": "quality_below",
     "toxicity": "toxicity_above", "top_k": "top_k", "text_language": "text_language_from", "personal": "pii",
     "contaminated": "overlap_words", "fact": "drop_facts", "thread": "whole_threads", "leak": "separate_splits",
-    "duplicate": "dedupe", "near_duplicate": "near_dedupe",
+    "duplicate": "dedupe", "near_duplicate": "near_dedupe", "no_reply": "require_reply",
 }  # fmt: skip
 WHY = {
     "leak": "they, or the prompts above them, nearly repeat what stands in a more protected split, as texts of one "

@@ -302,6 +302,9 @@ def test_nothing_left_is_an_error_that_says_what_took_it(tmp_path: Path) -> None
     assert found.value.exit_code == 65
     with pytest.raises(InputError, match="there were none"):
         reasons(tmp_path)
+    german = "Alle Menschen sind frei und gleich an Würde und Rechten geboren. " * 2
+    with pytest.raises(InputError, match=r"--set curate\.text_language_from="):
+        reasons(tmp_path, *chain("a", "b", b={"text": german}))
 
 
 def test_nothing_left_to_train_on_is_said_with_what_took_it(tmp_path: Path) -> None:
@@ -551,7 +554,10 @@ def test_code_and_quotations_are_no_reason_to_drop_a_text_of_its_tags_language(t
 def test_near_copies_of_150_chinese_characters_are_found(tmp_path: Path) -> None:
     words = "桥师塔椅色路日园门城岛鱼火海笔纸湖井奶树雨夜石风包鸟冬灯食蜜声钟油表家花工窗山泉沙船童烟河床昼"
     said = "".join(words[at * at * 7 % len(words)] + words[at * 3 % len(words)] for at in range(75))
-    rows = [*chain("a", "b", b={"text": said}), *chain("c", "d", d={"text": said[:74] + "新" + said[75:]})]
+    rows = [
+        *chain("a", "b", b={"text": said, "lang": "zh"}),
+        *chain("c", "d", d={"lang": "zh", "text": said[:74] + "新" + said[75:]}),
+    ]
     assert {reason for reason, _ in reasons(tmp_path, *rows, languages=()).values()} == {"near_duplicate", "no_reply"}
 
 
