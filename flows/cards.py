@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,10 @@ from flows.showing import adapters
 from flows.terminal import asked_of_texts
 from tasks.artifacts import Dialogues, Model, Report
 from tasks.dialogue.markdown import named
+from tasks.notices import told
 from tasks.progress import Bar, Listener
 from tasks.step import Outcome
+from tasks.store.manifest import Notice
 
 log = logging.getLogger("treeline.flows")
 EVERY = 5.0  # seconds between two updates of a progress artifact: each is a request
@@ -63,6 +65,7 @@ def card(outcome: Outcome) -> str:
     artifact = outcome.artifact
     head = f"# {outcome.step}: `{artifact.id}` {'cached' if outcome.cached else 'made'}"
     parts = [head, f"{named(outcome.why)}; {outcome.seconds:.1f} s; in {named(str(artifact.path))}"]
+    parts += notices(notice for notice in artifact.manifest.notices if notice.step == outcome.step)
     parts.append(_with_pictures(artifact) if isinstance(artifact, Report) else counts_table(artifact.counts))
     parts += [] if outcome.cached else [named(line) for line in asked_of_texts(artifact.manifest)]
     if isinstance(artifact, Model):
@@ -82,7 +85,13 @@ def summary(recipe: str, outcomes: Sequence[Outcome]) -> str:
         for one in outcomes
     ]
     head = "| step | | seconds | why | artifact |\n|---|---|---:|---|---|"
-    return f"# Treeline: {named(recipe)}\n\n```mermaid\ngraph LR\n{arrows}\n```\n\n{head}\n" + "\n".join(rows)
+    page = f"# Treeline: {named(recipe)}\n\n```mermaid\ngraph LR\n{arrows}\n```\n\n{head}\n" + "\n".join(rows)
+    return "\n\n".join([page, *notices(told(outcome.artifact.manifest for outcome in outcomes))])
+
+
+def notices(losses: Iterable[Notice]) -> list[str]:
+    """Say what was lost, a paragraph each."""
+    return [f"**{notice.code}**: {named(f'{notice.cause}. {notice.setting}.')}" for notice in losses]
 
 
 def counts_table(counts: Mapping[str, Any], name: str = "count") -> str:

@@ -16,10 +16,21 @@ from typing import Any
 
 from flows import chain, recipe
 from flows.chain import STEP_NAMES
-from flows.terminal import Bars, asked_of_texts, console, plan_table, print_json, resume_table, summary_table, table
+from flows.terminal import (
+    Bars,
+    asked_of_texts,
+    console,
+    plan_table,
+    print_json,
+    print_notices,
+    resume_table,
+    summary_table,
+    table,
+)
 from tasks.artifacts import Artifact
 from tasks.errors import ParameterError, PermissionRefused, StoreError
 from tasks.launch import torchrun_group
+from tasks.notices import told
 from tasks.step import Step, home, session
 from tasks.store.folders import Store
 
@@ -74,6 +85,7 @@ def _run(asked: argparse.Namespace) -> int:
     for step, cached, *_, one in made:
         for line in [] if cached else asked_of_texts(one.manifest):
             console().print(f"{step}: {line}", highlight=False)
+    print_notices(told(one.manifest for *_, one in made))
     print(made[-1][-1].id)
     return 0
 
@@ -152,17 +164,24 @@ def plan(asked: argparse.Namespace) -> int:
     """Print what a run would do."""
     planned = _wanted(asked).plan()
     if asked.json:
-        print_json([{"step": one.step, "status": one.status, "key": one.key, "why": one.why} for one in planned])
+        print_json([_as_json(one) for one in planned])
     else:
         console().print(plan_table(f"{asked.recipe}: what a run would do", planned))
     return 0
+
+
+def _as_json(planned: chain.Planned) -> dict[str, Any]:
+    """Return what a run would do with a step, and what the artifact that is there tells of losses."""
+    notices = told([planned.artifact.manifest]) if planned.artifact else ()
+    said = {"step": planned.step, "status": planned.status, "key": planned.key, "why": planned.why}
+    return {**said, "notices": [asdict(one) for one in notices if one.step == planned.step]}
 
 
 def why(asked: argparse.Namespace) -> int:
     """Print why steps would run."""
     planned = [one for one in _wanted(asked).plan() if one.status != "cached"]
     if asked.json:
-        print_json([{"step": one.step, "status": one.status, "key": one.key, "why": one.why} for one in planned])
+        print_json([_as_json(one) for one in planned])
         return 0
     for one in planned:
         print(f"{one.step} would run: {one.why}" if one.status == "run" else f"{one.step} may run: it {one.why}")

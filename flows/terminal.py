@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from flows.chain import Planned
     from flows.resuming import Trial
-    from tasks.store.manifest import Manifest
+    from tasks.store.manifest import Manifest, Notice
 
 COLOURS = {"cached": "green", "ran": "yellow", "run": "yellow", "unknown": "dim", "the same": "green", "other": "red"}
 
@@ -163,6 +163,12 @@ def asked_of_texts(manifest: Manifest) -> list[str]:
         f"{tally['remembered']:,} remembered, {tally['computed']:,} computed"
         for name, tally in asked.items()
     ]
+
+
+def print_notices(notices: Iterable[Notice]) -> None:
+    """Print what a run lost, a line each; names of fields in it are strangers' words."""
+    for notice in notices:
+        console().print(printable(str(notice)), markup=False, highlight=False, soft_wrap=True, style="yellow")
 
 
 def remembered(memos: Sequence[Path]) -> list[str]:

@@ -22,6 +22,7 @@ from tasks.artifacts import (
     write_encoding,
 )
 from tasks.errors import InputError
+from tasks.notices import of_encode
 from tasks.progress import track
 from tasks.remembered import PerText, Remembered
 from tasks.rows import per_text
@@ -100,7 +101,7 @@ class EncodeRuntime(TextsRuntime):
     """How fast texts become ids, never which."""
 
 
-@step("encode", version=4, makes=Tokens)
+@step("encode", version=4, makes=Tokens, notices=of_encode)
 def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRuntime) -> Counts:
     """Write the memmaps, their index, the tokenizer and the encoding; nothing is published that the gate refuses.
 
@@ -213,8 +214,24 @@ def _talks(dialogues: Dialogues, function: PerText, tags: Tags, params: EncodePa
         if found is None
         else _paths(found, replies, splits, lengths, tags, params)
     )
+    counts = {**laid[3], "room": _room(trees, replies & asked, lengths, tags, params.block)}
     parents = np.array(trees.parents, np.int64)
-    return _Talks(*laid[:3], tags, texts, parents, replies, utf8, splits, laid[3])
+    return _Talks(*laid[:3], tags, texts, parents, replies, utf8, splits, counts)
+
+
+def _room(trees: Forest, asked: NDArray[np.bool_], lengths: NDArray[np.int64], tags: Tags, block: int) -> Counts:
+    """Count the trees of which not every reply that is asked for fits, and the blocks that most would fit."""
+    import numpy as np
+
+    from tasks.text.layout import longest
+
+    needed = np.sort(longest(trees, asked, lengths)) + len(tags.start) + len(tags.tail)
+    at = {share: int(needed[-(-len(needed) * share // 100) - 1]) if len(needed) else 0 for share in (90, 99, 100)}
+    return {
+        "conversations": len(needed),
+        "too_long": int(np.count_nonzero(needed > block)),
+        "needed": {f"{share}%": tokens for share, tokens in at.items()},
+    }
 
 
 Packed = dict[str, list[list[int]]]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -16,6 +17,7 @@ from pydantic import Field, field_validator
 
 from tasks.artifacts import Contests, Counts, Model, Report, Tokens
 from tasks.errors import InputError, ParameterError
+from tasks.notices import told
 from tasks.start import folder_of, given_to_prefer, of_training
 from tasks.step import Params, Runtime, hold, step
 from tasks.tuning import refuse_strangers, replies_of
@@ -133,6 +135,7 @@ def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, ru
         "training": trainings["tuned"],
         "preference": trainings.get("preferred"),
         "curation": tokens.curation(),
+        "notices": [asdict(notice) for notice in told([model.manifest, tokens.manifest])],
         "lineage": {"model": model.manifest.digest, "tokens": tokens.manifest.digest},
     }
     write_json(out / "report.json", report)

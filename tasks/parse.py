@@ -28,6 +28,7 @@ from tasks.artifacts import (
     parquet_writer,
 )  # fmt: skip
 from tasks.errors import InputError, TreelineError
+from tasks.notices import of_parse
 from tasks.progress import bar
 from tasks.remembered import Remembered
 from tasks.step import Params, step
@@ -66,7 +67,7 @@ class ParseParams(Params):
     """Bytes that one byte of a gzip file may unpack to, counted after 16 MiB; more is a bomb and fails the step."""
 
 
-@step("parse", version=5, makes=Messages)
+@step("parse", version=5, makes=Messages, notices=of_parse)
 def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
     """Write `messages.parquet`, trees in the order of the dump, and `rejected.parquet`.
 

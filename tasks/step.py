@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -35,10 +35,11 @@ from tasks.store.explain import why_missing
 from tasks.store.folders import SHORT, Store, entries
 from tasks.store.lease import Lease, lease
 from tasks.store.lock import single_flight
-from tasks.store.manifest import Manifest, content_digest
+from tasks.store.manifest import Manifest, Notice, content_digest
 
 log = logging.getLogger("treeline.step")
 P = ParamSpec("P")
+Notices = Callable[[Counts, Any], Iterable[Notice]]  # counts and Params of a step -> what it lost
 A = TypeVar("A", bound=Artifact)
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -134,7 +135,12 @@ def hold(artifact: Artifact) -> None:
 
 
 def step(
-    name: str, *, version: int, makes: type[A], inherits: Collection[str] = ()
+    name: str,
+    *,
+    version: int,
+    makes: type[A],
+    inherits: Collection[str] = (),
+    notices: Notices = lambda counts, params: (),
 ) -> Callable[[Callable[Concatenate[Path, P], Counts]], Step[P, A]]:
     """Turn a function that writes files into a folder into a cached step.
 
@@ -143,11 +149,12 @@ def step(
         version: Raised by a person when the code makes other files than before; `test_versions.py` reminds.
         makes: The artifact that the files are.
         inherits: Names of what a build may go on with that a failed or killed one left in its folder.
+        notices: Says of what was measured, and the settings, what was lost.
 
     Raises:
         TypeError: At import, if the signature holds anything but `out: Path`, artifacts, one Params and one Runtime.
     """
-    return lambda function: Step(name, version, makes, inherits, function)
+    return lambda function: Step(name, version, makes, inherits, function, notices)
 
 
 class Step(Generic[P, A]):
@@ -160,8 +167,10 @@ class Step(Generic[P, A]):
         makes: type[A],
         inherits: Collection[str],
         function: Callable[Concatenate[Path, P], Counts],
+        notices: Notices = lambda counts, params: (),
     ) -> None:
         self.name, self.version, self.makes, self.inherits, self.function = name, version, makes, inherits, function
+        self.notices = notices
         self.__doc__, self.__module__ = function.__doc__, function.__module__
         hints = get_type_hints(function)
         hints.pop("return", None)
@@ -284,7 +293,12 @@ class _Call:
             "seconds": round(time.time() - started, 3),
             "texts": desk.counts(),
         }
-        return Manifest(self.key, self.kind, self.recipe, files, digest, counts, origin)
+        return Manifest(self.key, self.kind, self.recipe, files, digest, counts, origin, notices=self.notices(counts))
+
+    def notices(self, counts: Counts) -> tuple[Notice, ...]:
+        """Return what was lost up to here: a manifest keeps all of it, as an artifact may travel alone."""
+        inputs = [notice for arg in self.step.inputs for notice in self.bound[arg].manifest.notices]
+        return (*dict.fromkeys(inputs), *self.step.notices(counts, self.bound[self.step.params_name]))
 
     def refuse_others(self, files: Collection[str]) -> None:
         """Raise an error unless these are the files that the artifact declares."""

@@ -10,6 +10,7 @@ from tasks.artifacts import Artifact, Counts
 from tasks.errors import StoreError
 from tasks.step import Outcome, Params, Runtime, Step, session, step
 from tasks.store.folders import Store
+from tasks.store.manifest import Notice, read_manifest
 
 
 @dataclass(frozen=True)
@@ -271,3 +272,32 @@ def test_the_manifest_records_where_it_was_made_but_the_key_does_not() -> None:
     assert manifest.origin["runtime"] == {"workers": 1}
     assert {"host", "python", "seconds", "revision"} <= set(manifest.origin)
     assert set(manifest.recipe) == {"step", "version", "params", "inputs"}
+
+
+SILENT = Notice("mute.silent", 2, "2 of 5 letters are silent", "Raise mute.most")
+
+
+def silent(counts: Counts, params: ShoutParams) -> list[Notice]:
+    return [SILENT] * (counts["silent"] > params.marks)
+
+
+@step("mute", version=1, makes=Letters, notices=silent)
+def mute(out: Path, params: ShoutParams) -> Counts:
+    """Write letters, some of them silent."""
+    (out / "text").write_text("knigh")
+    (out / "log").write_text("")
+    return {"silent": 2}
+
+
+def test_a_manifest_keeps_what_was_lost_up_to_its_artifact_and_a_cached_one_has_it_still() -> None:
+    for _ in range(2):
+        muted = mute(ShoutParams())
+        loud = shout(muted, ShoutParams(marks=3), ShoutRuntime())
+        assert muted.manifest.notices == loud.manifest.notices == (SILENT,)
+        assert read_manifest(loud.path).notices == (SILENT,)
+    assert mute(ShoutParams(marks=2)).manifest.notices == ()
+
+
+def test_a_notice_names_its_step_the_cause_and_the_setting() -> None:
+    assert str(SILENT) == "warning[mute.silent]: 2 of 5 letters are silent. Raise mute.most."
+    assert SILENT.step == "mute"

@@ -32,7 +32,7 @@ MEASURES = (  # name in report.json, name on the page, how a value is written
 
 def render(report: Figures, heads: bool = True) -> str:
     """Return report.md for report.json; `heads`: with the beginnings of texts of the data."""
-    parts = (_opening, _measures, _curve, _facts, _wrong, _panel, partial(_data, heads=heads), _lineage)
+    parts = (_opening, _notices, _measures, _curve, _facts, _wrong, _panel, partial(_data, heads=heads), _lineage)
     return "\n\n".join(line for part in parts for line in part(report)) + "\n"
 
 
@@ -74,6 +74,13 @@ def _measured_on(report: Figures) -> str:
     return told + (
         "." if asked == used else f"; **the {asked} split holds none**, and training chose its best step by {used}."
     )
+
+
+def _notices(report: Figures) -> Iterator[str]:
+    """Say what was lost on the way, in a fence: names of fields are words of the data."""
+    if lost := report.get("notices"):
+        yield "## Lost or read otherwise"
+        yield fenced("\n\n".join(entry([(one["code"], f"{one['cause']}. {one['setting']}.")]) for one in lost))
 
 
 def _measures(report: Figures) -> Iterator[str]:

@@ -34,6 +34,31 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class Notice:
+    """What a step lost, or took otherwise than it stood.
+
+    Attributes:
+        code: A dotted name for machines, the step's first: `curate.leak`.
+        number: How many were lost or taken otherwise.
+        cause: How many of what, and why, in one sentence.
+        setting: The setting that decides, or what else to do, in one sentence.
+    """
+
+    code: str
+    number: int
+    cause: str
+    setting: str
+
+    @property
+    def step(self) -> str:
+        """The step that it is of."""
+        return self.code.partition(".")[0]
+
+    def __str__(self) -> str:
+        return f"warning[{self.code}]: {self.cause}. {self.setting}."
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What an artifact holds, what made it and how.
 
@@ -46,6 +71,7 @@ class Manifest:
         counts: What the step measured.
         origin: Host, code revision, package versions, seconds, runtime: recorded, never keyed.
         created: When it was published, ISO 8601, UTC.
+        notices: What was lost on the way to it: those of its inputs, then its own. Never keyed.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -58,6 +84,7 @@ class Manifest:
     origin: dict[str, Any] = field(default_factory=dict)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = SCHEMA
+    notices: tuple[Notice, ...] = ()
 
 
 _MANIFEST = TypeAdapter(Manifest)

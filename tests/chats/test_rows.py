@@ -94,11 +94,21 @@ def test_a_system_message_is_put_before_the_users(tmp_path: Path) -> None:
 
 
 def test_published_fields_of_a_message_are_taken_and_all_else_is_kept(tmp_path: Path) -> None:
-    row = {"messages": [{"role": "user", "content": "x", "rank": 0, "name": "Al"}], "source": "mine", "split": "test"}
+    row = {"messages": [{"role": "user", "content": "x", "rank": 0, "name": "Al"}], "source": "mine", "id": "1"}
     counts, messages, _ = parsed(tmp_path / "out", lines(tmp_path, row))
     assert messages["rank"].to_list() == [0]
-    assert json.loads(messages["extra"][0]) == {"name": "Al", "tree.source": "mine"}
-    assert counts["unknown_fields"] == {"name": 1, "tree.source": 1}
+    assert json.loads(messages["extra"][0]) == {"name": "Al", "row.source": "mine"}
+    assert counts["unknown_fields"] == {"name": 1, "row.source": 1}
+
+
+def test_rows_that_begin_alike_keep_each_their_own_columns(tmp_path: Path) -> None:
+    rows = [chat("Write a haiku.", f"Haiku {n}", model=f"m{n}", score=n, split="test") for n in range(3)]
+    counts, messages, rejected = parsed(tmp_path / "out", lines(tmp_path, *rows))
+    assert (counts["trees"], counts["messages"], counts["conflicts"], len(rejected)) == (1, 4, 0, 0)
+    kept = sorted((json.loads(extra) for extra in messages["extra"][1:]), key=lambda extra: extra["row.score"])
+    assert kept == [{"row.model": f"m{n}", "row.score": n, "row.split": "test"} for n in range(3)]
+    assert messages["extra"][0] is None
+    assert counts["unknown_fields"] == {"row.model": 3, "row.score": 3, "row.split": 3}
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
@@ -107,7 +117,8 @@ def test_names_that_a_tree_needs_for_itself_are_kept_under_others(tmp_path: Path
     row = {
         "messages": [
             {"role": "system", "content": "Be kind.", "name": "house"},
-            {"role": "user", "content": "x", **taken, "message.text": "u", "system.name": "v", "tree.prompt": "w"},
+            {"role": "user", "content": "x", **taken, "message.text": "u", "system.name": "v", "tree.prompt": "w",
+             "row.prompt": "r"},
         ],
         "message_tree_id": "9", "prompt": "x", "tree_id": 5,
     }  # fmt: skip
@@ -120,8 +131,11 @@ def test_names_that_a_tree_needs_for_itself_are_kept_under_others(tmp_path: Path
     assert rejected.is_empty()
     extra = json.loads(messages["extra"][0])
     own = {f"message.{name}": value for name, value in taken.items()}
-    more = {"message.message.text": "u", "message.system.name": "v", "message.tree.prompt": "w", "system.name": "house"}
-    noted = {"system_chars": 10, "tree.row.message_tree_id": "9", "tree.row.prompt": "x", "tree.tree_id": 5}
+    more = {
+        "message.message.text": "u", "message.system.name": "v", "message.tree.prompt": "w", "message.row.prompt": "r",
+        "system.name": "house",
+    }  # fmt: skip
+    noted = {"system_chars": 10, "row.message_tree_id": "9", "row.prompt": "x", "tree.tree_id": 5}
     assert {name: extra[name] for name in own | more | noted} == own | more | noted
     assert "system_chars" not in counts["unknown_fields"]
 
@@ -224,7 +238,7 @@ def test_what_was_exported_comes_back_as_the_same_trees(tmp_path: Path, form: st
     columns = ["message_tree_id", "message_id", "parent_id", "depth", "text", "role", "lang"]
     assert back.select(columns).sort("message_id").equals(published.select(columns).sort("message_id"))
     assert paths(back) == paths(published)
-    assert (counts["conflicts"], counts["unknown_fields"]) == (0, {})
+    assert (counts["conflicts"], [*counts["unknown_fields"]]) == (0, ["row.split"])
 
 
 def test_chats_and_trees_may_come_together(tmp_path: Path) -> None:
