@@ -181,6 +181,7 @@ def started(log: Path, mode: str, port: int = 0, settings: Mapping[str, str] | N
             "PREFECT_SERVER_API_PORT": str(bound.getsockname()[1]),
             "PREFECT_SERVER_API_AUTH_STRING": password(),
             "PREFECT_SERVER_UI_API_URL": f"{page}/api",
+            "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(folder() / "ui"),  # else it writes to where Prefect is installed
             "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": page,
             "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
         }
