@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -204,13 +205,28 @@ def _quiet_end() -> Iterator[None]:
 
 def serve(asked: argparse.Namespace) -> int:
     """Serve the deployments until interrupted."""
-    from flows.deployments import configure, deployments, server
+    from flows import server
 
-    configure(os.environ)
+    server.configure(os.environ)
     print("starting the Prefect server ...", file=sys.stderr)
-    with server(asked.port) as api:
-        from prefect import serve as prefect_serve
+    ours = not os.environ.get("PREFECT_API_URL")
+    with server.for_serve(asked.port) as api:
+        from flows import deployments
 
-        print(f"the UI is at {api.removesuffix('/api')}; artifacts at {api.removesuffix('/api')}/v2/artifacts")
-        prefect_serve(*deployments(), limit=1)
+        page = api.removesuffix("/api")
+        print(f"the UI is at {page}; artifacts at {page}/v2/artifacts")
+        if ours:
+            deployments.close_lost()
+            print(f"its password is the line in {server.folder() / 'auth'}")
+            print('for the `prefect` command: eval "$(python -m flows env)"', flush=True)
+        deployments.serve()
+    return 0
+
+
+def env(asked: argparse.Namespace) -> int:
+    """Print what a shell needs to reach the server of the `serve` that runs."""
+    from flows import server
+
+    for name, value in server.exports().items():
+        print(f"export {name}={shlex.quote(value)}")
     return 0

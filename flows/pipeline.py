@@ -14,6 +14,7 @@ from prefect import flow
 from flows import cards, chain, runners, sweep
 from flows.chain import StepName
 from flows.recipe import Recipe
+from flows.tied import follow_parent
 from tasks.artifacts import Artifact, Tokens
 from tasks.lookup import named
 from tasks.progress import listener, listening
@@ -24,6 +25,7 @@ from tasks.store.folders import Store
 @contextmanager
 def _run(recipe: Recipe, force: Sequence[str]) -> Iterator[Session]:
     """Open a session that shows itself in the UI; in a flow of a flow, go on with the outer one."""
+    follow_parent()
     now = listener()
     shown = now if isinstance(now, cards.UiProgress) else cards.UiProgress(now)
     with (

@@ -7,8 +7,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +31,7 @@ from tasks.artifacts import Artifact
 from tasks.errors import ParameterError, PermissionRefused, StoreError
 from tasks.launch import torchrun_group
 from tasks.notices import told
+from tasks.progress import listening
 from tasks.step import Step, home, session
 from tasks.store.folders import Store
 
@@ -102,11 +103,11 @@ def _sweep(asked: argparse.Namespace) -> int:
     base = sweeps.settled(recipe.load(asked.recipe), asked.settings)
     planned = sweeps.arms(base, asked.settings, asked.seeds)
     if (outcomes := sweeps.done(base, planned)) is None:
-        _prefect(asked.verbose)
-        from flows.pipeline import sweep_arms
+        with _prefect(asked.verbose) as ready:
+            from flows.pipeline import sweep_arms
 
-        with _in_process():
-            sweep_arms(base, asked.settings, asked.seeds)
+            with ready():
+                sweep_arms(base, asked.settings, asked.seeds)
         if (outcomes := sweeps.done(base, planned)) is None:
             raise StoreError("an arm's artifact is gone", str(home()), "run it again", code="sweep.gone")
     rows = sweeps.comparison(outcomes)
@@ -118,24 +119,28 @@ def _sweep(asked: argparse.Namespace) -> int:
 
 
 def _work(wanted: _Wanted, asked: argparse.Namespace) -> list[tuple[str, bool, float, str, Artifact]]:
-    """Run the flow in this process, on Prefect's in-process API unless PREFECT_API_URL names a server."""
-    _prefect(asked.verbose)
-    from flows.cards import publish_card
-    from flows.pipeline import model, pipeline
-
+    """Run the flow in this process, on a server that lives as long unless PREFECT_API_URL names one."""
     until = next(step for step in reversed(STEP_NAMES) if step == asked.until or not asked.until)
     forced = [step for step in STEP_NAMES if step in wanted.force]
-    with _in_process(), session(wanted.recipe.name, wanted.force, publish_card) as run:
-        if asked.tokens:
-            model(wanted.recipe, asked.tokens, until, forced, asked.contests)
-        else:
-            pipeline(wanted.recipe, until, forced)
+    with _prefect(asked.verbose) as ready:
+        from flows.cards import publish_card
+        from flows.pipeline import model, pipeline
+
+        with ready(), session(wanted.recipe.name, wanted.force, publish_card) as run:
+            if asked.tokens:
+                model(wanted.recipe, asked.tokens, until, forced, asked.contests)
+            else:
+                pipeline(wanted.recipe, until, forced)
     return [(one.step, one.cached, one.seconds, one.why, one.artifact) for one in run.outcomes]
 
 
-def _prefect(verbose: bool) -> None:
-    """Set Prefect's environment; its modules read it once, when they are imported."""
-    from flows.deployments import configure
+@contextmanager
+def _prefect(verbose: bool) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Set Prefect's environment, which its modules read once, when they are imported, and start its server.
+
+    Flows can be imported in the block, and run in the context that it yields.
+    """
+    from flows import server
 
     for name in ("PREFECT_LOGGING_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL"):
         os.environ.setdefault(name, "INFO" if verbose else "CRITICAL")
@@ -144,20 +149,18 @@ def _prefect(verbose: bool) -> None:
         ours.handlers.clear()
     else:
         ours.propagate = False
-    configure(os.environ)
-    print("starting Prefect (the first time, its database takes half a minute) ...", file=sys.stderr)
+    server.configure(os.environ)
+    print("starting Prefect (the first time, it makes a database) ...", file=sys.stderr)
 
+    @contextmanager
+    def ready() -> Iterator[None]:
+        wait()
+        bars = Bars()
+        with bars.shown(), listening(bars):
+            yield
 
-@contextmanager
-def _in_process() -> Iterator[None]:
-    """Show bars while flows run in this process, and keep Ctrl-C from Prefect's own server."""
-    from flows.deployments import server_apart
-    from tasks.progress import listening
-
-    bars = Bars()
-    server_apart()
-    with bars.shown(), listening(bars):
-        yield
+    with server.for_run() as wait:
+        yield ready
 
 
 def plan(asked: argparse.Namespace) -> int:
@@ -193,7 +196,6 @@ def why(asked: argparse.Namespace) -> int:
 def verify_resume(asked: argparse.Namespace) -> int:
     """Kill training at some points, resume it, and compare with the uninterrupted run; 1 if anything differs."""
     from flows.resuming import trials
-    from tasks.progress import listening
 
     settings, bars = recipe.load(asked.recipe, asked.settings), Bars()
     tokens = chain.tokens_of(settings, asked.tokens)
