@@ -16,10 +16,11 @@ from typing import Any
 
 from flows import chain, recipe
 from flows.chain import STEP_NAMES
+from flows.reports import bound_patience, surviving
 from flows.terminal import Bars, asked_of_texts, console, plan_table, print_json, resume_table, summary_table, table
 from tasks.artifacts import Artifact
 from tasks.errors import ParameterError, PermissionRefused, StoreError
-from tasks.step import Step, home, session
+from tasks.step import Session, Step, home, session
 from tasks.store.folders import Store
 from tasks.together import in_torchrun
 
@@ -93,7 +94,7 @@ def _sweep(asked: argparse.Namespace) -> int:
         _prefect(asked.verbose)
         from flows.pipeline import sweep_arms
 
-        with _in_process():
+        with _in_process(), surviving(lambda: sweeps.alone(base, planned)):
             sweep_arms(base, asked.settings, asked.seeds)
         if (outcomes := sweeps.done(base, planned)) is None:
             raise StoreError("an arm's artifact is gone", str(home()), "run it again", code="sweep.gone")
@@ -113,18 +114,32 @@ def _work(wanted: _Wanted, asked: argparse.Namespace) -> list[tuple[str, bool, f
 
     until = next(step for step in reversed(STEP_NAMES) if step == asked.until or not asked.until)
     forced = [step for step in STEP_NAMES if step in wanted.force]
-    with _in_process(), session(wanted.recipe.name, wanted.force, publish_card) as run:
+    with (
+        _in_process(),
+        session(wanted.recipe.name, wanted.force, publish_card) as run,
+        surviving(lambda: _alone(wanted, run), run),
+    ):
         if asked.tokens:
             model(wanted.recipe, asked.tokens, until, forced, asked.contests)
         else:
             pipeline(wanted.recipe, until, forced)
-    return [(one.step, one.cached, one.seconds, one.why, one.artifact) for one in run.outcomes]
+    first = {one.step: one for one in reversed(run.outcomes)}  # without a server, steps that were done are called again
+    return [(one.step, one.cached, one.seconds, one.why, one.artifact) for one in [*first.values()][::-1]]
+
+
+def _alone(wanted: _Wanted, run: Session) -> None:
+    """Go on without flows; steps that were done are found in the store."""
+    run.force -= {one.step for one in run.outcomes}
+    with chain.noted(wanted.recipe.name):
+        chain.run(wanted.recipe, wanted.steps, wanted.given)
 
 
 def _prefect(verbose: bool) -> None:
     """Set Prefect's environment; its modules read it once, when they are imported."""
     from flows.deployments import configure
 
+    os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "1")  # five, the default, ask a dead server for a minute
+    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     for name in ("PREFECT_LOGGING_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL"):
         os.environ.setdefault(name, "INFO" if verbose else "CRITICAL")
     ours = logging.getLogger("treeline")
@@ -144,6 +159,7 @@ def _in_process() -> Iterator[None]:
 
     bars = Bars()
     server_apart()
+    bound_patience()
     with bars.shown(), listening(bars):
         yield
 
