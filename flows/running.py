@@ -16,6 +16,7 @@ from typing import Any
 
 from flows import chain, recipe
 from flows.chain import STEP_NAMES
+from flows.reports import bound_patience, surviving
 from flows.terminal import (
     Bars,
     asked_of_texts,
@@ -32,7 +33,7 @@ from tasks.errors import ParameterError, PermissionRefused, StoreError
 from tasks.launch import torchrun_group
 from tasks.notices import told
 from tasks.progress import listening
-from tasks.step import Step, home, session
+from tasks.step import Session, Step, home, session
 from tasks.store.folders import Store
 
 
@@ -106,7 +107,7 @@ def _sweep(asked: argparse.Namespace) -> int:
         with _prefect(asked.verbose) as ready:
             from flows.pipeline import sweep_arms
 
-            with ready():
+            with ready(), surviving(lambda: sweeps.alone(base, planned)):
                 sweep_arms(base, asked.settings, asked.seeds)
         if (outcomes := sweeps.done(base, planned)) is None:
             raise StoreError("an arm's artifact is gone", str(home()), "run it again", code="sweep.gone")
@@ -126,12 +127,24 @@ def _work(wanted: _Wanted, asked: argparse.Namespace) -> list[tuple[str, bool, f
         from flows.cards import publish_card
         from flows.pipeline import model, pipeline
 
-        with ready(), session(wanted.recipe.name, wanted.force, publish_card) as run:
+        with (
+            ready(),
+            session(wanted.recipe.name, wanted.force, publish_card) as run,
+            surviving(lambda: _alone(wanted, run), run),
+        ):
             if asked.tokens:
                 model(wanted.recipe, asked.tokens, until, forced, asked.contests)
             else:
                 pipeline(wanted.recipe, until, forced)
-    return [(one.step, one.cached, one.seconds, one.why, one.artifact) for one in run.outcomes]
+    first = {one.step: one for one in reversed(run.outcomes)}  # without a server, steps that were done are called again
+    return [(one.step, one.cached, one.seconds, one.why, one.artifact) for one in [*first.values()][::-1]]
+
+
+def _alone(wanted: _Wanted, run: Session) -> None:
+    """Go on without flows; steps that were done are found in the store."""
+    run.force -= {one.step for one in run.outcomes}
+    with chain.noted(wanted.recipe.name):
+        chain.run(wanted.recipe, wanted.steps, wanted.given)
 
 
 @contextmanager
@@ -142,6 +155,8 @@ def _prefect(verbose: bool) -> Iterator[Callable[[], AbstractContextManager[None
     """
     from flows import server
 
+    os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "1")  # five, the default, ask a dead server for a minute
+    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     for name in ("PREFECT_LOGGING_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL"):
         os.environ.setdefault(name, "INFO" if verbose else "CRITICAL")
     ours = logging.getLogger("treeline")
@@ -155,6 +170,7 @@ def _prefect(verbose: bool) -> Iterator[Callable[[], AbstractContextManager[None
     @contextmanager
     def ready() -> Iterator[None]:
         wait()
+        bound_patience()
         bars = Bars()
         with bars.shown(), listening(bars):
             yield

@@ -155,6 +155,17 @@ def run(arm: Arm, own: chain.Made, judge: Tokens) -> Outcome:
     return Outcome(arm, tuned, report, used is judge)
 
 
+def alone(base: Recipe, planned: Sequence[Arm]) -> None:
+    """Do without flows what the flow of a sweep does; what is there is found in the store."""
+    with chain.noted(base.name):
+        judge = chain.run(base, chain.data(base))[Tokens]
+    assert isinstance(judge, Tokens)
+    for arm in planned:
+        with chain.noted(arm.recipe.name):
+            chain.run(arm.recipe, chain.data(arm.recipe))
+            run(arm, chain.encoded(arm.recipe), judge)
+
+
 def judge_of(own: Tokens, judge: Tokens) -> Tokens:
     """Return the tokens that a model trained on `own` can be judged on: those of the sweep, if they mean the same.
 

@@ -70,14 +70,6 @@ def test_control_and_direction_marks_are_spelled_out() -> None:
     assert named("\x1b\u202e").isascii()
 
 
-def test_a_failure_to_publish_is_said_and_passed_over(caplog: pytest.LogCaptureFixture) -> None:
-    def fail() -> None:
-        raise ConnectionError("the server is away")
-
-    assert cards.best_effort(fail) is None
-    assert "the server is away" in caplog.text
-
-
 def test_the_page_of_a_run_draws_the_chain() -> None:
     page = cards.summary("quick|start", [outcome({}), outcome({})])
     assert 'parse["messages/ffffffffffff"] --> parse["messages/ffffffffffff"]' in page
