@@ -214,7 +214,7 @@ def serve(asked: argparse.Namespace) -> int:
         from flows import deployments
 
         page = api.removesuffix("/api")
-        print(f"the UI is at {page}; artifacts at {page}/v2/artifacts")
+        print(f"the UI is at {page}; artifacts at {page}/v2/artifacts", flush=True)
         if ours:
             deployments.close_lost()
             print(f"its password is the line in {server.folder() / 'auth'}")

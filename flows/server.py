@@ -7,6 +7,7 @@ bound the port that the password is sent to.
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import http.client
 import os
@@ -26,13 +27,15 @@ from pathlib import Path
 from typing import IO
 
 from flows.tied import tied
-from tasks.errors import ParameterError, UnavailableError
+from tasks.errors import ParameterError, PermissionRefused, UnavailableError
 from tasks.step import home
 from tasks.store.disk import writing
 
 HOSTS = ("127.0.0.1", "localhost")
 ERROR = "treeline-error: "  # how a line of the server's log begins that tells an error in a line
-START_TIME = 120.0  # seconds; the first start makes the database, 6 s were measured, 41 s on a busy machine
+START_TIME = (
+    300.0  # seconds; one that has ended is noticed at once. 6 s were measured, and 60 on a machine at a load of 14
+)
 ANSWER_TIME = 10.0  # seconds that a server which runs already may take to say that it does
 
 
@@ -100,7 +103,7 @@ class Server:
 
     def __init__(self, page: str, child: subprocess.Popen[bytes], log: Path, mode: str) -> None:
         self.page, self.api, self.child, self.log = page, f"{page}/api", child, log
-        self.ending, self.last, self.said = False, "", set[str]()
+        self.watched, self.last, self.said = False, "it said nothing", set[str]()
         self.died: Callable[[], None] = lambda: None
         self.reader = threading.Thread(target=self._read, args=[log.open(mode)], daemon=True)
         self.reader.start()
@@ -111,17 +114,16 @@ class Server:
         Raises:
             UnavailableError: If it ends, or does not answer in time.
         """
-        if not _answers(self.api, START_TIME, urllib.request.build_opener(urllib.request.ProxyHandler({}))):
-            self.ending = True
-            self.child.kill()
-            self.reader.join()
-            raise UnavailableError(
-                f"the Prefect server did not start: {self.last}", str(self.log), "Read its log", code="prefect.start"
-            )
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        if _ask(f"{self.api}/health", START_TIME, direct) is None:
+            self.end()
+            what = f"the Prefect server did not start: {self.last}"
+            raise UnavailableError(what, str(self.log), "Read its log", code="prefect.start")
+        self.watched = True
 
     def end(self) -> None:
         """End it; nothing that a run needs is in it alone."""
-        self.ending = True
+        self.watched = False
         self.child.terminate()
         try:
             self.child.wait(15)
@@ -138,7 +140,7 @@ class Server:
                 log.flush()
                 self._say(line.decode(errors="replace").strip())
         code = self.child.wait()
-        if not self.ending:
+        if self.watched:
             how = f"signal {-code}" if code < 0 else f"code {code}"
             do = "Start it again; a run that was under way goes on from its last checkpoint"
             error = UnavailableError(f"the Prefect server has ended ({how})", str(self.log), do, code="prefect.ended")
@@ -146,9 +148,10 @@ class Server:
             self.died()
 
     def _say(self, line: str) -> None:
-        self.last = line.removeprefix(ERROR) or self.last
+        if line.startswith(ERROR):
+            self.last = line.removeprefix(ERROR)
         kind = re.sub(r"\d+", "", line)
-        if line.startswith(ERROR) and kind not in self.said and not self.ending:
+        if line.startswith(ERROR) and kind not in self.said and self.watched:
             self.said.add(kind)
             error = UnavailableError(f"the Prefect server says: {self.last}", str(self.log), code="prefect.server")
             sys.stderr.write(f"{error}\n")
@@ -167,6 +170,7 @@ def started(log: Path, mode: str, port: int = 0, settings: Mapping[str, str] | N
     Raises:
         ParameterError: If the port is taken.
     """
+    secret = password()
     with socket.socket() as bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -179,7 +183,7 @@ def started(log: Path, mode: str, port: int = 0, settings: Mapping[str, str] | N
         own = {
             "PREFECT_SERVER_API_HOST": HOSTS[0],
             "PREFECT_SERVER_API_PORT": str(bound.getsockname()[1]),
-            "PREFECT_SERVER_API_AUTH_STRING": password(),
+            "PREFECT_SERVER_API_AUTH_STRING": secret,
             "PREFECT_SERVER_UI_API_URL": f"{page}/api",
             "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(folder() / "ui"),  # else it writes to where Prefect is installed
             "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": page,
@@ -195,7 +199,7 @@ def started(log: Path, mode: str, port: int = 0, settings: Mapping[str, str] | N
     server = Server(page, child, log, mode)
     direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), HOSTS[0]]))
     os.environ.update(no_proxy=direct, NO_PROXY=direct)  # a proxy would be told the password
-    os.environ.update(PREFECT_API_URL=server.api, PREFECT_API_AUTH_STRING=password())
+    os.environ.update(PREFECT_API_URL=server.api, PREFECT_API_AUTH_STRING=secret)
     try:
         yield server
     finally:
@@ -287,24 +291,49 @@ def exports() -> dict[str, str]:
 
 
 def _demand(api: str) -> None:
-    """Raise UnavailableError unless a server answers at the address that the user has set."""
-    if not _answers(api, ANSWER_TIME, urllib.request.build_opener()):
-        parts = urllib.parse.urlsplit(api)
-        shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    """Refuse an address, set by the user, where no server answers, or one that does not know us.
+
+    Raises:
+        UnavailableError: If none answers.
+        PermissionRefused: If it wants another password.
+    """
+    parts = urllib.parse.urlsplit(api)
+    user, _, host = parts.netloc.rpartition("@")
+    shown = parts._replace(netloc=host).geturl()
+    code = _ask(f"{shown}/version", ANSWER_TIME, urllib.request.build_opener(), _authorization(user))
+    if code is None:
         raise UnavailableError(
             f"no Prefect server answers at {shown}",
             "PREFECT_API_URL",
             "Start it or correct the address; unset, a server is started for you",
             code="prefect.unreachable",
         )
+    if code in {401, 403}:
+        raise PermissionRefused(
+            f"the Prefect server at {shown} wants another password",
+            "PREFECT_API_AUTH_STRING",
+            "For the server that `serve` runs, `python -m flows env` prints it",
+            code="prefect.password",
+        )
 
 
-def _answers(api: str, patience: float, opener: urllib.request.OpenerDirector) -> bool:
-    """Tell whether anything answers at an API's address within some seconds; that it wants a password is an answer."""
+def _authorization(user: str) -> dict[str, str]:
+    """Return the header with which Prefect's client would log in; `user` is what stands before the host."""
+    if key := os.environ.get("PREFECT_API_KEY"):
+        return {"Authorization": f"Bearer {key}"}
+    if given := os.environ.get("PREFECT_API_AUTH_STRING") or urllib.parse.unquote(user):
+        return {"Authorization": "Basic " + base64.b64encode(given.encode()).decode()}
+    return {}
+
+
+def _ask(
+    url: str, patience: float, opener: urllib.request.OpenerDirector, headers: Mapping[str, str] | None = None
+) -> int | None:
+    """Return the status that answers a request within some seconds; None if nothing does."""
     try:
-        opener.open(f"{api}/health", timeout=patience).close()
-    except urllib.error.HTTPError:
-        return True
+        with opener.open(urllib.request.Request(url, headers=dict(headers or {})), timeout=patience) as answer:  # noqa: S310
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
     except (OSError, ValueError, http.client.HTTPException):
-        return False
-    return True
+        return None

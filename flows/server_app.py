@@ -56,7 +56,7 @@ class OneLine(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write the line, to the stream that the log is made of."""
         error = record.exc_info[1] if record.exc_info else None
-        cause = f"{type(error).__name__}: {error}" if error else ""
+        cause = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}" if error else ""
         line = " ".join(f"{record.name}: {record.getMessage()} {cause}".split())
         sys.stderr.write(f"{ERROR}{line}\n")
 

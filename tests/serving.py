@@ -94,7 +94,7 @@ class Serve:
         with self.file.open("wb") as said:
             self.process = subprocess.Popen(asked, cwd=ROOT, env=self.environment, stdout=said, stderr=said)
         try:
-            found = awaited(lambda: re.search(r"the UI is at (\S+);", self.said), self.alive)
+            found = awaited(lambda: re.search(r"the UI is at (\S+);(?s:.*)python -m flows env", self.said), self.alive)
             self.api = Api(f"{found[1]}/api", (self.folder / ".prefect" / "auth").read_text())
             awaited(self._served, self.alive)
         except BaseException:

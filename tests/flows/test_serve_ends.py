@@ -1,7 +1,9 @@
 """How `serve` ends, and what its end leaves: a checkpoint, no process, no run that is under way for ever."""
 
 import os
+import re
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,8 @@ import pytest
 from tests.serving import ROOT, Serve, awaited
 
 pytestmark = [pytest.mark.services, pytest.mark.slow, pytest.mark.timeout(900)]
-LONG = ("train.epochs=2000", "train.evals_per_epoch=1", "runtime.train.checkpoint_minutes=60")
+UNDER_WAY = {"RUNNING", "PENDING", "CANCELLING"}
+LONG = ("train.epochs=2000", "train.evals_per_epoch=1", "runtime.train.checkpoint_seconds=3600")
 
 
 @pytest.fixture
@@ -50,7 +53,8 @@ def test_asked_to_end_it_saves_what_trains_and_keeps_the_schedules(folder: Path)
         assert "Traceback" not in serve.said
     assert checkpoints(folder)
     with Serve(folder) as serve:
-        assert serve.api.states() <= {"CANCELLED", "CRASHED", "SCHEDULED"}
+        assert not serve.api.states() & UNDER_WAY
+        assert "CANCELLED" in serve.api.states()
         assert not serve.api.deployment()["paused"]
         assert interval(serve) == [86_400]
 
@@ -62,7 +66,8 @@ def test_killed_it_leaves_no_engine_and_the_next_one_closes_its_runs(folder: Pat
         awaited(lambda: not serve.engines() and not serve.servers())
     assert checkpoints(folder)
     with Serve(folder) as serve:
-        assert serve.api.states() == {"CRASHED"}
+        assert not serve.api.states() & UNDER_WAY
+        assert "CRASHED" in serve.api.states()
 
 
 def test_the_end_of_its_server_is_said_in_a_line(folder: Path) -> None:
@@ -81,16 +86,14 @@ def test_the_end_of_its_server_is_said_in_a_line(folder: Path) -> None:
 
 
 def test_an_error_of_its_servers_services_is_said_once(folder: Path) -> None:
-    import sqlite3
-
     with Serve(folder) as serve:
         with sqlite3.connect(folder / ".prefect" / "prefect.db") as database:
             database.execute("alter table deployment_schedule rename to gone")
         awaited(lambda: "OperationalError" in serve.said, serve.alive)
         awaited(lambda: (folder / ".server.log").read_text().count("treeline-error: ") > 3, serve.alive)
         said = [line for line in serve.said.splitlines() if line.startswith("error[prefect.server]")]
-        assert len(said) == len({line.split(": ")[2] for line in said})
-        assert "no such table: deployment_schedule" in said[0]
+        assert len(said) == len({re.sub(r"\d+", "", line) for line in said})
+        assert any("no such table: deployment_schedule" in line for line in said)
 
 
 @pytest.mark.parametrize("command", ["serve", "run", "sweep"])
@@ -100,7 +103,7 @@ def test_a_server_that_the_user_names_and_does_not_answer(folder: Path, command:
         "TREELINE_ARTIFACTS": str(folder),
         "PREFECT_API_URL": "http://u:secret@127.0.0.1:9/api",
     }
-    arguments = ["quickstart", "--set", "train.seed=1,2"] if command == "sweep" else []
+    arguments = ["quickstart", "--set", "train.lr=1e-3,2e-3"] if command == "sweep" else []
     asked = [sys.executable, "-m", "flows", command, *arguments]
     done = subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 69

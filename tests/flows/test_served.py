@@ -1,5 +1,6 @@
 """A real server and a served deployment, end to end, as the UI's form would start it."""
 
+import asyncio
 import os
 import shlex
 import subprocess
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.serving import ROOT, TINY, Api, Serve, awaited, recipe
+from flows import recipe
+from tests.serving import ROOT, TINY, Api, Serve, awaited
 
 pytestmark = [pytest.mark.services, pytest.mark.slow]
 
@@ -20,6 +22,29 @@ pytestmark = [pytest.mark.services, pytest.mark.slow]
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     with Serve(tmp_path_factory.mktemp("served") / "store") as serve:
         yield serve
+
+
+@pytest.fixture
+def database() -> Iterator[str]:
+    """Make a PostgreSQL database for a test, or skip; give its address."""
+    asyncpg = pytest.importorskip("asyncpg")
+    name = f"treeline_{os.getpid()}"
+
+    async def ask(what: str) -> None:
+        line = await asyncpg.connect(host="127.0.0.1", user="postgres", database="test", timeout=10)
+        try:
+            await line.execute(what)
+        finally:
+            await line.close()
+
+    try:
+        asyncio.run(ask(f"create database {name}"))
+    except OSError:
+        pytest.skip("no PostgreSQL on this machine")
+    try:
+        yield f"postgresql+asyncpg://postgres@127.0.0.1:5432/{name}"
+    finally:
+        asyncio.run(ask(f"drop database {name} with (force)"))
 
 
 @pytest.fixture
@@ -87,6 +112,18 @@ def test_a_schedule_made_in_the_ui_fires(api: Api) -> None:
     assert run["state_name"] == "Completed", run["state"]
 
 
+def test_a_schedule_fires_on_postgresql_and_a_run_keeps_to_its_own_database(tmp_path: Path, database: str) -> None:
+    with Serve(tmp_path / "store", PREFECT_SERVER_DATABASE_CONNECTION_URL=database) as serve:
+        schedule(serve.api, until="download")
+        run = scheduled(serve.api)
+        assert run["state_name"] == "Completed", run["state"]
+        asked = [sys.executable, "-m", "flows", "run", TINY, "--until", "parse"]
+        subprocess.run(asked, cwd=ROOT, env=serve.environment, check=True)
+        assert len([one for one in serve.api("/flow_runs/filter", {}) if one["state_type"] == "COMPLETED"]) == 2
+    assert (tmp_path / "store" / ".prefect" / "run" / "prefect.db").exists()
+    assert not (tmp_path / "store" / ".prefect" / "prefect.db").exists()
+
+
 def test_the_prefect_command_works_with_what_env_prints(served: Serve) -> None:
     asked = [sys.executable, "-m", "flows", "env"]
     done = subprocess.run(asked, cwd=ROOT, env=served.environment, capture_output=True, text=True, check=True)
@@ -112,6 +149,15 @@ def test_the_port_of_another_is_refused(served: Serve, tmp_path: Path) -> None:
     done = subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"error[serve.port]: port {port} of this machine cannot be had")
+
+
+def test_a_run_on_a_server_whose_password_it_lacks_says_where_that_is(served: Serve, tmp_path: Path) -> None:
+    environment = {**served.environment, "TREELINE_ARTIFACTS": str(tmp_path), "PREFECT_API_URL": served.api.url}
+    asked = [sys.executable, "-m", "flows", "run", TINY]
+    done = subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 77
+    assert "error[prefect.password]" in done.stderr
+    assert "python -m flows env" in done.stderr
 
 
 def test_the_store_the_database_and_the_log_are_the_users_alone(served: Serve) -> None:
