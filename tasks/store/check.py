@@ -9,6 +9,7 @@ where `TREELINE_REHASH` is set.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import stat
 from contextlib import suppress
@@ -19,6 +20,8 @@ from tasks.jsonfile import read_json
 from tasks.store.canonical import sha256_file
 from tasks.store.disk import write_whole
 from tasks.store.manifest import NAME, Manifest, UnreadableManifest, read_manifest
+
+log = logging.getLogger("treeline.store")
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,14 @@ def recall(memory: Path) -> dict[str, tuple[str, Identity]]:
         return {str(name): (str(sha256), list(seen)) for name, (sha256, seen) in found.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
+
+
+def forget(memory: Path) -> None:
+    """Let the files be hashed at their next use; say so where that cannot be written down."""
+    try:
+        memory.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("store.verify: %s stays: %s; set TREELINE_REHASH=1, or the next use trusts it", memory, error)
 
 
 def remember(memory: Path, folder: Path, manifest: Manifest) -> None:

@@ -25,7 +25,7 @@ from tasks.errors import StoreError
 from tasks.jsonfile import read_json
 from tasks.store import lease
 from tasks.store.canonical import sha256_file
-from tasks.store.check import Fault, added, examine, remember
+from tasks.store.check import Fault, added, examine, forget, remember
 from tasks.store.disk import mark, sync, write_whole, writing
 from tasks.store.manifest import NAME, FileEntry, Manifest, UnreadableManifest, read_manifest, write_manifest
 
@@ -75,7 +75,7 @@ class Store:
             if f"{found.kind}/{found.key[:SHORT]}" == f"{folder.parent.name}/{folder.name}":
                 return [Fault(name, "was added; it is no part of what was published") for name in added(folder, found)]
             found = Fault(NAME, f"is of {found.kind}/{found.key[:SHORT]}")
-        self._memory(folder).unlink(missing_ok=True)
+        forget(self._memory(folder))
         return [found]
 
     def set_aside(self, folder: Path, why: str) -> None:
