@@ -123,10 +123,10 @@ class Store:
             folder = self.root / ".scratch" / f"{name}.{mine.name}"
             with writing(self.root):
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                claimed = bool(inherits) and self._claim(name, folder)
+                claimed = bool(inherits) and self._claim(name, folder, fresh)
                 while claimed and fresh:
                     shutil.rmtree(folder)
-                    claimed = self._claim(name, folder)
+                    claimed = self._claim(name, folder, fresh)
                 if not claimed:
                     folder.mkdir()
                 elif not (folder / NAME).exists():  # else it may be `built`
@@ -142,7 +142,7 @@ class Store:
                             folder.rename(folder.with_name(f"{folder.name}.left"))
                     shutil.rmtree(folder, ignore_errors=True)
 
-    def _claim(self, name: str, folder: Path) -> bool:
+    def _claim(self, name: str, folder: Path, fresh: bool) -> bool:
         """Take over what a try left that failed, or whose process is gone: of several, the one that got furthest."""
         found = [path for path in folder.parent.glob(f"{name}.*") if path.is_dir() and not path.is_symlink()]
         holders = {path: self.root / lease.FOLDER / path.name.removeprefix(f"{name}.") for path in found}
@@ -151,6 +151,8 @@ class Store:
         for path in sorted(left, key=_got_to, reverse=True):
             with suppress(OSError):
                 path.rename(folder)
+                if (last := _got_to(folder)[1]) and not fresh:
+                    log.warning("store.resume: %s goes on from %s of an earlier try", name, last)
                 return True
         return False
 

@@ -122,8 +122,7 @@ def given_up(found: Collection[Path], rest: float = 0.0) -> set[Path]:
         now = clock(next(iter(silent)).parent)
         silent = {path: seen for path, seen in silent.items() if seen / 1e9 < now - rest}
     if silent:
-        what = "store.lease: no lock tells whether %d other runs are alive (another host, or a restart); watching %g s"
-        log.warning(what, len(silent), SILENCE)
+        log.warning("store.lease: another host, or this one before a restart, may be at work; watching %g s", SILENCE)
     until = time.monotonic() + SILENCE
     while silent and time.monotonic() < until:
         time.sleep(POLL)

@@ -1,10 +1,12 @@
 """Laws of the chain: what a plan says is what a run does, and a kill at any moment costs nothing that was finished."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -80,10 +82,51 @@ def digests(store: Store) -> dict[str, str]:
     return {manifest.kind: manifest.digest for _, manifest in store.manifests()}
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
-    code = f"from flows import chain, recipe; chain.run(recipe.load({TINY!r}, ['train.threads=1']), chain.CHAIN)"
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Hold what a test starts, and end it with the test."""
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for one in started:
+        if one.poll() is None:
+            os.killpg(one.pid, signal.SIGKILL)
+            one.wait()
+
+
+def start(folder: Path, *settings: str, before: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    asked = ["train.threads=1", *settings]
+    code = f"from flows import chain, recipe; chain.run(recipe.load({TINY!r}, {asked!r}), chain.CHAIN)"
     environment = {**os.environ, "TREELINE_ARTIFACTS": str(folder)}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, start_new_session=True)
+    return subprocess.Popen([*before, sys.executable, "-c", code], cwd=ROOT, env=environment, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_training_that_was_killed_goes_on_under_another_host_name_and_publishes_what_it_would_have(
+    tmp_path: Path, processes: list[subprocess.Popen[bytes]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    other_host = ("unshare", "--uts", "sh", "-c", 'hostname pod-b; exec "$0" "$@"')
+    if not shutil.which("unshare") or subprocess.run([*other_host, "true"]).returncode:
+        pytest.skip("may not take another host name")
+    whole, killed, asked = Store(tmp_path / "whole"), Store(tmp_path / "killed"), "runtime.train.checkpoint_seconds=0"
+    processes.append(start(killed.root, asked))
+    deadline = time.monotonic() + 600
+    while not (found := [*(killed.root / ".scratch").glob("resume-model-*/checkpoints/step-*[1-9]")]):
+        assert processes[0].poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(processes[0].pid, signal.SIGKILL)
+    processes[0].wait()
+    (found[0].parents[1] / ".tmpABCDEF").write_text("of safetensors")
+    (found[0].parents[1] / "left-over").mkdir()
+    processes.append(start(killed.root, asked, before=other_host))
+    assert processes[1].wait() == 0
+    assert "goes on from step-" in capfd.readouterr().err
+    processes.append(start(whole.root, asked))
+    assert processes[2].wait() == 0
+    assert digests(killed) == digests(whole)
+    (model,) = killed.folders("model")
+    assert killed.verify(model) == []
+    assert not [path for path in model.iterdir() if path.name.startswith(".") or path.is_dir()]
 
 
 @pytest.mark.slow
