@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from errno import ENOSPC
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tasks.jsonfile import MOST, parse_json
 from tasks.store.disk import clock, mark, writing
@@ -137,12 +137,17 @@ def held(path: Path) -> list[str]:
         OSError, ValueError: If that cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with _opened(path) as file:
             content = file.read(MOST)
     except FileNotFoundError:
         return []
     _about(content)
     return content.decode().split("\n")[1:-1]  # what follows the last end of a line is being written
+
+
+def _opened(path: Path) -> BinaryIO:
+    # Opened, a network file system asks its server for the time of a file; and nobody waits for a named pipe.
+    return os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
 
 
 def _about(content: bytes) -> dict[str, Any]:
@@ -155,7 +160,7 @@ def _about(content: bytes) -> dict[str, Any]:
 def _locked(path: Path) -> bool | None:
     """Tell whether a lease is held by somebody, as its lock tells; None where that tells nothing."""
     try:
-        with path.open("rb") as file:
+        with _opened(path) as file:
             free = try_lock(file.fileno(), shared=True)
             if free is False:
                 return True
@@ -178,9 +183,7 @@ def _kernel(path: Path) -> list[Any] | None:
 def _renewed(path: Path) -> int | None:
     """Return when a lease was renewed, in nanoseconds; None where it is gone."""
     try:
-        with path.open("rb") as file:  # opened: a network file system then asks its server
+        with _opened(path) as file:
             return os.fstat(file.fileno()).st_mtime_ns
-    except FileNotFoundError:
-        return None
-    except OSError:
-        return path.lstat().st_mtime_ns
+    except OSError:  # it is gone, or another user's
+        return path.lstat().st_mtime_ns if os.path.lexists(path) else None
