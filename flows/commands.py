@@ -18,6 +18,7 @@ from tasks.errors import ParameterError
 from tasks.lookup import seen
 from tasks.step import home
 from tasks.store import collect, parts
+from tasks.store.check import forget
 from tasks.store.folders import SHORT, Store
 
 
@@ -113,7 +114,7 @@ def verify(asked: argparse.Namespace) -> int:
     written = [part for folder in parts.memos(home()) for part in parts.parts(folder)]
     faults = [(part, what) for part in written if (what := parts.fault(part)) and part.exists()]
     for part, _ in faults:
-        parts.memory_of(home(), part.parent.name).unlink(missing_ok=True)
+        forget(parts.memory_of(home(), part.parent.name))
     corrupt += [{"id": f"{parts.FOLDER}/{part.parent.name}", "file": part.name, "what": what} for part, what in faults]
     if asked.json:
         print_json({"checked": len(folders), "remembered": len(written), "corrupt": corrupt})

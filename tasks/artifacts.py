@@ -209,7 +209,7 @@ class RawTrees(Artifact):
     """The file or files as published, byte for byte."""
 
     kind = "raw"
-    optional = ("[!.]*",)  # as the source names it
+    optional = ("*",)  # as the source names it
 
     def data(self) -> list[Path]:
         """Return the data files, by name."""

@@ -25,7 +25,7 @@ from tasks.errors import StoreError
 from tasks.jsonfile import read_json
 from tasks.store import lease
 from tasks.store.canonical import sha256_file
-from tasks.store.check import Fault, added, examine, remember
+from tasks.store.check import Fault, added, examine, forget, remember
 from tasks.store.disk import mark, sync, write_whole, writing
 from tasks.store.manifest import NAME, FileEntry, Manifest, UnreadableManifest, read_manifest, write_manifest
 
@@ -75,7 +75,7 @@ class Store:
             if f"{found.kind}/{found.key[:SHORT]}" == f"{folder.parent.name}/{folder.name}":
                 return [Fault(name, "was added; it is no part of what was published") for name in added(folder, found)]
             found = Fault(NAME, f"is of {found.kind}/{found.key[:SHORT]}")
-        self._memory(folder).unlink(missing_ok=True)
+        forget(self._memory(folder))
         return [found]
 
     def set_aside(self, folder: Path, why: str) -> None:
@@ -123,10 +123,10 @@ class Store:
             folder = self.root / ".scratch" / f"{name}.{mine.name}"
             with writing(self.root):
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                claimed = bool(inherits) and self._claim(name, folder)
+                claimed = bool(inherits) and self._claim(name, folder, fresh)
                 while claimed and fresh:
                     shutil.rmtree(folder)
-                    claimed = self._claim(name, folder)
+                    claimed = self._claim(name, folder, fresh)
                 if not claimed:
                     folder.mkdir()
                 elif not (folder / NAME).exists():  # else it may be `built`
@@ -142,7 +142,7 @@ class Store:
                             folder.rename(folder.with_name(f"{folder.name}.left"))
                     shutil.rmtree(folder, ignore_errors=True)
 
-    def _claim(self, name: str, folder: Path) -> bool:
+    def _claim(self, name: str, folder: Path, fresh: bool) -> bool:
         """Take over what a try left that failed, or whose process is gone: of several, the one that got furthest."""
         found = [path for path in folder.parent.glob(f"{name}.*") if path.is_dir() and not path.is_symlink()]
         holders = {path: self.root / lease.FOLDER / path.name.removeprefix(f"{name}.") for path in found}
@@ -151,6 +151,8 @@ class Store:
         for path in sorted(left, key=_got_to, reverse=True):
             with suppress(OSError):
                 path.rename(folder)
+                if (last := _got_to(folder)[1]) and not fresh:
+                    log.warning("store.resume: %s goes on from %s of an earlier try", name, last)
                 return True
         return False
 

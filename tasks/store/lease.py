@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from errno import ENOSPC
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tasks.jsonfile import MOST, parse_json
 from tasks.store.disk import clock, mark, writing
@@ -122,8 +122,7 @@ def given_up(found: Collection[Path], rest: float = 0.0) -> set[Path]:
         now = clock(next(iter(silent)).parent)
         silent = {path: seen for path, seen in silent.items() if seen / 1e9 < now - rest}
     if silent:
-        what = "store.lease: no lock tells whether %d other runs are alive (another host, or a restart); watching %g s"
-        log.warning(what, len(silent), SILENCE)
+        log.warning("store.lease: another host, or this one before a restart, may be at work; watching %g s", SILENCE)
     until = time.monotonic() + SILENCE
     while silent and time.monotonic() < until:
         time.sleep(POLL)
@@ -138,12 +137,17 @@ def held(path: Path) -> list[str]:
         OSError, ValueError: If that cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with _opened(path) as file:
             content = file.read(MOST)
     except FileNotFoundError:
         return []
     _about(content)
     return content.decode().split("\n")[1:-1]  # what follows the last end of a line is being written
+
+
+def _opened(path: Path) -> BinaryIO:
+    # Opened, a network file system asks its server for the time of a file; and nobody waits for a named pipe.
+    return os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
 
 
 def _about(content: bytes) -> dict[str, Any]:
@@ -156,7 +160,7 @@ def _about(content: bytes) -> dict[str, Any]:
 def _locked(path: Path) -> bool | None:
     """Tell whether a lease is held by somebody, as its lock tells; None where that tells nothing."""
     try:
-        with path.open("rb") as file:
+        with _opened(path) as file:
             free = try_lock(file.fileno(), shared=True)
             if free is False:
                 return True
@@ -179,9 +183,7 @@ def _kernel(path: Path) -> list[Any] | None:
 def _renewed(path: Path) -> int | None:
     """Return when a lease was renewed, in nanoseconds; None where it is gone."""
     try:
-        with path.open("rb") as file:  # opened: a network file system then asks its server
+        with _opened(path) as file:
             return os.fstat(file.fileno()).st_mtime_ns
-    except FileNotFoundError:
-        return None
-    except OSError:
-        return path.lstat().st_mtime_ns
+    except OSError:  # it is gone, or another user's
+        return path.lstat().st_mtime_ns if os.path.lexists(path) else None

@@ -1,9 +1,11 @@
 """Laws of the chain: what a plan says is what a run does, and a kill at any moment costs nothing that was finished."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -81,10 +83,37 @@ def digests(store: Store) -> dict[str, str]:
     return {manifest.kind: manifest.digest for _, manifest in store.manifests()}
 
 
-def start(folder: Path) -> AbstractContextManager[subprocess.Popen[bytes]]:
-    code = f"from flows import chain, recipe; chain.run(recipe.load({TINY!r}, ['train.threads=1']), chain.CHAIN)"
+def start(folder: Path, *settings: str, before: Sequence[str] = ()) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    values = ["train.threads=1", *settings]
+    code = f"from flows import chain, recipe; chain.run(recipe.load({TINY!r}, {values!r}), chain.CHAIN)"
     environment = {**os.environ, "TREELINE_ARTIFACTS": str(folder)}
-    return started([sys.executable, "-c", code], cwd=ROOT, env=environment, start_new_session=True)
+    return started([*before, sys.executable, "-c", code], cwd=ROOT, env=environment, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_training_that_was_killed_goes_on_under_another_host_name_and_publishes_what_it_would_have(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other_host = ("unshare", "--uts", "sh", "-c", 'hostname pod-b; exec "$0" "$@"')
+    if not shutil.which("unshare") or subprocess.run([*other_host, "true"]).returncode:
+        pytest.skip("may not take another host name")
+    whole, killed, setting = Store(tmp_path / "whole"), Store(tmp_path / "killed"), "runtime.train.checkpoint_seconds=0"
+    steps = "resume-model-*/checkpoints/step-*[1-9]"
+    with start(killed.root, setting) as process:
+        checkpoints = until(lambda: [*(killed.root / ".scratch").glob(steps)], process, pause=0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    (checkpoints[0].parents[1] / ".tmpABCDEF").write_text("of safetensors")
+    (checkpoints[0].parents[1] / "left-over").mkdir()
+    with start(killed.root, setting, before=other_host) as process:
+        assert ended(process) == 0
+    assert "goes on from step-" in capfd.readouterr().err
+    with start(whole.root, setting) as process:
+        assert ended(process) == 0
+    assert digests(killed) == digests(whole)
+    (model,) = killed.folders("model")
+    assert killed.verify(model) == []
+    assert not [path for path in model.iterdir() if path.name.startswith(".") or path.is_dir()]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks.store.check import identity
 from tests.waiting import ended, run, started, until
 
 ROOT = Path(__file__).parents[2]
@@ -178,6 +179,43 @@ def test_verify_finds_a_flipped_bit_and_the_next_run_mends_it(shell: Shell) -> N
     assert "moved to .aside" in done.stderr
     assert shell.json("verify") == clean
     assert done.stdout.split().count("ran") == 1
+
+
+def test_after_verify_found_a_bit_flipped_below_the_file_system_the_plan_is_a_miss(shell: Shell) -> None:
+    path = next((shell.folder / "artifacts" / "tokens").glob("*/ids.bin"))
+    noted = shell.folder / "artifacts" / ".verified" / f"tokens-{path.parent.name}.json"
+    content = path.read_bytes()
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    hashed = json.loads(noted.read_bytes())
+    hashed["ids.bin"][1] = identity(path)  # as if nothing had changed
+    noted.write_text(json.dumps(hashed))
+    assert "ids.bin" not in shell("why", TINY).stdout, "an unchanged identity is trusted"
+    found = shell.json("verify", code=65)
+    assert isinstance(found, dict)
+    assert [entry["file"] for entry in found["corrupt"]] == ["ids.bin"]
+    assert "encode would run: ids.bin has sha256" in shell("why", TINY).stdout
+    path.write_bytes(content)
+    assert "ids.bin" not in shell("why", TINY).stdout
+
+
+def test_one_bad_artifact_stops_no_command_and_is_named(shell: Shell, tmp_path: Path) -> None:
+    root = shell.folder / "artifacts"
+    bad, link = root / "messages" / ("a" * 12), root / "contests"
+    bad.mkdir()
+    (bad / "manifest.json").write_bytes(b"[" * 200_000)
+    link.symlink_to(tmp_path)
+    try:
+        for asked in (("plan", TINY), ("show", "messages", "-n", "1"), ("run", TINY)):
+            shell(*asked)
+        for said in (shell("ls").stderr, shell("gc", "--dry-run").stderr):
+            assert "passed over: messages/aaaaaaaaaaaa: manifest cannot be read" in said
+            assert "passed over: contests: is a link" in said
+        found = shell.json("verify", code=65)
+        assert isinstance(found, dict)
+        assert [entry["id"] for entry in found["corrupt"]] == ["messages/aaaaaaaaaaaa", "contests"]
+    finally:
+        shutil.rmtree(bad)
+        link.unlink()
 
 
 def test_a_dry_collection_tells_the_truth_and_removes_nothing(shell: Shell) -> None:

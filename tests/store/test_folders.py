@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import StoreError
-from tasks.store.canonical import sha256_of
+from tasks.store.canonical import sha256_file, sha256_of
 from tasks.store.check import Fault, examine, identity
 from tasks.store.collect import garbage
 from tasks.store.folders import Store, entries
@@ -457,6 +457,23 @@ def test_after_verifying_found_a_fault_the_next_use_finds_it_too(store: Store) -
     flip_below(folder / "a.bin", store.root / ".verified" / f"messages-{KEY[:12]}.json")
     assert isinstance(store.look("messages", KEY), Manifest), "a use trusts an unchanged identity"
     assert [fault.file for fault in store.verify(folder)] == ["a.bin"]
+    assert isinstance(store.look("messages", KEY), Fault)
+
+
+def test_a_file_that_changes_while_it_is_hashed_is_hashed_again_at_the_next_use(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(store)
+    (store.root / ".verified" / f"messages-{KEY[:12]}.json").unlink()
+
+    def hash_then_change(path: Path) -> str:
+        digest = sha256_file(path)
+        path.write_bytes(b"jello" if path.name == "a.bin" else path.read_bytes())
+        return digest
+
+    monkeypatch.setattr("tasks.store.check.sha256_file", hash_then_change)
+    assert isinstance(store.look("messages", KEY), Manifest)
+    monkeypatch.undo()
     assert isinstance(store.look("messages", KEY), Fault)
 
 
