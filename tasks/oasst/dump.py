@@ -19,7 +19,7 @@ from tasks.oasst.advice import as_messages, listed
 from tasks.oasst.fields import Fault, as_json, wrong
 from tasks.oasst.laid import Laid
 from tasks.oasst.lines import Limits, Line, Lines
-from tasks.oasst.parquet import is_parquet, parquet_rows
+from tasks.oasst.parquet_rows import is_parquet, parquet_rows
 from tasks.oasst.tree import TREE, Layout, arrange, flat_tree_id, messages_in
 from tasks.oasst.typed import Arranged, Message, Rest, arrange_flat, arranged, message_of, read, read_flat, rest_of
 
