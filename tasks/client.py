@@ -7,10 +7,13 @@ waits as long as a header says, and sends the token to where the headers of Xet 
 from __future__ import annotations
 
 import re
+import socket
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import httpx2
 from huggingface_hub import constants, set_client_factory
@@ -56,9 +59,12 @@ def bounded(home: str, bounds: Bounds) -> Iterator[None]:
     """
     left = bounds.size * OVER
     own = _origin(httpx2.URL(home))
+    head = _Head(bounds.window_s)
 
     def sends(request: httpx2.Request) -> None:
         request.headers["Accept-Encoding"] = "identity"  # what is unpacked could be without end
+        request.headers["Connection"] = "close"  # so that the connection opened last is the one in use
+        request.extensions = {**request.extensions, "trace": head.trace}
         if _origin(request.url) != own:
             request.headers.pop("Authorization", None)
 
@@ -92,6 +98,29 @@ def bounded(home: str, bounds: Bounds) -> Iterator[None]:
 
 def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
     return url.scheme, url.host, url.port
+
+
+class _Head:
+    """Ends a connection on which the head of an answer does not come in time: a byte at a time, it never times out."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._socket, self._timer = seconds, None, threading.Timer(0, lambda: None)
+
+    def trace(self, event: str, told: Mapping[str, Any]) -> None:
+        """Follow what happens; source: the `trace` extension of httpcore."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self._socket = told["return_value"].get_extra_info("socket")
+        elif event == "http11.receive_response_headers.started":
+            self._timer = threading.Timer(self._seconds, self._end)
+            self._timer.daemon = True
+            self._timer.start()
+        elif event.startswith("http11.receive_response_headers."):
+            self._timer.cancel()
+
+    def _end(self) -> None:
+        if self._socket is not None:
+            with suppress(OSError):  # it has ended by itself
+                self._socket.shutdown(socket.SHUT_RDWR)
 
 
 class _Stream(httpx2.SyncByteStream):

@@ -110,6 +110,22 @@ def test_a_body_that_is_sent_a_byte_at_a_time_is_given_up(hub: Hub, sha256: str)
         ended.set()
 
 
+def test_a_head_that_is_sent_a_byte_at_a_time_is_given_up(hub: Hub, sha256: str) -> None:
+    ended = threading.Event()
+
+    def slowly(send: Callable[[bytes], object]) -> None:
+        send(b"HTTP/1.1 200 OK\r\nX-Name: ")
+        while not ended.wait(0.05):
+            send(b"x")
+
+    hub.head = slowly
+    try:
+        with pytest.raises(UnavailableError, match=r"source.unavailable.*tried 1 times"):
+            fetch(sha256)
+    finally:
+        ended.set()
+
+
 @pytest.mark.parametrize("size", ["99999999999999999999", "2000000"])
 def test_a_size_beyond_the_most_is_refused_before_a_byte_is_fetched(hub: Hub, sha256: str, size: str) -> None:
     hub.lies = {"Content-Length": size}

@@ -93,9 +93,10 @@ class MessageTable(Table):
             return
         if self._laid:
             self._turn()
-        self._waiting.append(tree)
-        if self._waiting.size >= PIECE:
-            self._turn()
+        for part in tree.parts(PIECE):
+            self._waiting.append(part)
+            if self._waiting.size >= PIECE:
+                self._turn()
 
     def _join(self, tree: Laid) -> None:
         if self._laid and (joined := self._laid.followed_by(tree)):

@@ -7,7 +7,7 @@ is: half a conversation is not what people wrote.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -272,48 +272,72 @@ def messages_in(tree: Mapping[str, Any]) -> int:
 
 
 def arrange(rows: list[Row]) -> list[Row]:
-    """Return a tree's rows depth first, parents before replies, replies in the order given; fills depth and sibling.
+    """Return a tree's rows in the order of `order`; fills depth and sibling.
 
-    A row that is there twice, equal in every field, is taken once.
+    Raises:
+        Fault: As `order` does.
+    """
+    places = order(
+        [row[ID] for row in rows], [row[PARENT] for row in rows], lambda one, other: rows[one] == rows[other]
+    )
+    for place, depth, sibling in zip(*places, strict=True):
+        rows[place][DEPTH], rows[place][SIBLING] = depth, sibling
+    return [rows[place] for place in places[0]]
+
+
+def order(
+    ids: Sequence[str], parents: Sequence[str | None], equal: Callable[[int, int], bool]
+) -> tuple[list[int], list[int], list[int]]:
+    """Order a tree's messages depth first, parents before replies, replies in the order given.
+
+    A message that is there twice, equal in every field, is taken once.
+
+    Args:
+        ids: (N,) of each message.
+        parents: (N,) what each replies to; None for the root.
+        equal: Tells whether the messages of two places are equal.
+
+    Returns:
+        (M,) each: place of a message, its depth, its place among the replies to one message.
 
     Raises:
         Fault: `id.duplicate`, `tree.orphan`, `tree.root` or `tree.cycle`, naming the message.
     """
-    by_id: dict[str, Row] = {}
-    replies: dict[str | None, list[Row]] = {}
-    for row in rows:
-        first = by_id.setdefault(row[ID], row)
-        if first is row:
-            replies.setdefault(row[PARENT], []).append(row)
-        elif first != row:
-            raise Fault("id.duplicate", f"expected each message once, got two that differ as {shown(row[ID])}")
-    _check_links(by_id, replies)
-    arranged: list[Row] = []
-    stack = replies[None][::-1]
+    by_id: dict[str, int] = {}
+    replies: dict[str | None, list[int]] = {}
+    for place, (name, parent) in enumerate(zip(ids, parents, strict=True)):
+        first = by_id.setdefault(name, place)
+        if first == place:
+            replies.setdefault(parent, []).append(place)
+        elif not equal(first, place):
+            raise Fault("id.duplicate", f"expected each message once, got two that differ as {shown(name)}")
+    _check_links(ids, by_id, replies)
+    places, depths, siblings = list[int](), list[int](), list[int]()
+    stack = [(replies[None][0], 0, 0)]
     while stack:
-        row = stack.pop()
-        arranged.append(row)
-        below = replies.get(row[ID], ())
-        for sibling, reply in enumerate(below):
-            reply[DEPTH], reply[SIBLING] = row[DEPTH] + 1, sibling
-        stack.extend(reversed(below))
-    if len(arranged) < len(by_id):
-        reached = {row[ID] for row in arranged}
-        raise _cycle(next(row for row in by_id.values() if row[ID] not in reached))
-    return arranged
+        place, depth, sibling = stack.pop()
+        places.append(place)
+        depths.append(depth)
+        siblings.append(sibling)
+        if below := replies.get(ids[place]):
+            stack.extend((below[number], depth + 1, number) for number in range(len(below) - 1, -1, -1))
+    if len(places) < len(by_id):
+        reached = {*places}
+        raise _cycle(next(name for name, place in by_id.items() if place not in reached))
+    return places, depths, siblings
 
 
-def _check_links(by_id: Mapping[str, Row], replies: Mapping[str | None, list[Row]]) -> None:
+def _check_links(ids: Sequence[str], by_id: Mapping[str, int], replies: Mapping[str | None, list[int]]) -> None:
     for parent, below in replies.items():
         if parent is not None and parent not in by_id:
-            reply = shown(below[0][ID])
+            reply = shown(ids[below[0]])
             raise Fault("tree.orphan", f"expected a parent in this tree, got {shown(parent)} as that of {reply}")
     roots = replies.get(None, [])
     if len(roots) > 1:
         raise Fault("tree.root", f"expected one message without a parent, got {len(roots):,}")
     if not roots:  # each message has a parent that is there: somewhere they go round
-        raise _cycle(next(iter(by_id.values())))
+        raise _cycle(next(iter(by_id)))
 
 
-def _cycle(row: Row) -> Fault:
-    return Fault("tree.cycle", f"expected a way to the root, got parents that go round from {shown(row[ID])}")
+def _cycle(name: str) -> Fault:
+    return Fault("tree.cycle", f"expected a way to the root, got parents that go round from {shown(name)}")

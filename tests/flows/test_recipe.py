@@ -1,5 +1,6 @@
 """Laws of recipes: the unknown is an error with advice, runtime settings are led to their place."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,11 +66,12 @@ def test_a_value_that_is_nested_or_long_without_end_is_refused_in_a_setting_a_re
     file = tmp_path / "mine.toml"
     file.write_text(f"[encode]\nblock = {value}\n")
     setting = f"encode.block={value}"
-    for load in (
+    ways: list[Callable[[], object]] = [
         lambda: recipe.load("quickstart", [setting]),
         lambda: recipe.load(str(file)),
         lambda: sweep.settled(recipe.load("quickstart"), [setting]),
-    ):
+    ]
+    for load in ways:
         with pytest.raises(ParameterError) as caught:
             load()
         assert len(str(caught.value)) < 1_000

@@ -17,7 +17,7 @@ import pytest
 from tasks.errors import InputError
 from tasks.oasst.fields import as_json
 from tasks.oasst.lines import Limits
-from tasks.oasst.parquet import parquet_rows
+from tasks.oasst.parquet_rows import parquet_rows
 
 MB = 1 << 20
 TEXT = "x" * 900_000
