@@ -90,7 +90,7 @@ class EncodeRuntime(TextsRuntime):
     """How fast texts become ids, never which."""
 
 
-@step("encode", version=3, makes=Tokens, notices=of_encode)
+@step("encode", version=4, makes=Tokens, notices=of_encode)
 def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRuntime) -> Counts:
     """Write the memmaps, their index, the tokenizer and the encoding; nothing is published that the gate refuses.
 
@@ -322,7 +322,8 @@ def _packed(talks: _Talks, params: EncodeParams) -> dict[str, list[list[int]]]:
     if not len(of_split["train"]):
         what = f"the train split holds no reply that fits, with all above it, {params.block:,} tokens"
         where = f"{len(talks.splits):,} messages came in, {(talks.splits == 'train').sum():,} of them to train on"
-        raise InputError(what, where, "Keep more messages in curate, or raise encode.block", "encode.empty")
+        do = f"Keep more messages in curate, or raise encode.block: {talks.counts['room']['needed']} fit so many trees"
+        raise InputError(what, where, do, "encode.empty")
     return {
         split: [numbers[places].tolist() for places in best_fit(talks.sizes[numbers].tolist(), params.length)]
         for split, numbers in of_split.items()
