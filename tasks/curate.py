@@ -147,6 +147,7 @@ def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRunti
         "replies_dropped": tally.replies_dropped(table, verdicts),
         "label_coverage": tally.coverage(messages.scan(), SCORES),
         "masked": sum(verdicts.reasons[row] is None for row in seen.masks),
+        "untagged": table["lang"].null_count(),
         "prompts_sought": seen.prompts,
         "facts": {"asked": seen.facts, "told_in_train": tally.told(table, verdicts, seen.told)} if seen.facts else {},
         "shared_across_splits": shared,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from tasks.oasst.versions import Robbed, Row, Verdict, Versions
     from tasks.parquet import TableWriter
 
-log = logging.getLogger("treeline.parse")
 GROUP = 20_000  # rows of a row group: what is held in memory, and what a reader can skip
 MB = 1 << 20
 HEAD = 200  # bytes of a bad line that are shown
@@ -182,7 +180,7 @@ class _Intake:
         self._reject(bad)
 
     def _reject(self, bad: Bad) -> None:
-        self._books.update(trees_rejected=bad.trees, messages_rejected=bad.messages)
+        self._books.update(trees_rejected=bad.trees, messages_rejected=bad.messages, bad=1)
         if len(self._named) < NAMED:
             self._named.append(f"{self._named_place(bad.place)} {bad.code}: {bad.message}")
         self._list(bad)
@@ -273,7 +271,7 @@ class _Intake:
                 self._rejected.add(_rejected_row(self._files[place.file].name, bad, raw))
 
     def refuse_if_bad(self, most: float, dump: Dump) -> None:
-        """Fail if too much could not be used; versions that were replaced are no fault, but much of it is told.
+        """Fail if too much could not be used; versions that were replaced are no fault.
 
         Raises:
             InputError: Naming the first bad lines.
@@ -289,11 +287,6 @@ class _Intake:
                 self._do,
                 "input.bad",
             )
-        if (replaced := books["messages_replaced"]) > most * books["messages_in"]:
-            log.warning(
-                "parse: later versions took the place of %s of %s messages; see tree.replaced in rejected.parquet",
-                f"{replaced:,}", f"{books['messages_in']:,}",
-            )  # fmt: skip
 
     def counts(self, dump: Dump, unknown: Counter[str]) -> Counts:
         """Return what was measured, the books balanced: in = out + rejected + repeated.
@@ -309,8 +302,10 @@ class _Intake:
             "trees": trees,
             "messages": messages,
             "rejected": self._rejected.rows,  # rows of rejected.parquet
+            "bad": books["bad"],  # of these: all but versions that came again, changed
             **{f"{unit}_{way}": books[f"{unit}_{way}"] for unit in ("trees", "messages") for way in WAYS},
             "trees_replaced": books["trees_replaced"],  # of the rejected: versions that came again, changed
+            "messages_replaced": books["messages_replaced"],
             "conflicts": books["conflicts"],  # messages of which a later version says something else
             "lines": dump.lines,
             "bytes": dump.bytes,

@@ -313,7 +313,7 @@ def test_nothing_left_to_train_on_is_said_with_what_took_it(tmp_path: Path) -> N
     params = CurateParams(test_share=0.4, val_share=0.2)
     _, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", params)
     said = {notice.code: str(notice) for notice in of_curate(counts, params)}
-    assert "(replies: train 0, val 0, test 1; dropped by leak 1)" in said["curate.train"]
+    assert "(train 0, val 0, test 1; dropped by leak 1)" in said["curate.train"]
     assert "takes 1 of 2 (50.0%) replies" in said["curate.leak"]
 
 

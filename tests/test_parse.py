@@ -33,6 +33,7 @@ from tasks.artifacts import (
     arrow_schema,
 )
 from tasks.errors import InputError
+from tasks.notices import of_parse
 from tasks.oasst.dump import Bad, Dump, loads
 from tasks.oasst.fields import Fault
 from tasks.oasst.sample import sample_bytes
@@ -509,13 +510,12 @@ def test_another_first_message_in_the_same_file_is_no_later_version(tmp_path: Pa
     assert rejected.select("line", "code", "messages").rows() == [(2, "tree.root", 2)]
 
 
-def test_it_is_said_when_later_versions_replace_much(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_is_said_when_later_versions_replace_much(tmp_path: Path) -> None:
     files = [[tree(f"t{n}", rank=rank) for n in range(10)] for rank in (0, 1)]
-    united(tmp_path, *files)
-    assert "took the place of 10 of 20 messages" in caplog.text
-    caplog.clear()
-    united(tmp_path, *files, params=ParseParams(max_bad=0.6))
-    assert not caplog.text
+    counts, *_ = united(tmp_path, *files)
+    (said,) = of_parse(counts, ParseParams())
+    assert "took the place of 10 of 20 (50.0%) messages" in str(said)
+    assert [*of_parse(counts, ParseParams(max_bad=0.6))] == []
 
 
 def test_files_are_read_by_name_and_trees_may_come_again_in_another(tmp_path: Path) -> None:

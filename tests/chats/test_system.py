@@ -101,6 +101,10 @@ def test_what_was_exported_and_read_again_has_the_texts_that_were_kept(tmp_path:
     (tmp_path / "rows").mkdir()
     export(made, tmp_path / "rows")
     rows = [json.loads(line) for line in (tmp_path / "rows" / "train.jsonl").read_bytes().splitlines()]
+    for row in rows:
+        assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
+        assert row["messages"][0]["content"] == "Be kind."
+        assert len(row["message_ids"]) == 2
     back, _ = curated(tmp_path / "two", *rows, **TRAIN)
     columns = ["message_tree_id", "message_id", "text", "role"]
     assert back.scan().select(columns).collect().equals(made.scan().select(columns).collect())
