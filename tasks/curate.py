@@ -35,6 +35,7 @@ from tasks.artifacts import (
 from tasks.dialogue.record import (
     CopyLimits,
     Limits,
+    RuleName,
     Share,
     Verdicts,
 )  # fmt: skip
@@ -62,6 +63,15 @@ NEAR_FINGERPRINT = Remembered("near-fingerprint", 2, "tasks.dialogue.fingerprint
 NEAR_PAIRS = Remembered("near-pairs", 1, "tasks.dialogue.near", ("polars", UNICODE))
 SCORES = {"labels": [f"label_{name}" for name in LABELS], "detoxify": [f"detoxify_{name}" for name in DETOXIFY]}
 
+LIMITS_OF: Mapping[RuleName, tuple[str, ...]] = {  # rule -> settings that do nothing without it
+    "tree_state": ("tree_states",), "language": ("languages", "language_of"), "unreviewed": ("require_review",),
+    "spam": ("spam_above",), "lang_mismatch": ("lang_mismatch_above",), "pii": ("pii_from",),
+    "not_appropriate": ("not_appropriate_from",), "hate_speech": ("hate_speech_from",),
+    "sexual_content": ("sexual_content_from",), "quality": ("quality_below",), "toxicity": ("toxicity_above",),
+    "top_k": ("top_k",), "text_language": ("text_language_from", "text_language_chars"),
+    "contaminated": ("overlap_words", "prompt_files"),
+}  # fmt: skip
+
 
 class CurateParams(Params, Limits, CopyLimits):
     """Settings of the curate step."""
@@ -85,6 +95,17 @@ class CurateParams(Params, Limits, CopyLimits):
     def _leaves_some_to_train_on(self) -> CurateParams:
         if self.test_share + self.val_share >= 1:
             raise ValueError(f"test_share {self.test_share} and val_share {self.val_share} leave nothing to train on")
+        return self
+
+    @model_validator(mode="after")
+    def _acts(self) -> CurateParams:
+        """Refuse a limit of a rule that `rules` leaves out: it would be thought to act."""
+        for rule, limits in LIMITS_OF.items():
+            for name in limits if rule not in self.rules else ():
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f'{name} needs the rule "{rule}", which rules leaves out; leave out one of the two'
+                    )
         return self
 
     @model_validator(mode="after")

@@ -127,6 +127,8 @@ class TuningRuntime(Runtime):
     """How tokens look back: by a mask (SDPA), or by blocks that leave out what nobody sees (FlexAttention; CUDA, compiled, without dropout). auto: by blocks where that can be done; on a CPU, the same in plain products."""  # noqa: E501
     threads: Count | None = None
     """CPU threads. None: one for a model narrower than 512, else as torch finds best."""
+    deterministic: bool = False
+    """On a GPU, take only algorithms that give the same bits each time; slower. A CPU always does: with as many threads and as much at once, a run repeats to the bit."""  # noqa: E501
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 120.0
     """Seconds between checkpoints, from which a killed run goes on; more where saving is slow. 0: after each step."""
     keep_checkpoints: Count = 2
@@ -182,7 +184,8 @@ def tune(
     run = as_begun(run, first, world.size)
     if run.compile:
         keep_compiled(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / COMPILED)
-    with at_work(device, run.threads, model.config.n_embd), kept_signals(interrupt.ask):
+    at_it = at_work(device, run.threads, model.config.n_embd, repeats=run.deterministic)
+    with at_it, kept_signals(interrupt.ask):
         machine = _machine(model, splits, settings, params, run, device, interrupt, first)
         if named:
             machine = replace(machine, named=named)
