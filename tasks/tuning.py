@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from tasks.gpt.preference import Replies
     from tasks.gpt.run import Machine, Progress, Settings
 
+log = logging.getLogger("treeline.train")
 COMPILED = "treeline/compiled"  # under the user's own cache: it is code, so never in a store that others may write
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -178,7 +180,10 @@ def tune(
     world, interrupt = current_group(), Interrupt()
     world.heartbeat()  # the weights are there
     adapters = _set_up(model, params)
-    settings = params.settings(splits[0].block, splits[0].supervised())
+    settings, block = params.settings(splits[0].block, splits[0].supervised()), splits[0].block
+    if world.first and block > params.batch_tokens:
+        what = "train: a step takes a whole sequence, %s tokens, more than batch_tokens = %s; lower encode.pack to that"
+        log.warning(what, f"{block:,}", f"{params.batch_tokens:,}")
     device = world.device(device_of(run.device))
     first = world.broadcast(noted(workplace / CHECKPOINTS).get("way", {}) if world.is_main else None)
     run = as_begun(run, first, world.size)
@@ -189,7 +194,7 @@ def tune(
         machine = _machine(model, splits, settings, params, run, device, interrupt, first)
         if named:
             machine = replace(machine, named=named)
-        with memory_named(machine, splits[0].block):
+        with memory_named(machine, block):
             progress = fit(model, *splits, settings=settings, machine=machine, workplace=workplace, objective=objective)
     if not world.is_main:
         raise WorkerDone

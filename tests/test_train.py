@@ -475,6 +475,14 @@ def test_tags_that_a_kept_table_has_never_seen_are_warned_of(
         assert ("<|user|>" in caplog.text and "encode.template = xml" in caplog.text) is told
 
 
+@pytest.mark.parametrize(("batch_tokens", "told"), [(BLOCK, False), (BLOCK - 1, True)])
+def test_a_step_of_less_than_a_sequence_takes_one_and_says_so(
+    batch_tokens: int, told: bool, tmp_path: Path, tokens: Tokens, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(tmp_path / "m", tokens, PARAMS.model_copy(update={"batch_tokens": batch_tokens, "epochs": 0.1}))
+    assert ("96 tokens, more than batch_tokens = 95; lower encode.pack" in caplog.text) is told
+
+
 @pytest.fixture
 def earlier(tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     """A model in a store of its own."""
