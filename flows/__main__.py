@@ -230,6 +230,7 @@ def _add_upkeep(command: Command) -> None:
     made.add_argument(
         "--port", type=int, default=4200, help="port of the server that it starts, unless PREFECT_API_URL is set"
     )
+    command("env", commands.env, "print the variables with which `prefect` reaches the server that `serve` runs")
 
 
 def _recipe(made: argparse.ArgumentParser) -> None:

@@ -12,10 +12,11 @@ from pydantic import Field, model_validator
 from tasks.artifacts import Counts, Encoding, Model, Tokens
 from tasks.errors import InputError, ParameterError
 from tasks.gpt.folder import CONFIG, WEIGHTS, digests, read_config
+from tasks.launch import run_distributed
 from tasks.sources import MODELS
 from tasks.start import FOLDER, MODEL, SCRATCH, allowed_folder, fetch_published, model_of
 from tasks.step import Params, hold, step
-from tasks.together import together
+from tasks.store.folders import CHECKPOINTS
 from tasks.tuning import (
     Count,
     TuningParams,
@@ -93,7 +94,7 @@ class TrainRuntime(TuningRuntime):
     """How fast, and where. The outcome is the same but for rounding and the draws of dropout."""
 
 
-@step("train", version=5, makes=Model, resumable=True)
+@step("train", version=6, makes=Model, inherits=(CHECKPOINTS, "log.jsonl"))
 def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> Counts:
     """Write the tuned model, its tokenizer and chat template, and how training went."""
     from tasks.gpt.objective import EachToken
@@ -111,13 +112,13 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     splits = split_of(tokens, "train"), split_of(tokens, "val")
     refuse_unfit(spec, *splits)
     refuse_foreign(params.start, tokens.path / "tokenizer.json")
-    if (counts := together("train", out, {"tokens": tokens}, params, run)) is not None:
+    if (counts := run_distributed("train", out, {"tokens": tokens}, params, run)) is not None:
         return counts
     model = build_start(spec, folder)
     warn_of_new_words(encoding, folder, params)
     aim = EachToken(*splits, worth_of(tokens, params))
     progress = tune(model, splits, params, run, out, named=lambda rows: name_messages(tokens, rows), objective=aim)
-    export(model, out, stop=encoding.stop, pad=encoding.pad)
+    export(model, out, stop=encoding.stop, pad=encoding.pad, used=encoding.used)
     write_tokenizer(out, tokens.path, encoding, spec["positions"])
     write_json(out / "start.json", spec)
     counts = counts_of(progress, parameter_count(model))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from tasks.artifacts import Encoding, Model, Sequences
+from tasks.artifacts import Contests, Encoding, Model, Sequences
 from tasks.errors import ParameterError
 from tasks.signals import kept_signals
 from tasks.step import Params, Runtime
@@ -27,11 +27,14 @@ if TYPE_CHECKING:
     from tasks.gpt.batches import Split
     from tasks.gpt.interrupt import Interrupt
     from tasks.gpt.objective import Objective
+    from tasks.gpt.preference import Replies
     from tasks.gpt.run import Machine, Progress, Settings
 
 COMPILED = "treeline/compiled"  # under the user's own cache: it is code, so never in a store that others may write
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+MicroBatch = Count | Literal["auto"] | None
 
 
 class TuningParams(Params):
@@ -82,12 +85,8 @@ class TuningParams(Params):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of products; weights and sums stay float32. float32: a GPU rounds factors to 10 bits (TF32), here and in the evaluation. bfloat16 is for GPUs and for CPUs that have instructions for it."""  # noqa: E501
 
-    def keyed(self) -> dict[str, Any]:
-        """Return what enters the key: settings that have a say."""
-        return self.model_dump(mode="json", exclude=self.idle())
-
     def idle(self) -> set[str]:
-        """Return the settings that have no say beside the others: to change one of them must not cost a run."""
+        """Return the settings that have no say beside the others."""
         found = set() if self.lora_rank else {"lora_alpha", "lora_dropout"}
         found |= {"average_decay"} if self.average != "ema" else set()
         found |= {"average_count"} if self.average != "last" else set()
@@ -116,9 +115,9 @@ class TuningParams(Params):
 class TuningRuntime(Runtime):
     """How fast, and where. The outcome is the same but for rounding and the draws of dropout."""
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """Where to train; auto takes a GPU where there is one."""
-    micro_batch: Count | Literal["auto"] | None = None
+    micro_batch: MicroBatch = None
     """Sequences that go through the model at once; lower it where memory runs out. None: as many as hold 8,192 tokens; auto: of these, as many as fit into the memory that is free."""  # noqa: E501
     recompute: bool | Literal["auto"] = "auto"
     """Keep only what enters each block and compute the block again on the way back: far less memory for a quarter to a third more time, the same gradients. auto: where memory would run out."""  # noqa: E501
@@ -136,10 +135,10 @@ class TuningRuntime(Runtime):
     """Processes that train together, each on a GPU of its own; auto: one a GPU. On the CPU, one is best. Those of torchrun, where it started this one; on several machines, only it can."""  # noqa: E501
     sharding: Literal["auto", "none", "full"] = "auto"
     """With many processes, whether each holds the whole model (none) or a part of it (full), which takes less memory and more talk. auto: full where the whole would fill half a GPU. A part is no whole: full and an average exclude each other, and with one auto means none."""  # noqa: E501
-    restarts: Annotated[int, Field(ge=0, le=1_000)] = 2
-    """With many processes, how often all go on from the last checkpoint after one was lost. Under torchrun, its --max-restarts counts."""  # noqa: E501
-    silence_seconds: Annotated[float, Field(ge=30, le=604_800)] = 900.0
-    """With many processes, seconds without a sign of life, or without getting on, after which one counts as lost. To get on is to begin something: a micro-batch, a sum, a file of a checkpoint. It must be longer than whatever is done in one go: loading the weights, compiling."""  # noqa: E501
+    max_restarts: Annotated[int, Field(ge=0, le=1_000)] = 2
+    """With several processes, how often all resume from the last checkpoint after one was lost. Under torchrun, its own --max-restarts counts."""  # noqa: E501
+    heartbeat_timeout: Annotated[float, Field(ge=30, le=604_800)] = 900.0
+    """With several processes, seconds without progress after which they count as hung. Progress is a micro-batch, a sum or a file of a checkpoint that begins; loading the weights and compiling must each take less than this."""  # noqa: E501
 
 
 def tune(
@@ -164,22 +163,22 @@ def tune(
         objective: What is made small. None: the loss of each supervised token.
 
     Raises:
-        Done: On all other ranks, when training has ended.
+        WorkerDone: On all other ranks, when training has ended.
     """
     from tasks.gpt import lora
     from tasks.gpt.checkpoint import noted
     from tasks.gpt.device import at_work, device_of, keep_compiled
+    from tasks.gpt.distributed import WorkerDone, current_group
     from tasks.gpt.interrupt import Interrupt
     from tasks.gpt.loop import fit
     from tasks.gpt.planning import memory_named
-    from tasks.gpt.world import Done, here
 
-    world, interrupt = here(), Interrupt()
-    world.begin()  # the weights are there
+    world, interrupt = current_group(), Interrupt()
+    world.heartbeat()  # the weights are there
     adapters = _set_up(model, params)
     settings = params.settings(splits[0].block, splits[0].supervised())
     device = world.device(device_of(run.device))
-    first = world.told(noted(workplace / CHECKPOINTS).get("way", {}) if world.first else None)
+    first = world.broadcast(noted(workplace / CHECKPOINTS).get("way", {}) if world.is_main else None)
     run = as_begun(run, first, world.size)
     if run.compile:
         keep_compiled(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / COMPILED)
@@ -189,8 +188,8 @@ def tune(
             machine = replace(machine, named=named)
         with memory_named(machine, splits[0].block):
             progress = fit(model, *splits, settings=settings, machine=machine, workplace=workplace, objective=objective)
-    if not world.first:
-        raise Done
+    if not world.is_main:
+        raise WorkerDone
     if adapters:
         lora.pack(adapters, workplace)
         lora.merge(adapters)
@@ -242,12 +241,12 @@ def _machine(
     """Return where the run goes on and how, with the plan of its memory and time said."""
     from tasks.gpt.attention import set_way, way_for
     from tasks.gpt.device import spare_memory
+    from tasks.gpt.distributed import current_group
+    from tasks.gpt.parallel import should_shard
     from tasks.gpt.planning import memory_named, planned
     from tasks.gpt.run import Machine
-    from tasks.gpt.spread import parted
-    from tasks.gpt.world import here
 
-    world, block = here(), splits[0].block
+    world, block = current_group(), splits[0].block
     set_way(model, way_for(run.attention, device, run.compile, params.dropout))
     machine = Machine(
         device,
@@ -257,7 +256,7 @@ def _machine(
         keep=run.keep_checkpoints,
         interrupt=interrupt,
         world=world,
-        sharded=parted(model, device, run.sharding, params.average, world),
+        sharded=should_shard(model, device, run.sharding, params.average, world),
     )
     with memory_named(machine, block):
         asked = run.micro_batch, time.monotonic, run.recompute
@@ -275,6 +274,20 @@ def split_of(tokens: Sequences, name: str | None) -> Split:
 
     arrays = [read(name) for read in (tokens.ids, tokens.mask, tokens.positions, tokens.ends)]
     return Split(*arrays)
+
+
+def replies_of(contests: Contests, name: str | None) -> Replies:
+    """Read where the replies of a split lie in its sequences; None: those of all."""
+    import numpy as np
+
+    from tasks.gpt.preference import Replies
+
+    table = contests.replies().collect()
+    first = 0
+    if name is not None:
+        table, first = table.filter(table["split"] == name), contests.encoding().splits[name][0]
+    columns = [table[column].to_numpy().astype(np.int64) for column in ("sequence", "trained", "contest", "rank")]
+    return Replies(columns[0] - first, *columns[1:])
 
 
 def refuse_strangers(model: Model, tokens: Sequences) -> None:
@@ -309,6 +322,7 @@ def write_tokenizer(out: Path, source: Path, encoding: Encoding, positions: int)
             "bos_token": EOT,
             "eos_token": text_of[encoding.stop],
             "pad_token": text_of[encoding.pad],
+            "padding_side": "left",  # where a reply goes on, no padding may stand
             "extra_special_tokens": sorted(encoding.specials, key=encoding.specials.__getitem__),
             "model_max_length": positions,
             "clean_up_tokenization_spaces": False,

@@ -303,7 +303,9 @@ def test_a_parquet_file_of_another_table_is_refused_by_the_column(tmp_path: Path
     (tmp_path / "raw").mkdir()
     file = tmp_path / "raw" / "other.parquet"
     pq.write_table(pa.table({"message_id": ["a"], "role": ["prompter"]}), file)
-    with pytest.raises(InputError, match="no column text"):
+    with pytest.raises(
+        InputError, match="has the columns `message_id`, `role`; expected `messages`, or message_id, text, role"
+    ):
         run(tmp_path / "out", [file])
 
 

@@ -27,6 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tasks.jsonfile import read_json
+
 log = logging.getLogger("treeline.train")
 NAME = "checkpoint.json"
 PIECE = 1 << 26  # bytes that are hashed between two signs of getting on
@@ -129,7 +131,7 @@ def noted(folder: Path) -> Mapping[str, Any]:
 
 
 def _note(place: Path) -> dict[str, Any]:
-    body = json.loads((place / NAME).read_bytes())
+    body = read_json(place / NAME)
     if not isinstance(body, dict):
         raise ValueError(f"{NAME} holds no object")
     if body.pop("seal") != _seal(body):

@@ -34,9 +34,9 @@ from tasks.gpt.logbook import Logbook
 from tasks.gpt.need import AT_ONCE
 from tasks.gpt.objective import EachToken, Objective
 from tasks.gpt.optim import adamw, moments, set_moments, set_rate, shorten, squares
+from tasks.gpt.parallel import ParallelModel, parallel_settings, scalar
 from tasks.gpt.run import Machine, Progress, Settings
 from tasks.gpt.schedule import learning_rate
-from tasks.gpt.spread import Spread, number, suited
 from tasks.gpt.trunk import Trunk, hidden_states, recomputing
 from tasks.gpt.way import strayed, way_of
 from tasks.gpt.weights import trained
@@ -74,7 +74,7 @@ def fit(
     """
     devices = [machine.device] if machine.device.type == "cuda" else []
     # Each step seeds the global generators: give them back as they were.
-    with torch.random.fork_rng(devices=devices), suited(machine.world):
+    with torch.random.fork_rng(devices=devices), parallel_settings(machine.world):
         aim = objective or EachToken(train, val)
         return _Run(model, aim, settings=settings, machine=machine, workplace=workplace).to_the_end()
 
@@ -86,8 +86,8 @@ class _Run:
         self, model: GPT2LMHeadModel, objective: Objective, *, settings: Settings, machine: Machine, workplace: Path
     ) -> None:
         self.objective, self.settings, self.machine, self.world = objective, settings, machine, machine.world
-        self.spread = Spread(model, self.world, machine.device, machine.sharded)
-        self.model = model = self.spread.model
+        self.parallel = ParallelModel(model, self.world, machine.device, machine.sharded)
+        self.model = model = self.parallel.model
         self.train = train = objective.train
         self.plan = Plan(len(train), settings.sequences, settings.epochs, settings.seed)
         self.evaluations = self.plan.evaluations(settings.evals_per_epoch)
@@ -102,7 +102,7 @@ class _Run:
         self.kept = -1  # step that was saved last, or could not be
         self.unsaved = 0  # how many could not be saved, one after another
         self.best: dict[str, Tensor] = {}
-        self.log = Logbook(workplace / "log.jsonl", self.world.first)
+        self.log = Logbook(workplace / "log.jsonl", self.world.is_main)
         self.checkpoints = workplace / "checkpoints"
         self.started = self.saved = machine.clock()
         self.saving = 0.0
@@ -121,13 +121,13 @@ class _Run:
             self.save()
             raise
         if self.progress.best_nll is not None:
-            self.spread.leave(self.best)
+            self.parallel.update_original(self.best)
         elif not isfinite(self.length()):  # nothing was measured after the last update
             raise self.nonfinite(self.progress.step)
         else:
             self.average.take_over()
             self.progress.best_step = self.progress.step
-            self.spread.leave(self.spread.whole(self.weights))
+            self.parallel.update_original(self.parallel.gather(self.weights))
         return self.progress
 
     def go_on(self) -> None:
@@ -149,7 +149,7 @@ class _Run:
 
     def loose(self) -> AbstractContextManager[None]:
         """Open a block that may be cut off anywhere; not where other ranks would wait for this one."""
-        return self.machine.interrupt.loose() if self.world.alone else nullcontext()
+        return self.machine.interrupt.loose() if self.world.is_single else nullcontext()
 
     def out_of_patience(self) -> bool:
         """Tell whether the validation loss has not fallen for too long."""
@@ -189,8 +189,8 @@ class _Run:
         wanted = self.objective.units(rows)
         with self.loose():
             loss = self.accumulate(rows, self.objective.weight(rows) or 1.0)
-        gradients = self.spread.gradients()
-        norm = math.sqrt(self.spread.united(squares(gradients)).item())
+        gradients = self.parallel.local_gradients()
+        norm = math.sqrt(self.parallel.sum_over_shards(squares(gradients)).item())
         if not all(isfinite(found) for found in (loss, norm, self.length())):
             raise self.nonfinite(progress.step + 1, loss, norm)
         shorten(gradients, norm, math.inf if settings.clip is None else settings.clip)
@@ -210,17 +210,17 @@ class _Run:
         """
         self.model.train()
         total = torch.zeros((), device=self.machine.device)
-        turns = list(self.world.dealt(rows, self.at_once))
+        turns = list(self.world.shard(rows, self.at_once))
         for turn, (some, counts) in enumerate(turns, 1):
-            with self.autocast(), self.spread.adding(last=turn == len(turns)):
+            with self.autocast(), self.parallel.accumulating(last=turn == len(turns)):
                 loss = self.loss_of(some, counts / weight, self.trunk)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        return self.world.total(total).item()  # the one wait for the device in a step, with the gradient's norm
+        return self.world.sum(total).item()  # the one wait for the device in a step, with the gradient's norm
 
     def loss_of(self, rows: Array, share: float, trunk: Trunk) -> Tensor:
         """Return the loss of some training sequences, summed over units, times `share`."""
-        return self.spread.within(lambda: self.objective.loss(self.model, rows, share, self.machine.device, trunk))
+        return self.parallel.run(lambda: self.objective.loss(self.model, rows, share, self.machine.device, trunk))
 
     def evaluate(self) -> dict[str, float]:
         """Measure the whole validation split, and keep the weights if they are the best; nothing without a split.
@@ -249,7 +249,7 @@ class _Run:
             progress.start_nll = nll
         if progress.best_nll is None or nll < progress.best_nll:
             progress.best_nll, progress.best_step, progress.waited = nll, progress.step, 0
-            found = self.spread.whole(self.weights)
+            found = self.parallel.gather(self.weights)
             for name, weight in found.items():  # into the memory of those before: two copies at once are too many
                 self.best.setdefault(name, torch.empty(weight.shape, dtype=weight.dtype)).copy_(weight.detach())
         else:
@@ -260,7 +260,7 @@ class _Run:
     def asked(self) -> dict[str, float] | None:
         """Return what the objective finds in the validation split."""
         device = self.machine.device
-        return self.spread.within(
+        return self.parallel.run(
             lambda: self.objective.measure(self.model, self.at_once, device, self.trunk, self.world)
         )
 
@@ -289,11 +289,11 @@ class _Run:
         found = [
             f"{name} is {value}" for name, value in (("loss", loss), ("gradient norm", norm)) if not isfinite(value)
         ]
-        ruined = [name for name, weight in self.model.named_parameters() if not isfinite(number(weight.norm()))]
+        ruined = [name for name, weight in self.model.named_parameters() if not isfinite(scalar(weight.norm()))]
         found += [f"weight {name} is not finite" for name in ruined[:1]]
         guilty = self.guilty(rows)
-        ranks = sorted({int(rank) for rank in self.world.owners(len(rows))[guilty]}) if guilty.any() else []
-        which = f" on rank {', '.join(map(str, ranks))}" if ranks and not self.world.alone else ""
+        ranks = sorted({int(rank) for rank in self.world.rank_of_rows(len(rows))[guilty]}) if guilty.any() else []
+        which = f" on rank {', '.join(map(str, ranks))}" if ranks and not self.world.is_single else ""
         named = [int(row) for row in rows[guilty]] or sorted(int(row) for row in rows)
         return TrainingError(
             f"{', '.join(found)} at step {step}{which}",
@@ -304,24 +304,24 @@ class _Run:
 
     def length(self) -> float:
         """Return the length of the weights as one vector: finite if they are; their largest takes 16 times as long."""
-        return number(get_total_norm(list(self.model.parameters())))
+        return scalar(get_total_norm(list(self.model.parameters())))
 
     @torch.no_grad()
     def guilty(self, rows: Array) -> Array:
         """Tell of each of some training sequences whether its loss is no finite number as the model stands: bool."""
         self.model.eval()
         odd = torch.zeros(len(rows))
-        for places, counts in self.world.dealt(np.arange(len(rows)), 1):
+        for places, counts in self.world.shard(np.arange(len(rows)), 1):
             loss = self.loss_of(rows[places], 1.0, hidden_states).item()
             odd[places] += float(counts and not isfinite(loss))
-        found: Array = self.world.total(odd).numpy() > 0
+        found: Array = self.world.sum(odd).numpy() > 0
         return found
 
     def save_now_and_then(self) -> None:
         """Write a checkpoint if the last one is long enough ago."""
         began, pause = self.machine.clock(), self.machine.checkpoint_seconds
         due = began - self.saved >= (pause and max(pause, self.saving / SAVING_SHARE))
-        if self.world.any(due and self.world.first):
+        if self.world.any(due and self.world.is_main):
             try:
                 self.save()
                 self.unsaved = 0
@@ -344,15 +344,15 @@ class _Run:
         now = Progress(**{**asdict(self.progress), "seconds": seconds})
         state: dict[str, Any] = {"progress": asdict(now), "settings": asdict(self.settings)}
         state |= {"pending": self.pending, "way": self.way()}
-        tensors = {"model": self.spread.whole(self.weights)}
-        tensors |= {"optimizer": self.spread.whole(moments(self.optimizer, self.model)), "best": self.best}
-        if average := self.spread.whole(self.average.state()):
+        tensors = {"model": self.parallel.gather(self.weights)}
+        tensors |= {"optimizer": self.parallel.gather(moments(self.optimizer, self.model)), "best": self.best}
+        if average := self.parallel.gather(self.average.state()):
             tensors["average"] = average
         self.kept = now.step  # on all ranks alike: they gather what is saved together
-        if self.world.first:
+        if self.world.is_main:
             self.log.flush()
             found = checkpoint.Checkpoint(now.step, state, tensors)
-            checkpoint.save(self.checkpoints, found, self.machine.keep, self.world.begin)
+            checkpoint.save(self.checkpoints, found, self.machine.keep, self.world.heartbeat)
 
     def way(self) -> dict[str, Any]:
         """Return how the run is computed."""
@@ -360,8 +360,8 @@ class _Run:
 
     def resume(self) -> None:
         """Go on from the last whole checkpoint; without one, from the start."""
-        found = checkpoint.latest(self.checkpoints, self.world.begin) if self.world.first else None
-        state, tensors = self.world.told(found and found.state), found.tensors if found else {}
+        found = checkpoint.latest(self.checkpoints, self.world.heartbeat) if self.world.is_main else None
+        state, tensors = self.world.broadcast(found and found.state), found.tensors if found else {}
         if state is None:
             self.log.cut_after(-1)
             return
@@ -370,13 +370,13 @@ class _Run:
                 "checkpoint of a run with other settings", str(self.checkpoints), "Remove it", "train.checkpoint"
             )
         for name, weight in self.weights.items():
-            self.spread.put(weight, tensors.get("model", {}).get(name))
-        set_moments(self.optimizer, self.model, self.spread.received(tensors.get("optimizer", {})))
+            self.parallel.scatter(weight, tensors.get("model", {}).get(name))
+        set_moments(self.optimizer, self.model, self.parallel.scatter_state(tensors.get("optimizer", {})))
         self.best = dict(tensors.get("best", {}))
-        self.average.set_state(self.spread.received(tensors.get("average", {})))
+        self.average.set_state(self.parallel.scatter_state(tensors.get("average", {})))
         self.progress = Progress(**state["progress"])
         self.pending, self.kept = state["pending"], self.progress.step
-        if (otherwise := strayed(state.get("way", {}), self.way())) and self.world.first:
+        if (otherwise := strayed(state.get("way", {}), self.way())) and self.world.is_main:
             log.warning("train.resume: goes on otherwise than it began, so its last digits may differ: %s", otherwise)
         self.log.cut_after(self.kept - (self.pending is not None))
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from tasks.gpt.batches import Array, Split
+from tasks.gpt.distributed import SINGLE, ProcessGroup
 from tasks.gpt.loss import supervised_nats, token_nats
 from tasks.gpt.trunk import Trunk
-from tasks.gpt.world import ALONE, World
 from tasks.gpt.worth import Worth
 
 
@@ -49,7 +49,7 @@ class Objective(Protocol):
         """Return the same over batches that are filled up to so many sequences, with empty ones."""
 
     def measure(
-        self, model: GPT2LMHeadModel, at_once: int, device: torch.device, trunk: Trunk, world: World = ALONE
+        self, model: GPT2LMHeadModel, at_once: int, device: torch.device, trunk: Trunk, world: ProcessGroup = SINGLE
     ) -> dict[str, float] | None:
         """Measure the validation split; `val_nll` is what the best weights have least of. None: there are no units.
 
@@ -92,13 +92,13 @@ class EachToken:
 
     @torch.no_grad()
     def measure(
-        self, model: GPT2LMHeadModel, at_once: int, device: torch.device, trunk: Trunk, world: World = ALONE
+        self, model: GPT2LMHeadModel, at_once: int, device: torch.device, trunk: Trunk, world: ProcessGroup = SINGLE
     ) -> dict[str, float] | None:
         """Return the mean loss of the validation split's supervised tokens."""
         supervised = self.val.supervised() if len(self.val) else 0
         if not supervised:
             return None
         total = torch.zeros((), dtype=torch.float64)
-        for rows, count in world.dealt(np.arange(len(self.val)), at_once):
+        for rows, count in world.shard(np.arange(len(self.val)), at_once):
             total += token_nats(model, *self.val.batch(rows, device), trunk=trunk).cpu().double().sum() * count
-        return {"val_nll": world.total(total).item() / supervised}
+        return {"val_nll": world.sum(total).item() / supervised}

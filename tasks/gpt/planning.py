@@ -19,11 +19,11 @@ from tasks.gpt.affine import lean
 from tasks.gpt.average import copies
 from tasks.gpt.batches import Plan, Split
 from tasks.gpt.device import free_memory, product_rate
+from tasks.gpt.distributed import SINGLE, ProcessGroup
 from tasks.gpt.loss import supervised_nats
 from tasks.gpt.run import Machine, Settings
 from tasks.gpt.trunk import Trunk, hidden_states, recomputing
 from tasks.gpt.weights import parameter_count, trained
-from tasks.gpt.world import ALONE, World
 
 log = logging.getLogger("treeline.train")
 LESS = "lower encode.pack or block, or take a smaller model"
@@ -40,7 +40,7 @@ def planned(
     asked: int | Literal["auto"] | None,
     clock: Callable[[], float],
     recompute: bool | Literal["auto"] = False,
-    world: World = ALONE,
+    world: ProcessGroup = SINGLE,
     sharded: bool = False,
 ) -> tuple[int, bool]:
     """Return the sequences to take at once, and whether to compute blocks again on the way back.
@@ -58,20 +58,20 @@ def planned(
         world: Who shares the work; what one of them has memory for, all take.
         sharded: Whether each of them is to hold a part of the model.
     """
-    world.begin()
+    world.heartbeat()
     shape = _shape(model, splits, settings, device, world.size if sharded else 1)
     free = free_memory(device)
     if free is not None and device.type == "cpu":
-        free //= world.neighbours  # who all take from the same memory
+        free //= world.local_size  # who all take from the same memory
     share = math.ceil(settings.sequences / world.size)  # more at once would be rows that count as nothing
     size, shape = _fitted(shape, free or 1 << 62, share, asked, recompute)
     took = _seconds(model, splits, settings, device, clock, shape, size) / world.size
-    world.begin()
-    if world.first:
+    world.heartbeat()
+    if world.is_main:
         log.info("train.plan: %s", need.said(shape, size, free, took))
     if free is not None and need.memory(shape, size) > free:
         log.warning("train.plan: that is more than is free; set train.micro_batch to auto, or lower encode.block")
-    return world.least(size), world.any(shape.recompute)
+    return world.min(size), world.any(shape.recompute)
 
 
 def _shape(

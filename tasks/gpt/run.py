@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from tasks.gpt.distributed import SINGLE, ProcessGroup
 from tasks.gpt.interrupt import Interrupt
-from tasks.gpt.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Machine:
     checkpoint_seconds: float = 120.0
     keep: int = 2
     interrupt: Interrupt = field(default_factory=Interrupt)
-    world: World = ALONE
+    world: ProcessGroup = SINGLE
     sharded: bool = False
     named: Callable[[Sequence[int]], str] = _numbers
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tasks.errors import InputError
-from tasks.oasst.fields import Fault, wrong
+from tasks.oasst.advice import as_messages, listed
+from tasks.oasst.fields import Fault, as_json, wrong
 from tasks.oasst.laid import Laid
 from tasks.oasst.lines import Limits, Line, Lines
+from tasks.oasst.parquet import is_parquet, parquet_rows
 from tasks.oasst.tree import EXTRA, ID, TREE, Layout, Row, arrange, flat_tree_id, messages_in
 from tasks.oasst.typed import Arranged, arranged, read
 
@@ -26,11 +26,8 @@ Form = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # a row of another data
 # Lines -> id and messages of each good nested tree; None where the careful reader must look.
 Quick = Callable[[Sequence[bytes | memoryview]], Sequence[tuple[str, Arranged | Laid] | None]]
 
-PARQUET = b"PAR1"
 TOGETHER = 1 << 18  # bytes of lines that are looked at together: some 15 trees, whose objects stay in a cache
 MANY = 1 << 24  # of them, where trees are remembered: to look one up alone costs more than to read it
-BATCH = 1_000  # Parquet rows turned into Python objects at a time
-NEEDED = ("message_id", "text", "role")  # columns that a flat table must have
 
 
 class Place(NamedTuple):
@@ -62,6 +59,7 @@ class Bad(NamedTuple):
         trees: Trees lost with it.
         messages: Messages lost with it, as far as they could be counted.
         raw: The line; None: `Dump.recall` finds it.
+        do: What makes it one that can be taken, where that is known.
     """
 
     place: Place
@@ -71,6 +69,7 @@ class Bad(NamedTuple):
     trees: int
     messages: int
     raw: bytes | None = None
+    do: str = ""
 
 
 @dataclass
@@ -153,7 +152,7 @@ class Dump:
         except Fault as fault:
             self.unreadable += 1
             # a published file holds one tree a line; among flat messages nobody knows whose line this was
-            return Bad(place, fault.code, fault.message, None, 0 if flat else 1, 0, raw)
+            return Bad(place, fault.code, fault.message, None, 0 if flat else 1, 0, raw, fault.do)
         key = next((key for key in self._forms if key in value), None)
         # rows of another dataset may have a `prompt`, too, of their own kind
         if "prompt" in value and not (key and type(value["prompt"]) is not dict and type(value[key]) is list):
@@ -167,16 +166,17 @@ class Dump:
         except Fault as fault:
             lost = row[key]
             return Bad(place, fault.code, fault.message, None, 1, len(lost) if type(lost) is list else 0, raw)
-        return self._nested(place, tree, raw)
+        return self._nested(place, tree, raw, foreign=True)
 
-    def _nested(self, place: Place, tree: Mapping[str, Any], raw: bytes | None) -> Found | Bad:
+    def _nested(self, place: Place, tree: Mapping[str, Any], raw: bytes | None, foreign: bool = False) -> Found | Bad:
         try:
-            rows = self._layout.rows_of(tree)
+            rows = self._layout.rows_of(tree, foreign)
             in_order = arrange(rows)
         except Fault as fault:
             tree_id = tree.get("message_tree_id")
             named = tree_id if type(tree_id) is str else None
-            return Bad(place, fault.code, fault.message, named, 1, messages_in(tree), raw)
+            do = as_messages(tree) if fault.code == "schema.prompt" and not foreign else ""
+            return Bad(place, fault.code, fault.message, named, 1, messages_in(tree), raw, do)
         return Found(place, rows[0][TREE], arranged(in_order), len(rows) - len(in_order))
 
     def _gather(self, place: Place, message: Mapping[str, Any], raw: bytes | None) -> Bad | None:
@@ -196,7 +196,7 @@ class Dump:
         return None
 
     def _of_parquet(self, index: int, path: Path) -> Iterator[Found | Bad]:
-        for number, row in parquet_rows(path, self._forms):
+        for number, row in parquet_rows(path, self._forms, self._limits):
             self.lines += 1
             place = Place(index, number, -1)
             key = next((key for key in self._forms if key in row), None)
@@ -270,7 +270,8 @@ def loads(raw: bytes, forms: Collection[str] = ()) -> dict[str, Any]:
         raise wrong("line", "object", value)
     if "prompt" not in value and "message_id" not in value and not any(key in value for key in forms):
         others = "".join(f" or a row with `{key}`" for key in forms)
-        raise Fault("schema.line", f"expected a tree with `prompt` or a message with `message_id`{others}, got neither")
+        expected = f"expected a tree with `prompt` or a message with `message_id`{others}"
+        raise Fault("schema.line", f"{expected}, got {listed(value) or 'no field'}", as_messages(value))
     return value
 
 
@@ -284,41 +285,10 @@ def _unreadable(raw: bytes, error: orjson.JSONDecodeError) -> Fault:
     return Fault(code, f"column {error.colno}: {error.msg}")
 
 
-def is_parquet(path: Path) -> bool:
-    """Tell a Parquet file by its first bytes."""
-    with path.open("rb") as file:
-        return file.read(len(PARQUET)) == PARQUET
-
-
-def parquet_rows(path: Path, forms: Collection[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the rows of a flat Parquet file, or of one that has a column of `forms`, numbered from 1.
-
-    Raises:
-        InputError: If the file is corrupt, empty or lacks a column.
-    """
-    number = 0
-    try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
-        missing = [column for column in NEEDED if column not in file.schema_arrow.names]
-        if missing and not any(key in file.schema_arrow.names for key in forms):
-            raise InputError(f"{path.name} has no column {', '.join(missing)}", code="parquet.schema")
-        for batch in file.iter_batches(BATCH):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path.name} is not a whole Parquet file ({error})", f"Seen after {number:,} rows",
-            "Copy or download it again", "parquet.corrupt",
-        ) from error  # fmt: skip
-    if not number:
-        raise InputError(f"{path.name} has no rows", code="input.empty")
-
-
 def _raw_lines(index: int, path: Path, limits: Limits | None, forms: Collection[str]) -> Iterator[tuple[Place, bytes]]:
     if is_parquet(path):
-        for number, row in parquet_rows(path, forms):
-            yield Place(index, number, -1), orjson.dumps(row, default=str)
+        for number, row in parquet_rows(path, forms, limits):
+            yield Place(index, number, -1), (as_json(row) or "").encode()
     else:
         for line in Lines(path, limits):
             yield Place(index, line.number, line.offset), bytes(line.raw)

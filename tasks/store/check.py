@@ -2,20 +2,23 @@
 
 No file format of the chain protects itself: one flipped bit is read back silently in most cases. So SHA-256 is checked
 before an artifact is used. A file whose identity (inode, size, mtime, ctime) has not changed since it was hashed is not
-hashed again; `verify` ignores that memory.
+hashed again, so what changes below the file system is not seen; `verify` ignores that memory, and so does every use
+where `TREELINE_REHASH` is set.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tasks.jsonfile import read_json
 from tasks.store.canonical import sha256_file
+from tasks.store.disk import write_whole
 from tasks.store.manifest import NAME, Manifest, UnreadableManifest, read_manifest
-from tasks.store.owner import mark
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,12 @@ def examine(folder: Path, memory: Path | None = None) -> Manifest | Fault:
     return manifest
 
 
+def added(folder: Path, manifest: Manifest) -> list[str]:
+    """Name what lies in a folder though it was not published; hidden files, as systems leave them, are passed over."""
+    found = (path.name for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted({*found} - {NAME, *manifest.files})
+
+
 def _wrong(path: Path, size: int, sha256: str, known: tuple[str, Identity] | None) -> str | None:
     try:
         found = path.lstat()
@@ -78,9 +87,11 @@ def _wrong(path: Path, size: int, sha256: str, known: tuple[str, Identity] | Non
 
 
 def recall(memory: Path) -> dict[str, tuple[str, Identity]]:
-    """Read which file identities were hashed before; nothing, where the memory is missing or broken."""
+    """Read which file identities were hashed before; nothing where that is missing or broken, or is not to be used."""
+    if os.environ.get("TREELINE_REHASH", "") not in {"", "0"}:
+        return {}
     try:
-        found = json.loads(memory.read_bytes())
+        found = read_json(memory)
         return {str(name): (str(sha256), list(seen)) for name, (sha256, seen) in found.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
@@ -96,7 +107,4 @@ def remember_files(memory: Path, seen: dict[str, tuple[str, Identity]]) -> None:
     if recall(memory) == seen:
         return
     with suppress(OSError):
-        memory.parent.mkdir(exist_ok=True)
-        new = memory.with_name(f"{memory.name}.{mark()}")
-        new.write_text(json.dumps(seen), encoding="utf-8")
-        new.replace(memory)
+        write_whole(memory, json.dumps(seen).encode())

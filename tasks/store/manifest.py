@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter
+
+from tasks.errors import StoreError
+from tasks.jsonfile import MOST, read_json
 from tasks.store.canonical import sha256_of
 
 NAME = "manifest.json"
 SCHEMA = 1  # of the manifest itself; a reader refuses a newer one and treats an unknown one as absent
+_FILE = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}")  # a plain name, so that no manifest leads out of its folder
 
 
 class UnreadableManifest(ValueError):
@@ -22,7 +28,8 @@ class UnreadableManifest(ValueError):
 class FileEntry:
     """One file of an artifact: its size in bytes and the sha256 of its content."""
 
-    bytes: int
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    bytes: NonNegativeInt
     sha256: str
 
 
@@ -67,6 +74,7 @@ class Manifest:
         notices: What was lost on the way to it: those of its inputs, then its own. Never keyed.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     key: str
     kind: str
     recipe: dict[str, Any]
@@ -79,16 +87,34 @@ class Manifest:
     notices: tuple[Notice, ...] = ()
 
 
+_MANIFEST = TypeAdapter(Manifest)
+
+
+class Relied(BaseModel):
+    """What commands rely on in a recipe and an origin: a manifest may come from elsewhere, and its seal is a hash."""
+
+    step: str = ""
+    params: dict[str, Any] = {}
+    inputs: dict[str, str] = {}
+    texts: dict[str, dict[str, int]] = {}
+
+
 def content_digest(files: dict[str, FileEntry], records: frozenset[str] = frozenset()) -> str:
     """Return the digest that stands for an artifact's content in the keys of what is made from it."""
     return sha256_of({name: entry.sha256 for name, entry in files.items() if name not in records})
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Path:
-    """Write the manifest, sealed with the hash of itself, and return its path."""
+    """Write the manifest, sealed with the hash of itself, and return its path.
+
+    Raises:
+        StoreError: If it is too large to be read again.
+    """
     body = asdict(manifest)
-    path = folder / NAME
-    path.write_bytes(json.dumps({"seal": sha256_of(body), **body}, indent=1, ensure_ascii=False).encode())
+    path, content = folder / NAME, json.dumps({"seal": sha256_of(body), **body}, indent=1, ensure_ascii=False).encode()
+    if len(content) > MOST:
+        raise StoreError(f"the manifest has {len(content):,} bytes, at most {MOST:,} are read", str(path))
+    path.write_bytes(content)
     return path
 
 
@@ -99,15 +125,14 @@ def read_manifest(folder: Path) -> Manifest:
         UnreadableManifest: If it is missing, cut, altered, or not of this schema.
     """
     try:
-        body = json.loads((folder / NAME).read_bytes())
+        body = read_json(folder / NAME)
         seal = body.pop("seal")
         if body["schema"] != SCHEMA:
             raise UnreadableManifest(f"manifest has schema {body['schema']!r}, this program knows {SCHEMA}")
         if seal != sha256_of(body):
             raise UnreadableManifest("manifest was altered: its seal does not match")
-        body["files"] = {name: FileEntry(**entry) for name, entry in body["files"].items()}
-        body["notices"] = tuple(Notice(**entry) for entry in body.get("notices", ()))
-        made = Manifest(**body)
+        made = _MANIFEST.validate_python(body)
+        Relied.model_validate({**made.origin, **made.recipe})
     except UnreadableManifest:
         raise
     except FileNotFoundError:
@@ -116,4 +141,6 @@ def read_manifest(folder: Path) -> Manifest:
         raise UnreadableManifest(f"manifest cannot be read: {type(error).__name__}") from error
     if made.key != sha256_of(made.recipe):
         raise UnreadableManifest("manifest's key is not the hash of its recipe")
+    if odd := [name for name in made.files if name in {".", "..", NAME} or not _FILE.fullmatch(name)]:
+        raise UnreadableManifest(f"manifest names {odd[0]!r}, which is no file of its folder")
     return made

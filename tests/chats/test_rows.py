@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from flows.exporting import messages as export
 from tasks.artifacts import Counts, Dialogues, Messages, RawTrees
 from tasks.chats.rows import tree_of
 from tasks.errors import InputError
+from tasks.oasst.advice import as_messages
 from tasks.oasst.fields import Fault
 from tasks.parse import ParseParams, parse
 from tasks.store.manifest import FileEntry, Manifest
@@ -279,5 +282,52 @@ def test_a_tree_id_with_ids_of_another_first_message_is_refused_and_not_taken_fo
 
 def test_a_table_of_neither_form_is_refused_by_its_columns(tmp_path: Path) -> None:
     pq.write_table(pa.table({"conversations": ["a"]}), tmp_path / "other.parquet")
-    with pytest.raises(Exception, match="no column message_id"):
+    with pytest.raises(InputError, match=r"has the columns `conversations`; expected `messages`, .*polars.*jq"):
         parsed(tmp_path / "out", tmp_path / "other.parquet")
+
+
+def test_a_field_of_a_message_that_has_a_name_of_ours_for_something_else_is_kept_aside(tmp_path: Path) -> None:
+    own: dict[str, Any] = {
+        "labels": ["funny", "short"], "rank": "best", "created_date": "Tuesday", "user_id": 5, "emojis": [1],
+        "detoxify": "low", "deleted": "no", "tree_state": 7,
+    }  # fmt: skip
+    row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", **own}]}
+    counts, messages, rejected = parsed(tmp_path / "out", lines(tmp_path, row))
+    assert rejected.is_empty()
+    assert json.loads(messages["extra"][1]) == {f"message.{name}": value for name, value in own.items()}
+    assert counts["unknown_fields"] == {f"message.{name}": 1 for name in own}
+    assert messages["text"].to_list() == ["x", "y"]
+    assert messages["rank"].to_list() == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"conversations": [], "id": 5}, r"got `conversations`, `id`.*`messages` of `conversations`: jq -c"),
+        ({"instruction": "q", "output": "a"}, r"got `instruction`, `output`.*`messages` of `instruction`, `output`"),
+        ({"prompt": "q", "completion": "a"}, r"schema.prompt.*`messages` of `prompt`, `completion`"),
+        ({"a": 1, "b\n[x]": 2}, r"got `a`, `b\\n\[x\]`\. Write each row as"),
+        ({}, r"got no field"),
+    ],
+)
+def test_a_row_of_another_form_is_named_by_its_fields_with_how_to_make_messages_of_it(
+    tmp_path: Path, row: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        parsed(tmp_path / "out", lines(tmp_path, row))
+
+
+@pytest.mark.skipif(not shutil.which("jq"), reason="jq is not here")
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"instruction": "q", "output": "a"},
+    ],
+)
+def test_what_the_advice_makes_is_read(tmp_path: Path, row: dict[str, Any]) -> None:
+    file, made = lines(tmp_path, row), tmp_path / "made.jsonl"
+    script = as_messages(row).partition("jq -c '")[2].partition("'")[0]
+    made.write_bytes(subprocess.run(["jq", "-c", script, str(file)], capture_output=True, check=True).stdout)
+    _, messages, _ = parsed(tmp_path / "out", made)
+    assert messages["text"].to_list() == ["q", "a"]

@@ -7,10 +7,10 @@ import torch
 
 from tasks.errors import TrainingError
 from tasks.gpt import planning
+from tasks.gpt.distributed import ProcessGroup
+from tasks.gpt.parallel import should_shard, training_bytes
 from tasks.gpt.planning import memory_named, planned
-from tasks.gpt.spread import held, parted
 from tasks.gpt.weights import freeze, parameter_count
-from tasks.gpt.world import World
 from tests.gpt.test_loop import CPU, MACHINE, SETTINGS, split, start
 
 
@@ -45,18 +45,18 @@ def test_blocks_are_computed_again_where_asked_or_where_memory_would_run_out(mon
     assert (choice(3, "auto"), choice(3, False), choice("auto", "auto")) == ((3, True), (3, False), (1, True))
 
 
-class Two(World):
-    """A world of two ranks, of which the other one is always of this one's opinion."""
+class Two(ProcessGroup):
+    """A group of two ranks, of which the other one always has this one's values."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.size = self.neighbours = 2
+        self.size = self.local_size = 2
 
-    def any(self, mine: bool) -> bool:
-        return mine
+    def any(self, flag: bool) -> bool:
+        return flag
 
-    def least(self, mine: int) -> int:
-        return mine
+    def min(self, number: int) -> int:
+        return number
 
 
 def of_two(asked: object, sharded: bool = False) -> int:
@@ -93,18 +93,18 @@ def test_a_model_that_is_to_be_parted_is_not_tried_whole(monkeypatch: pytest.Mon
 
 def test_training_holds_one_number_of_what_is_frozen_and_four_of_what_is_trained() -> None:
     model = start()
-    assert held(model) == 16 * parameter_count(model)
+    assert training_bytes(model) == 16 * parameter_count(model)
     freeze(model, 1)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    assert held(model) == 4 * parameter_count(model) + 12 * trained < 16 * parameter_count(model)
+    assert training_bytes(model) == 4 * parameter_count(model) + 12 * trained < 16 * parameter_count(model)
 
 
 def test_auto_says_so_where_an_average_keeps_a_large_model_whole(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("tasks.gpt.spread.free_memory", lambda device: 1)
+    monkeypatch.setattr("tasks.gpt.parallel.free_memory", lambda device: 1)
     gpu = torch.device("cuda", 0)
-    assert [parted(start(), gpu, "auto", average, Two()) for average in ("none", "ema")] == [True, False]
+    assert [should_shard(start(), gpu, "auto", average, Two()) for average in ("none", "ema")] == [True, False]
     assert "stays whole all the same: average = ema is of whole weights" in caplog.text
 
 

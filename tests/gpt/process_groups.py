@@ -1,4 +1,4 @@
-"""Worlds of ranks for tests: `python -m tests.gpt.worlds FOLDER NAME ...` loads torch once and forks each rank."""
+"""Process groups for tests: `python -m tests.gpt.process_groups FOLDER NAME ...` loads torch once, forks each rank."""
 
 import json
 import os
@@ -15,6 +15,7 @@ import torch
 
 from tasks.errors import TrainingError
 from tasks.gpt.batches import Array, Split
+from tasks.gpt.distributed import ProcessGroup, join_group
 from tasks.gpt.interrupt import Interrupted
 from tasks.gpt.loop import fit
 from tasks.gpt.lora import attach
@@ -22,8 +23,8 @@ from tasks.gpt.objective import EachToken
 from tasks.gpt.preference import EachPair, Replies, Side
 from tasks.gpt.run import Machine, Settings
 from tasks.gpt.weights import freeze
-from tasks.gpt.world import World, joined
 from tests.gpt import test_loop
+from tests.waiting import patience
 
 STEP = replace(test_loop.SETTINGS, sequences=8, epochs=2)  # of 21 sequences: steps of 8, 8 and 5
 MACHINE = replace(test_loop.MACHINE, micro_batch=2)
@@ -31,7 +32,12 @@ Told = dict[str, Any]
 
 
 def trained(
-    folder: Path, world: World, settings: Settings = STEP, machine: Machine = MACHINE, rows: int = 21, **more: Any
+    folder: Path,
+    world: ProcessGroup,
+    settings: Settings = STEP,
+    machine: Machine = MACHINE,
+    rows: int = 21,
+    **more: Any,
 ) -> Told:
     """Train as this rank, and tell what came of it."""
     folder.mkdir(exist_ok=True)
@@ -58,78 +64,78 @@ def held() -> str:
     return repr((torch._dynamo.config.optimize_ddp, warnings.filters))
 
 
-def plain(folder: Path, world: World) -> Told:
+def plain(folder: Path, world: ProcessGroup) -> Told:
     return trained(folder, world)
 
 
-def sharded(folder: Path, world: World) -> Told:
+def sharded(folder: Path, world: ProcessGroup) -> Told:
     return trained(folder, world, machine=replace(MACHINE, sharded=True))
 
 
-def recomputed(folder: Path, world: World) -> Told:
+def recomputed(folder: Path, world: ProcessGroup) -> Told:
     """Parts of the model, and blocks that are computed again on the way back."""
     return trained(folder, world, machine=replace(MACHINE, sharded=True, recompute=True))
 
 
-def even(folder: Path, world: World) -> Told:
+def even(folder: Path, world: ProcessGroup) -> Told:
     """Steps that two ranks do in one turn each, and one rank in two."""
     return trained(folder, world, machine=replace(MACHINE, micro_batch=4), rows=16)
 
 
-def even_sharded(folder: Path, world: World) -> Told:
+def even_sharded(folder: Path, world: ProcessGroup) -> Told:
     return trained(folder, world, machine=replace(MACHINE, micro_batch=4, sharded=True), rows=16)
 
 
-def averaged(folder: Path, world: World) -> Told:
+def averaged(folder: Path, world: ProcessGroup) -> Told:
     return trained(folder, world, replace(STEP, average="ema"))
 
 
-def averaged_stopped(folder: Path, world: World) -> Told:
+def averaged_stopped(folder: Path, world: ProcessGroup) -> Told:
     return stopped(folder, world, settings=replace(STEP, average="ema"))
 
 
-def last(folder: Path, world: World) -> Told:
+def last(folder: Path, world: ProcessGroup) -> Told:
     return trained(folder, world, replace(STEP, average="last", average_count=2))
 
 
-def last_stopped(folder: Path, world: World) -> Told:
+def last_stopped(folder: Path, world: ProcessGroup) -> Told:
     return stopped(folder, world, settings=replace(STEP, average="last", average_count=2))
 
 
-def frozen(folder: Path, world: World) -> Told:
+def frozen(folder: Path, world: ProcessGroup) -> Told:
     return trained(folder, world, frozen=1)
 
 
-def frozen_sharded(folder: Path, world: World) -> Told:
+def frozen_sharded(folder: Path, world: ProcessGroup) -> Told:
     return trained(folder, world, machine=replace(MACHINE, sharded=True), frozen=1)
 
 
-def adapted(folder: Path, world: World) -> Told:
+def adapted(folder: Path, world: ProcessGroup) -> Told:
     return trained(folder, world, lora=2)
 
 
-def adapted_sharded(folder: Path, world: World) -> Told:
+def adapted_sharded(folder: Path, world: ProcessGroup) -> Told:
     return trained(folder, world, machine=replace(MACHINE, sharded=True), lora=2)
 
 
-def lonely(folder: Path, world: World) -> Told:
+def lonely(folder: Path, world: ProcessGroup) -> Told:
     """One sequence in the last step: the other ranks have none."""
     return trained(folder, world, rows=17)
 
 
-def lonely_sharded(folder: Path, world: World) -> Told:
+def lonely_sharded(folder: Path, world: ProcessGroup) -> Told:
     return trained(folder, world, machine=replace(MACHINE, sharded=True), rows=17)
 
 
-def adapted_averaged(folder: Path, world: World) -> Told:
+def adapted_averaged(folder: Path, world: ProcessGroup) -> Told:
     return trained(folder, world, replace(STEP, average="ema"), lora=2)
 
 
-def preferred_sharded(folder: Path, world: World) -> Told:
+def preferred_sharded(folder: Path, world: ProcessGroup) -> Told:
     return preferred(folder, world, replace(MACHINE, sharded=True))
 
 
-def preferred(folder: Path, world: World, machine: Machine = MACHINE) -> Told:
+def preferred(folder: Path, world: ProcessGroup, machine: Machine = MACHINE) -> Told:
     """Two replies to each of some prompts, the first one better."""
     sides: list[Side] = []
     for rows in (21, 5):
@@ -141,23 +147,23 @@ def preferred(folder: Path, world: World, machine: Machine = MACHINE) -> Told:
     return trained(folder, world, machine=machine, train=aim.train, objective=aim)
 
 
-def stopped(folder: Path, world: World, sharded: bool = False, settings: Settings = STEP) -> Told:
+def stopped(folder: Path, world: ProcessGroup, sharded: bool = False, settings: Settings = STEP) -> Told:
     """Stop all at the fourth step, because one rank was asked to."""
     machine = replace(MACHINE, sharded=sharded, interrupt=type(MACHINE.interrupt)())
     saving = replace(machine, checkpoint_seconds=0.0)
     return trained(folder, world, settings, machine=saving, objective=Asking(machine, world))
 
 
-def stopped_sharded(folder: Path, world: World) -> Told:
+def stopped_sharded(folder: Path, world: ProcessGroup) -> Told:
     return stopped(folder, world, sharded=True)
 
 
-def poisoned(folder: Path, world: World) -> Told:
+def poisoned(folder: Path, world: ProcessGroup) -> Told:
     """The loss of one sequence is no number."""
     return trained(folder, world, objective=Poisoned(test_loop.split(21), test_loop.split(5, seed=1), 7))
 
 
-def poisoned_sharded(folder: Path, world: World) -> Told:
+def poisoned_sharded(folder: Path, world: ProcessGroup) -> Told:
     machine = replace(MACHINE, sharded=True)
     return trained(folder, world, machine=machine, objective=Poisoned(test_loop.split(21), test_loop.split(5), 7))
 
@@ -165,7 +171,7 @@ def poisoned_sharded(folder: Path, world: World) -> Told:
 class Asking(EachToken):
     """Asks to stop in the middle of the fourth step, on the last rank."""
 
-    def __init__(self, machine: Machine, world: World) -> None:
+    def __init__(self, machine: Machine, world: ProcessGroup) -> None:
         super().__init__(test_loop.split(21), test_loop.split(5, seed=1))
         object.__setattr__(self, "asks", (machine.interrupt, world, []))
 
@@ -189,15 +195,15 @@ class Poisoned(EachToken):
         return found * torch.nan if self.row in rows and share else found  # type: ignore[attr-defined]
 
 
-def in_world(size: int, folder: Path, work: Callable[[Path, World], Told]) -> list[Told]:
-    """Do some work on each rank of a world of its own, and return what they tell."""
+def in_group(size: int, folder: Path, work: Callable[[Path, ProcessGroup], Told]) -> list[Told]:
+    """Do some work on each rank of a process group of its own, and return what each reports."""
     children, meeting = [], folder.with_suffix(".meeting")
     for rank in range(size):
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                with joined(rank, size, rank, f"file://{meeting}", patience=60.0) as world:
+                with join_group(rank, size, rank, f"file://{meeting}", timeout=patience(60)) as world:
                     told = work(folder, world)
                 folder.with_suffix(f".{rank}").write_text(json.dumps(told))
                 code = 0
@@ -217,5 +223,5 @@ if __name__ == "__main__":
     home, told = Path(sys.argv[1]), {}
     for order in sys.argv[2:]:  # size:work:folder
         number, name, place = order.split(":")
-        told[order] = in_world(int(number), home / place, globals()[name])
+        told[order] = in_group(int(number), home / place, globals()[name])
     print(json.dumps(told))

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -16,8 +15,9 @@ import pytest
 import torch
 
 from tasks.errors import ConfigurationError
-from tasks.gpt.spread import suited
-from tasks.gpt.world import World
+from tasks.gpt.distributed import ProcessGroup
+from tasks.gpt.parallel import parallel_settings
+from tests.waiting import run
 
 ROOT = Path(__file__).parents[2]
 # size:work:folder; one that names a folder again goes on from the checkpoint that the other one left there
@@ -74,10 +74,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def told(home: Path) -> Told:
     """What each rank of each world tells; torch is loaded once."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.gpt.worlds", str(home), *ORDERS], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}, check=False,
-    )  # fmt: skip
+    asked = [sys.executable, "-m", "tests.gpt.process_groups", str(home), *ORDERS]
+    done = run(asked, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
     assert done.returncode == 0, done.stderr
     found: Told = json.loads(done.stdout)
     return found
@@ -97,7 +95,7 @@ def test_what_training_sets_for_the_whole_process_is_as_it_was_afterwards(told: 
 
 def test_only_many_ranks_change_what_torch_holds_for_the_process() -> None:
     for alone in (True, False):
-        with suited(cast(World, SimpleNamespace(alone=alone))):
+        with parallel_settings(cast(ProcessGroup, SimpleNamespace(is_single=alone))):
             assert torch._dynamo.config.optimize_ddp is alone
             assert any("FSDP2" in str(one[1]) for one in warnings.filters) is not alone
     assert torch._dynamo.config.optimize_ddp
@@ -171,9 +169,9 @@ def test_speed_is_counted_over_all_ranks(told: Told, home: Path) -> None:
 
 
 def alike(size: int, rank: int, rows: int, at_once: int) -> list[tuple[list[int], bool]]:
-    world = World.__new__(World)
-    world.rank, world.size, world.beats = rank, size, 0
-    return [(some.tolist(), counts) for some, counts in world.dealt(np.arange(rows), at_once)]
+    world = ProcessGroup.__new__(ProcessGroup)
+    world.rank, world.size, world.heartbeats = rank, size, 0
+    return [(some.tolist(), counts) for some, counts in world.shard(np.arange(rows), at_once)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -201,7 +199,7 @@ def test_a_rank_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         third().device(torch.device("cuda"))
 
 
-def third() -> World:
-    world = World(rank=2, local=2)
+def third() -> ProcessGroup:
+    world = ProcessGroup(rank=2, local_rank=2)
     world.size = 4
     return world

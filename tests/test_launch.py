@@ -5,10 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,16 @@ import pytest
 from flows import running
 from tasks.artifacts import Tokens
 from tasks.errors import InputError, ParameterError, RankLost
+from tasks.gpt.distributed import ProcessGroup
 from tasks.gpt.interrupt import Interrupted
-from tasks.gpt.world import World
+from tasks.launch import _run_jobs, num_processes, run_distributed, torchrun_group
 from tasks.progress import listening
 from tasks.step import ROOT
 from tasks.store.canonical import sha256_of
 from tasks.store.manifest import write_manifest
-from tasks.together import _follow, folders_named, in_torchrun, processes, together
 from tasks.train import TrainParams, TrainRuntime, train
 from tests.test_train import MORE, RUN, tokens_in
+from tests.waiting import ended, run, started, until
 
 PARAMS = TrainParams(**{**MORE, "dropout": 0.0, "epochs": 6})
 TWO = RUN.model_copy(update={"processes": 2, "checkpoint_seconds": 0.0})
@@ -37,9 +37,9 @@ from pathlib import Path
 from tasks.artifacts import Tokens
 from tasks.store.manifest import read_manifest
 from tasks.train import TrainParams, TrainRuntime, train
-from tasks.together import in_torchrun
+from tasks.launch import torchrun_group
 out, tokens, params, run = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
-with in_torchrun() as leads:
+with torchrun_group() as leads:
     if leads:
         train.function(out, Tokens(tokens, read_manifest(tokens)), TrainParams(**params), TrainRuntime(**run))
 """
@@ -76,7 +76,7 @@ def ranks_of(parent: int) -> list[int]:
     children = Path(f"/proc/{parent}/task").glob("*/children")
     found = [int(child) for path in children for child in path.read_text().split()]
     told = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in found}
-    return [child for child, line in told.items() if b"tasks.rank" in line or b"in_torchrun" in line]
+    return [child for child, line in told.items() if b"tasks.worker" in line or b"torchrun_group" in line]
 
 
 class Striking:
@@ -114,7 +114,7 @@ def test_a_killed_rank_is_begun_again_and_the_outcome_is_the_same(
 
     with listening(Striking(5, strike)):
         log = log_of(trained(tmp_path, tokens))
-    assert "rank 1 of 2 was killed by SIGKILL; all go on from the last checkpoint" in caplog.text
+    assert "rank 1 of 2 was killed by SIGKILL; all ranks resume from the last checkpoint" in caplog.text
     assert losses(log) == pytest.approx(losses(alone), rel=1e-5)
 
 
@@ -136,23 +136,9 @@ def training(out: Path, tokens: Tokens, torchrun: bool = False) -> Iterator[subp
     arguments = [str(out), str(tokens.path), long.model_dump_json(), TWO.model_dump_json()]
     by = [*TORCHRUN, "--no-python"] if torchrun else []
     asked = [*by, sys.executable, "-c", TRAINER, *arguments]
-    started = subprocess.Popen(asked, cwd=ROOT, start_new_session=True)
-    try:
-        awaited(lambda: (out / "checkpoints" / "step-00000002").exists(), 120)
-        yield started
-    finally:
-        if started.poll() is None:
-            started.kill()
-        started.wait()
-
-
-def awaited(law: Callable[[], bool], seconds: float) -> float:
-    """Return the seconds until something is so."""
-    began = time.monotonic()
-    while not law():
-        assert time.monotonic() - began < seconds
-        time.sleep(0.05)
-    return time.monotonic() - began
+    with started(asked, cwd=ROOT, start_new_session=True) as launcher:
+        until(lambda: (out / "checkpoints" / "step-00000002").exists(), launcher)
+        yield launcher
 
 
 def runs(process: int) -> bool:
@@ -173,7 +159,26 @@ def test_when_the_launcher_is_killed_no_rank_outlives_it_by_five_seconds(
         ranks = ranks_of(launcher.pid)
         assert len(ranks) == 2
         launcher.kill()
-        awaited(lambda: not any(runs(rank) for rank in ranks), 5.0)
+        until(lambda: not any(runs(rank) for rank in ranks), seconds=5.0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_of_one_machine_listen_on_the_loopback_alone(tokens: Tokens, tmp_path: Path) -> None:
+    with training(tmp_path, tokens) as launcher:
+        addresses = [address for pid in (launcher.pid, *ranks_of(launcher.pid)) for address in listening_addresses(pid)]
+    assert addresses  # gloo's
+    assert {*addresses} <= {"0100007F", "0" * 24 + "01000000"}  # 127.0.0.1 and ::1, as the kernel prints them
+
+
+def listening_addresses(pid: int) -> list[str]:
+    """The local addresses that a process listens on, as /proc/net/tcp prints them."""
+    inodes = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            inodes.add(str(descriptor.readlink()).removeprefix("socket:[").removesuffix("]"))
+    rows = [line.split() for kind in ("tcp", "tcp6") for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
+    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes]
 
 
 @pytest.mark.slow
@@ -184,7 +189,7 @@ def test_asked_to_stop_all_ranks_save_the_same_step_and_the_launcher_ends_by_the
     with training(tmp_path, tokens, torchrun) as launcher:
         ranks = ranks_of(launcher.pid)
         launcher.terminate()
-        assert launcher.wait(20) == (1 if torchrun else -signal.SIGTERM)
+        assert ended(launcher, seconds=20) == (1 if torchrun else -signal.SIGTERM)
         assert not any(runs(rank) for rank in ranks)
     newest = sorted((tmp_path / "checkpoints").glob("step-*"))[-1]
     assert json.loads((newest / "checkpoint.json").read_text())["step"] == log_of(tmp_path)[-1]["step"]
@@ -197,16 +202,16 @@ def test_under_torchrun_rank_0_trains_and_writes_and_the_other_follows(
     """Also where the runtime asks for no more than one process."""
     arguments = [str(tmp_path), str(tokens.path), PARAMS.model_dump_json(), RUN.model_dump_json()]
     asked = [*TORCHRUN, "--no-python", sys.executable, "-c", TRAINER, *arguments]
-    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run(asked, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert losses(log_of(tmp_path)) == pytest.approx(losses(alone), rel=1e-5)
 
 
 def test_of_torchruns_processes_only_rank_0_runs_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "in_torchrun", lambda: nullcontext(False))
+    monkeypatch.setattr(running, "torchrun_group", lambda: nullcontext(False))
     monkeypatch.setattr(running, "_run", lambda asked: 70)
     assert running.run(Namespace()) == 0
-    monkeypatch.setattr(running, "in_torchrun", lambda: nullcontext(True))
+    monkeypatch.setattr(running, "torchrun_group", lambda: nullcontext(True))
     assert running.run(Namespace()) == 70
 
 
@@ -215,17 +220,17 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert processes(TrainRuntime(device="cuda", processes="auto")) == 2
-    assert processes(TrainRuntime(device="cpu", processes="auto")) == 1
+    assert num_processes(TrainRuntime(device="cuda", processes="auto")) == 2
+    assert num_processes(TrainRuntime(device="cpu", processes="auto")) == 1
     with pytest.raises(ParameterError, match="expected at most 2 processes, one a GPU, found 3"):
-        processes(TrainRuntime(device="cuda", processes=3))
+        num_processes(TrainRuntime(device="cuda", processes=3))
 
 
 @pytest.mark.parametrize("step", ["train", "prefer"])
 def test_an_average_of_parts_is_refused_before_anything_is_started(tokens: Tokens, tmp_path: Path, step: str) -> None:
     params, run = PARAMS.model_copy(update={"average": "ema"}), TWO.model_copy(update={"sharding": "full"})
     with pytest.raises(ParameterError, match=rf"{step}\.sharding = full\. Set it to none, or {step}\.average to none"):
-        together(step, tmp_path, {"tokens": tokens}, params, run)
+        run_distributed(step, tmp_path, {"tokens": tokens}, params, run)
 
 
 @pytest.mark.parametrize(
@@ -239,13 +244,13 @@ def test_an_average_of_parts_is_refused_before_anything_is_started(tokens: Token
 def test_a_follower_says_of_a_lost_rank_that_it_is_lost_and_of_anything_else_what_it_is(
     monkeypatch: pytest.MonkeyPatch, raised: Exception, found: type[Exception]
 ) -> None:
-    def fail(order: Any) -> None:
+    def fail(job: Any) -> None:
         raise raised
 
-    monkeypatch.setattr("tasks.rank.perform", fail)
-    monkeypatch.setattr(World, "told", lambda self: {})
+    monkeypatch.setattr("tasks.launch.run_job", fail)
+    monkeypatch.setattr(ProcessGroup, "broadcast", lambda self: {})
     with pytest.raises(found) as caught:
-        _follow()
+        _run_jobs()
     assert type(caught.value) is found
 
 
@@ -255,34 +260,25 @@ def test_a_rank_of_torchrun_that_another_one_stopped_ends_as_if_it_had_been_aske
     named = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     for name, value in named.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("tasks.rank.tie_to", lambda parent: None)
-    monkeypatch.setattr("tasks.gpt.world.joined", lambda *given, **more: nullcontext())
-    with pytest.raises(SystemExit) as ended, in_torchrun():
+    monkeypatch.setattr("tasks.launch.exit_with_parent", lambda parent: None)
+    monkeypatch.setattr("tasks.gpt.distributed.join_group", lambda *given, **more: nullcontext())
+    with pytest.raises(SystemExit) as ended, torchrun_group():
         raise Interrupted
     assert ended.value.code == 143
 
 
-def test_folders_that_are_named_from_here_are_the_same_for_ranks_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: Tokens
-) -> None:
+def test_relative_paths_are_absolute_in_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: Tokens) -> None:
     monkeypatch.chdir(tmp_path)
-    named = {"TREELINE_ARTIFACTS": "a", "TREELINE_MODEL_ROOTS": f"m{os.pathsep}/n", "TREELINE_SOURCE_ROOTS": "s"}
-    for name, value in named.items():
-        monkeypatch.setenv(name, value)
-    assert folders_named() == {
-        "TREELINE_ARTIFACTS": f"{tmp_path}/a",
-        "TREELINE_MODEL_ROOTS": f"{tmp_path}/m{os.pathsep}/n",
-        "TREELINE_SOURCE_ROOTS": f"{tmp_path}/s",
-    }
-    orders: list[dict[str, Any]] = []
-    monkeypatch.setattr("tasks.together._launched", lambda order, *rest: orders.append(order))
-    together("train", tmp_path, {"tokens": tokens}, PARAMS.model_copy(update={"folder": "m/gpt"}), TWO)
-    assert orders[0]["params"]["folder"] == f"{tmp_path}/m/gpt"
+    jobs: list[dict[str, Any]] = []
+    monkeypatch.setattr("tasks.launch._launch", lambda job, *rest: jobs.append(job))
+    params = PARAMS.model_copy(update={"folder": "m/gpt"})
+    run_distributed("train", Path("out"), {"tokens": tokens}, params, TWO)
+    assert (jobs[0]["params"]["folder"], jobs[0]["out"]) == (f"{tmp_path}/m/gpt", f"{tmp_path}/out")
 
 
-def test_a_rank_that_is_started_by_hand_says_what_to_do_instead(tmp_path: Path) -> None:
-    asked = [sys.executable, "-m", "tasks.rank"]
-    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+def test_a_worker_that_is_started_by_hand_says_what_to_do_instead(tmp_path: Path) -> None:
+    asked = [sys.executable, "-m", "tasks.worker"]
+    done = run(asked, cwd=ROOT, stdin=subprocess.DEVNULL)
     assert done.returncode == 78
-    assert "error[config.rank]: a rank was started by hand." in done.stderr
+    assert "error[config.worker]: a worker cannot be started by hand." in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,0 +1,181 @@
+"""A worker: one rank of a distributed step, which calls the step's function; rank 0 alone does so to its end.
+
+`tasks.gpt.launcher` starts it as `python -m tasks.worker` and documents its reports. Under a user's own torchrun the
+processes exist already, and need no more of this module than `run_job`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.artifacts import Counts
+from tasks.errors import ConfigurationError, TreelineError
+from tasks.gpt.interrupt import Interrupted
+from tasks.progress import listening
+from tasks.step import Step
+from tasks.store.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from tasks.gpt.distributed import ProcessGroup
+
+HEARTBEAT_SECONDS = 1.0
+STEPS = ("train", "prefer")  # the steps that can be distributed
+PR_SET_PDEATHSIG = 1
+CONNECTION_ERROR = re.compile("gloo|nccl|connection|peer|timed out|timeout", re.IGNORECASE)  # torch's, of a lost rank
+_in_job: ContextVar[bool] = ContextVar("treeline_in_job", default=False)
+
+
+def in_job() -> bool:
+    """Return whether this process is running a job as one of several ranks."""
+    return _in_job.get()
+
+
+def run_job(job: Mapping[str, Any]) -> Counts | None:
+    """Call a step's function as one rank; return its counts on rank 0, None on the others.
+
+    Args:
+        job: `step` is its name, `inputs` the folders of its artifacts, `params` and `run` its settings, `out` the
+            folder that rank 0 writes to.
+
+    Raises:
+        ConfigurationError: If the step cannot be distributed.
+    """
+    from tasks.gpt.distributed import WorkerDone
+
+    if job["step"] not in STEPS:
+        raise ConfigurationError(f"step {job['step']!r} cannot be distributed", "a worker's job")
+    step: Step[Any, Any] = getattr(importlib.import_module(f"tasks.{job['step']}"), job["step"])
+    arguments: dict[str, Any] = {
+        name: step.inputs[name](Path(folder), read_manifest(Path(folder))) for name, folder in job["inputs"].items()
+    }
+    arguments[step.params_name] = step.params_type(**job["params"])
+    arguments[step.runtime_name] = step.runtime_type(**job["run"])
+    token = _in_job.set(True)
+    try:
+        counts: Counts = step.function(Path(job["out"]), **arguments)
+    except WorkerDone:
+        return None
+    finally:
+        _in_job.reset(token)
+    return counts
+
+
+def exit_with_parent(parent: int) -> None:
+    """Have this process killed when its parent ends, however that ends. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before we could ask
+            os._exit(128 + signal.SIGKILL)
+
+
+class _Pipe:
+    """Sends reports to the launcher; as a progress listener, sends what its bars show."""
+
+    def __init__(self, path: Path) -> None:
+        self.file, self.lock = path.open("w", encoding="utf-8"), threading.Lock()
+
+    def send(self, **report: Any) -> None:
+        """Send one report."""
+        with self.lock:
+            self.file.write(json.dumps(report) + "\n")
+            self.file.flush()
+
+    @contextmanager
+    def bar(self, label: str, total: float | None, unit: str) -> Iterator[_Pipe]:
+        """Open a bar."""
+        self.send(open=[label, total, unit])
+        yield self
+        self.send(close=None)
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        """Advance the bar that was opened last."""
+        self.send(advance=[amount, note])
+
+
+class _PipeHandler(logging.Handler):
+    """Sends log records to the launcher."""
+
+    def __init__(self, pipe: _Pipe) -> None:
+        super().__init__()
+        self.pipe = pipe
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.pipe.send(log=[record.levelno, record.getMessage()])
+
+
+def _send_heartbeats(pipe: _Pipe, group: ProcessGroup) -> None:
+    def repeat() -> None:
+        while True:
+            pipe.send(heartbeats=group.heartbeats)
+            time.sleep(HEARTBEAT_SECONDS)
+
+    threading.Thread(target=repeat, daemon=True).start()
+
+
+def main() -> int:
+    """Run one worker; return its exit code."""
+    if "TREELINE_WORKER_FOLDER" not in os.environ:
+        error = ConfigurationError(
+            "a worker cannot be started by hand",
+            "python -m tasks.worker",
+            "Set train.processes, and run the recipe",
+            "config.worker",
+        )
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    folder = Path(os.environ["TREELINE_WORKER_FOLDER"])
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    exit_with_parent(job["launcher"])
+    from tasks.gpt.launcher import error_to_json, pipe_path
+
+    rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    pipe = _Pipe(pipe_path(folder, attempt, rank))
+    try:
+        _work(job, rank, f"file://{folder}/rendezvous-{attempt}", pipe)
+    except Exception as error:
+        pipe.send(error=error_to_json(error))
+        if not isinstance(error, TreelineError | OSError) and not CONNECTION_ERROR.search(str(error)):
+            traceback.print_exc()  # a bug; the launcher reports all others in a line
+        return error.exit_code if isinstance(error, TreelineError) else 70
+    except Interrupted:
+        return 128 + signal.SIGTERM
+    return 0
+
+
+def _work(job: Mapping[str, Any], rank: int, init_method: str, pipe: _Pipe) -> None:
+    """Join the process group, run the job, and report its counts, if this is rank 0."""
+    from tasks.gpt.distributed import join_group
+
+    is_main = rank == 0
+    logger = logging.getLogger("treeline")
+    logger.addHandler(_PipeHandler(pipe) if is_main else logging.NullHandler())
+    logger.setLevel(logging.INFO)
+    with (
+        join_group(rank, int(os.environ["WORLD_SIZE"]), rank, init_method, job["timeout"]) as group,
+        listening(pipe) if is_main else nullcontext(),
+    ):
+        group.heartbeat()
+        _send_heartbeats(pipe, group)
+        counts = run_job(job)
+        pipe.send(**{"result": counts} if is_main else {"done": None})  # before the ranks part, which may fail
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # torch's threads may wait for ranks that are gone
