@@ -58,6 +58,13 @@ def of_parse(counts: Counts, params: ParseParams) -> Iterator[Notice]:
             f"no step reads these fields (name and count): {named}{others}; they are kept aside, in column extra",
             _sentence(dict.fromkeys(found)) or "Only what stands in `messages`, or in OASST's own fields, is read",
         )
+    if counts["naive_dates"]:
+        yield Notice(
+            "parse.naive_dates",
+            counts["naive_dates"],
+            f"{counts['naive_dates']:,} dates name no offset, and are read as UTC",
+            "Write dates with their offset where they are of another zone",
+        )
     if counts["messages_replaced"] > params.max_bad * counts["messages_in"]:
         yield Notice(
             "parse.replaced",

@@ -99,8 +99,6 @@ def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
                 break
         intake.settle()
         intake.finish(dump)
-    if layout.naive_dates:
-        log.warning("parse: %s dates name no offset, and were read as UTC", f"{layout.naive_dates:,}")
     intake.refuse_if_bad(params.max_bad, dump)
     return {**intake.counts(dump, layout.unknown), "naive_dates": layout.naive_dates}
 

@@ -77,10 +77,15 @@ def _measured_on(report: Figures) -> str:
 
 
 def _notices(report: Figures) -> Iterator[str]:
-    """Say what was lost on the way, in a fence: names of fields are words of the data."""
-    if lost := report.get("notices"):
+    said = [(one["code"], f"{one['cause']}. {one['setting']}.") for one in report.get("notices", ())]
+    if said:
         yield "## Lost or read otherwise"
-        yield fenced("\n\n".join(entry([(one["code"], f"{one['cause']}. {one['setting']}.")]) for one in lost))
+        yield losses(said)
+
+
+def losses(said: Sequence[tuple[str, str]]) -> str:
+    """Say what was lost, code and sentence of each, in a fence: names of fields in them are words of the data."""
+    return fenced("\n\n".join(entry([one]) for one in said))
 
 
 def _measures(report: Figures) -> Iterator[str]:
