@@ -181,7 +181,7 @@ def tune(
     world.heartbeat()  # the weights are there
     adapters = _set_up(model, params)
     settings, block = params.settings(splits[0].block, splits[0].supervised()), splits[0].block
-    if world.first and block > params.batch_tokens:
+    if world.is_main and block > params.batch_tokens:
         what = "train: a step takes a whole sequence, %s tokens, more than batch_tokens = %s; lower encode.pack to that"
         log.warning(what, f"{block:,}", f"{params.batch_tokens:,}")
     device = world.device(device_of(run.device))

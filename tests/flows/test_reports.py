@@ -23,7 +23,7 @@ from tasks.artifacts import Report
 from tasks.errors import UnavailableError
 from tasks.step import Session
 from tasks.store.folders import Store
-from tests.flows.test_served import free_port
+from tests.serving import free_port
 from tests.waiting import ended, started, until
 
 ROOT = Path(__file__).parents[2]
