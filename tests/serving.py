@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from flows import recipe
-from tests.waiting import patience, until
+from tests.waiting import ended, patience, started, until
 
 ROOT = Path(__file__).parents[1]
 TINY = str(Path(__file__).with_name("flows") / "tiny.toml")
