@@ -290,7 +290,7 @@ class _Call:
         if missing:
             raise StoreError(f"step {self.step.name} did not write {', '.join(missing)}", code="step.files")
         if odd:
-            what = f"step {self.step.name} wrote {', '.join(odd)}, which no file of {self.kind} is named"
+            what = f"step {self.step.name} wrote {', '.join(odd)}, which {self.kind} does not declare"
             raise StoreError(what, "", f"declare it in tasks/artifacts.py ({makes.__name__}.optional)", "step.files")
 
     def runtime(self) -> dict[str, Any]:
