@@ -229,7 +229,8 @@ class _Call:
         """Look the artifact up; build it where it is not there."""
         started = time.monotonic()
         if self.run.lease:
-            self.run.lease.hold(f"{self.kind}/{self.key[:SHORT]}")
+            for artifact_id in (f"{self.kind}/{self.key[:SHORT]}", *(self.bound[arg].id for arg in self.step.inputs)):
+                self.run.lease.hold(artifact_id)
         lock = self.store.root / ".locks" / f"{self.kind}-{self.key[:SHORT]}.lock"
         manifest, cached, why = self.look(), True, "nothing changed"
         if manifest is None:
