@@ -354,6 +354,9 @@ def _write(
     """Write both tables, reading the messages once more, a row group at a time; only what is kept is masked."""
     import polars as pl
 
+    from tasks.dialogue.texts import noted, opening_once_masked
+    from tasks.oasst.fields import SYSTEM_CHARS
+
     stay = {row: mask for row, mask in masks.items() if verdicts.reasons[row] is None}
     told = {"reason": verdicts.reasons, "evidence": verdicts.evidence}
     verdict = pl.DataFrame({"split": splits, **told}, dict.fromkeys(("split", *told), pl.String)).with_columns(
@@ -361,6 +364,7 @@ def _write(
         .new_from_index(0, len(splits))
         .scatter([*stay], pl.Series([what for _, what in stay.values()], dtype=pl.String))
     )
+    opens = opening_once_masked(texts, stay, SYSTEM_CHARS)
     texts, others = replace(texts, masks=stay), messages.drop("text")
     with (
         parquet_writer(out / "dialogues.parquet", DIALOGUE_COLUMNS, FAST, MESSAGE_DISTINCT) as kept,
@@ -370,6 +374,7 @@ def _write(
         for start in range(0, len(verdict), ROWS):
             part = verdict.slice(start, ROWS)
             rows = others.slice(start, ROWS).collect().with_columns(texts.between(start, start + len(part)), *part)
+            rows = rows.with_columns(noted(rows["extra"], opens, start, SYSTEM_CHARS))
             for writer, stays, columns in ((kept, True, DIALOGUE_COLUMNS), (dropped, False, DROPPED_COLUMNS)):
                 chosen = rows.filter(pl.col("reason").is_null() == stays)
                 if len(chosen):

@@ -300,10 +300,10 @@ class _Intake:
             "trees": trees,
             "messages": messages,
             "rejected": self._rejected.rows,  # rows of rejected.parquet
-            "bad": books["bad"],  # of these: all but versions that came again, changed
             **{f"{unit}_{way}": books[f"{unit}_{way}"] for unit in ("trees", "messages") for way in WAYS},
             "trees_replaced": books["trees_replaced"],  # of the rejected: versions that came again, changed
             "messages_replaced": books["messages_replaced"],
+            "bad": books["bad"],  # rows of rejected.parquet, but for versions that came again, changed
             "conflicts": books["conflicts"],  # messages of which a later version says something else
             "lines": dump.lines,
             "bytes": dump.bytes,
