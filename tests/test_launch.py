@@ -288,11 +288,3 @@ def test_relative_paths_are_absolute_in_a_job(tmp_path: Path, monkeypatch: pytes
     params = PARAMS.model_copy(update={"folder": "m/gpt"})
     run_distributed("train", Path("out"), {"tokens": tokens}, params, TWO)
     assert (jobs[0]["params"]["folder"], jobs[0]["out"]) == (f"{tmp_path}/m/gpt", f"{tmp_path}/out")
-
-
-def test_a_worker_that_is_started_by_hand_says_what_to_do_instead(tmp_path: Path) -> None:
-    asked = [sys.executable, "-m", "tasks.worker"]
-    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    assert done.returncode == 78
-    assert "error[config.worker]: a worker cannot be started by hand." in done.stderr
-    assert "Traceback" not in done.stderr
