@@ -9,14 +9,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from dataclasses import dataclass
 from typing import Any
 
 from flows import chain, recipe
 from flows.chain import STEP_NAMES
-from flows.terminal import Bars, asked_of_texts, console, plan_table, print_json, resume_table, summary_table, table
+from flows.terminal import Bars, asked_of_texts, console, plan_table, print_json, summary_table, table
 from tasks.artifacts import Artifact
 from tasks.errors import ParameterError, PermissionRefused, StoreError
 from tasks.launch import torchrun_group
@@ -169,19 +167,3 @@ def why(asked: argparse.Namespace) -> int:
     if not planned:
         print("nothing would run: every artifact is there, and nothing changed")
     return 0
-
-
-def verify_resume(asked: argparse.Namespace) -> int:
-    """Kill training at some points, resume it, and compare with the uninterrupted run; 1 if anything differs."""
-    from flows.resuming import trials
-    from tasks.progress import listening
-
-    settings, bars = recipe.load(asked.recipe, asked.settings), Bars()
-    tokens = chain.tokens_of(settings, asked.tokens)
-    with TemporaryDirectory(prefix="treeline-resume-", dir=asked.scratch) as scratch, bars.shown(), listening(bars):
-        found = trials(tokens, settings.train, settings.runtime.train, max(1, asked.points), Path(scratch))
-    if asked.json:
-        print_json([asdict(one) for one in found])
-    else:
-        console().print(resume_table(f"{settings.name}: killed, resumed, compared with the uninterrupted run", found))
-    return 0 if all(one.same for one in found) else 1

@@ -44,7 +44,7 @@ def run_distributed(
         run: Sets the number of processes.
 
     Raises:
-        ParameterError: If an average of weights is asked for that no process would hold whole.
+        ParameterError: If `ema_decay` is set, and no process would hold whole weights.
     """
     from tasks.gpt.distributed import current_group
 
@@ -54,7 +54,7 @@ def run_distributed(
     size = num_processes(run) if group.is_single else group.size
     if size == 1:
         return None
-    refuse_sharded_average(step, params, run)
+    refuse_sharded_ema(step, params, run)
     values = params.model_dump(mode="json")
     if values.get("folder"):
         values["folder"] = str(Path(values["folder"]).absolute())
@@ -92,13 +92,13 @@ def num_processes(run: TuningRuntime) -> int:
     return size
 
 
-def refuse_sharded_average(step: str, params: TuningParams, run: TuningRuntime) -> None:
+def refuse_sharded_ema(step: str, params: TuningParams, run: TuningRuntime) -> None:
     """Raise `ParameterError` if each process would hold a shard of weights that are to be averaged."""
-    if run.sharding == "full" and params.average != "none":
+    if run.sharding == "full" and params.ema_decay is not None:
         raise ParameterError(
-            f"an average ({params.average}) needs whole weights, and each process would hold a shard",
+            "ema_decay needs whole weights, and each process would hold a shard",
             f"{step}.sharding = full",
-            f"Set it to none, or {step}.average to none",
+            f"Set it to none, or leave {step}.ema_decay out",
             "param.sharding",
         )
 

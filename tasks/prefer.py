@@ -41,7 +41,7 @@ class PreferRuntime(TuningRuntime):
     """How fast, and where. The outcome is the same but for rounding and the draws of dropout."""
 
 
-@step("prefer", version=4, makes=Model, resumable=True)
+@step("prefer", version=5, makes=Model, resumable=True)
 def prefer(
     out: Path, contests: Contests, references: References, model: Model, params: PreferParams, run: PreferRuntime
 ) -> Counts:

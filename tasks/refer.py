@@ -25,7 +25,7 @@ class ReferRuntime(TuningRuntime):
     """How fast, and where. The outcome is the same but for rounding."""
 
 
-@step("refer", version=4, makes=References)
+@step("refer", version=5, makes=References)
 def refer(out: Path, contests: Contests, model: Model, params: ReferParams, run: ReferRuntime) -> Counts:
     """Write `logps.bin`.
 

@@ -93,7 +93,7 @@ class TrainRuntime(TuningRuntime):
     """How fast, and where. The outcome is the same but for rounding and the draws of dropout."""
 
 
-@step("train", version=5, makes=Model, resumable=True)
+@step("train", version=6, makes=Model, resumable=True)
 def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> Counts:
     """Write the tuned model, its tokenizer and chat template, and how training went."""
     from tasks.gpt.objective import EachToken
