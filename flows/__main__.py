@@ -226,11 +226,6 @@ def _add_upkeep(command: Command) -> None:
         metavar="RECIPE",
         help="keep nothing for this recipe's last run, such as quickstart-* for the arms of sweeps; may be repeated",
     )
-    made = command("verify-resume", running.verify_resume, "kill training, resume it, and compare, to the bit")
-    _about_settings(made)
-    made.add_argument("--points", type=_count, default=3, metavar="N", help="how many kills (default: 3)")
-    made.add_argument("--scratch", type=Path, metavar="DIR", help="where to train (default: the system's place)")
-    _as_json(made)
     command("lock", commands.lock, "write the digests of the steps' code into tasks/versions.lock")
     made = command("chat", commands.chat, "talk to a tuned model")
     made.add_argument("--model", default="model", metavar="ID", help="a model's id (default: the last run's)")

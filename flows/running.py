@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from flows import chain, recipe
@@ -24,7 +22,6 @@ from flows.terminal import (
     plan_table,
     print_json,
     print_notices,
-    resume_table,
     summary_table,
     table,
 )
@@ -207,18 +204,3 @@ def why(asked: argparse.Namespace) -> int:
     if not planned:
         print("nothing would run: every artifact is there, and nothing changed")
     return 0
-
-
-def verify_resume(asked: argparse.Namespace) -> int:
-    """Kill training at some points, resume it, and compare with the uninterrupted run; 1 if anything differs."""
-    from flows.resuming import trials
-
-    settings, bars = recipe.load(asked.recipe, asked.settings), Bars()
-    tokens = chain.tokens_of(settings, asked.tokens)
-    with TemporaryDirectory(prefix="treeline-resume-", dir=asked.scratch) as scratch, bars.shown(), listening(bars):
-        found = trials(tokens, settings.train, settings.runtime.train, max(1, asked.points), Path(scratch))
-    if asked.json:
-        print_json([asdict(one) for one in found])
-    else:
-        console().print(resume_table(f"{settings.name}: killed, resumed, compared with the uninterrupted run", found))
-    return 0 if all(one.same for one in found) else 1

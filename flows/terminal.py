@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from flows.chain import Planned
-    from flows.resuming import Trial
     from tasks.store.manifest import Manifest, Notice
 
 COLOURS = {"cached": "green", "ran": "yellow", "run": "yellow", "unknown": "dim", "the same": "green", "other": "red"}
@@ -118,21 +117,6 @@ def summary_table(title: str, rows: Sequence[tuple[str, bool, float, str, Mappin
         for name, cached, seconds, why, counts, path in rows
     ]
     return table(title, ("step", "", "seconds", "why", "counts", "artifact"), cells)
-
-
-def resume_table(title: str, trials: Sequence[Trial]) -> Table:
-    """Show what became of runs that were killed and resumed."""
-    told = {True: "the same", False: "other"}
-    rows = [
-        (
-            "never: run again" if one.killed is None else str(one.killed),
-            "" if one.resumed is None else str(one.resumed),
-            told[one.losses],
-            told[one.weights],
-        )
-        for one in trials
-    ]
-    return table(title, ("killed after step", "resumed from", "losses", "weights"), rows)
 
 
 def artifact_table(manifests: Sequence[Manifest]) -> Table:

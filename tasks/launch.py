@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 COLLECTIVE_TIMEOUT = 1.5  # times the heartbeat timeout: the launcher is to report a hang before the ranks give up
 FINISHED = "finished"
+WORKER = "import sys; sys.path.insert(0, sys.argv[1]); from tasks.worker import main; main()"
 
 
 def run_distributed(
@@ -42,7 +44,7 @@ def run_distributed(
         run: Sets the number of processes.
 
     Raises:
-        ParameterError: If an average of weights is asked for that no process would hold whole.
+        ParameterError: If `ema_decay` is set, and no process would hold whole weights.
     """
     from tasks.gpt.distributed import current_group
 
@@ -52,7 +54,7 @@ def run_distributed(
     size = num_processes(run) if group.is_single else group.size
     if size == 1:
         return None
-    refuse_sharded_average(step, params, run)
+    refuse_sharded_ema(step, params, run)
     values = params.model_dump(mode="json")
     if values.get("folder"):
         values["folder"] = str(Path(values["folder"]).absolute())
@@ -90,13 +92,13 @@ def num_processes(run: TuningRuntime) -> int:
     return size
 
 
-def refuse_sharded_average(step: str, params: TuningParams, run: TuningRuntime) -> None:
+def refuse_sharded_ema(step: str, params: TuningParams, run: TuningRuntime) -> None:
     """Raise `ParameterError` if each process would hold a shard of weights that are to be averaged."""
-    if run.sharding == "full" and params.average != "none":
+    if run.sharding == "full" and params.ema_decay is not None:
         raise ParameterError(
-            f"an average ({params.average}) needs whole weights, and each process would hold a shard",
+            "ema_decay needs whole weights, and each process would hold a shard",
             f"{step}.sharding = full",
-            f"Set it to none, or {step}.average to none",
+            f"Set it to none, or leave {step}.ema_decay out",
             "param.sharding",
         )
 
@@ -107,18 +109,18 @@ def _launch(job: Mapping[str, Any], size: int, run: TuningRuntime) -> Counts:
     from tasks.gpt.launcher import run_workers
 
     interrupt = Interrupt()
-    threads = str(max(1, (os.cpu_count() or 1) // size))  # else each would take all cores
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    timeout = COLLECTIVE_TIMEOUT * run.heartbeat_timeout
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size))}  # else each would take all cores
+    if loopback := next((name for _, name in socket.if_nameindex() if name in {"lo", "lo0"}), None):
+        environment |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
     with kept_signals(interrupt.ask):
         counts: Counts = run_workers(
-            [sys.executable, "-P", "-m", "tasks.worker"],
-            {**job, "timeout": COLLECTIVE_TIMEOUT * run.heartbeat_timeout},
+            [sys.executable, "-P", "-c", WORKER, str(ROOT)],
+            {**job, "timeout": timeout, "environment": environment},
             size,
-            location=str(job["out"]),
             interrupt=interrupt,
             max_restarts=run.max_restarts,
             heartbeat_timeout=run.heartbeat_timeout,
-            environment={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), "PYTHONPATH": path},
         )
     return counts
 
@@ -151,26 +153,18 @@ def torchrun_group() -> Iterator[bool]:
 
 
 def _run_jobs() -> None:
-    """Run the jobs that rank 0 broadcasts, until it has finished."""
+    """Run the jobs that rank 0 broadcasts, until it has finished.
+
+    Raises:
+        RankLost: If torch reports that another rank is gone.
+    """
     from tasks.gpt.distributed import current_group
 
-    while True:
-        with _connection_errors("rank 0 exited without notice"):
-            job = current_group().broadcast()
-        if job == FINISHED:
-            return
-        with _connection_errors("another rank exited during a step"):
-            run_job(job)
-
-
-@contextmanager
-def _connection_errors(what: str) -> Iterator[None]:
-    """Convert torch's connection errors into `RankLost`."""
-    from tasks.gpt.distributed import current_group
-
+    group = current_group()
     try:
-        yield
+        while (job := group.broadcast()) != FINISHED:
+            run_job(job)
     except RuntimeError as error:
         if not CONNECTION_ERROR.search(str(error)):
             raise
-        raise RankLost(what, f"rank {current_group().rank}", "See that rank's log for the cause") from error
+        raise RankLost("another rank exited", f"rank {group.rank}", "See that rank's log for the cause") from error

@@ -32,7 +32,7 @@ class ReferRuntime(Runtime):
     """CPU threads. None: one for a model narrower than 512, else as torch finds best."""
 
 
-@step("refer", version=4, makes=References)
+@step("refer", version=5, makes=References)
 def refer(out: Path, contests: Contests, model: Model, params: ReferParams, run: ReferRuntime) -> Counts:
     """Write `logps.bin`.
 

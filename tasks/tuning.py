@@ -78,20 +78,14 @@ class TuningParams(Params):
     """Evaluations of the whole validation split in an epoch, besides those at the start and the end."""
     patience: Count | None = None
     """Evaluations without a better validation loss after which training ends. None: it goes on."""
-    average: Literal["none", "ema", "last"] = "none"
-    """What is validated, kept as the best and exported. none: the weights of one step; ema: a mean that decays with each update; last: the mean over the last evaluations. Training goes on from the weights themselves."""  # noqa: E501
-    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Decay of an ema per update; less in the first updates. It remembers about 1 / (1 - decay) of them."""
-    average_count: Annotated[int, Field(ge=1, le=64)] = 4
-    """Evaluations that average = last is over, each a copy of the weights in memory and in checkpoints."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Decay per update of an exponential moving average of the weights, which is then validated, kept as the best and exported in their place; it spans about 1 / (1 - decay) updates. Training itself is the same. None: no average. Typical: 0.999."""  # noqa: E501
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of products; weights and sums stay float32. float32: a GPU rounds factors to 10 bits (TF32), here and in the evaluation. bfloat16 is for GPUs and for CPUs that have instructions for it."""  # noqa: E501
 
     def idle(self) -> set[str]:
         """Return the settings that have no say beside the others."""
         found = set() if self.lora_rank else {"lora_alpha", "lora_dropout"}
-        found |= {"average_decay"} if self.average != "ema" else set()
-        found |= {"average_count"} if self.average != "last" else set()
         return found if self.targets is None else found | {"epochs"}
 
     def keeps_table(self) -> bool:
@@ -138,7 +132,7 @@ class TuningRuntime(Runtime):
     processes: Count | Literal["auto"] = 1
     """Processes that train together, each on a GPU of its own; auto: one a GPU. On the CPU, one is best. Those of torchrun, where it started this one; on several machines, only it can."""  # noqa: E501
     sharding: Literal["auto", "none", "full"] = "auto"
-    """With many processes, whether each holds the whole model (none) or a part of it (full), which takes less memory and more talk. auto: full where the whole would fill half a GPU. A part is no whole: full and an average exclude each other, and with one auto means none."""  # noqa: E501
+    """With many processes, whether each holds the whole model (none) or a part of it (full), which takes less memory and more talk. auto: full where the whole would fill half a GPU. full and ema_decay exclude each other; with ema_decay, auto means none."""  # noqa: E501
     max_restarts: Annotated[int, Field(ge=0, le=1_000)] = 2
     """With several processes, how often all resume from the last checkpoint after one was lost. Under torchrun, its own --max-restarts counts."""  # noqa: E501
     heartbeat_timeout: Annotated[float, Field(ge=30, le=604_800)] = 900.0
@@ -264,7 +258,7 @@ def _machine(
         keep=run.keep_checkpoints,
         interrupt=interrupt,
         world=world,
-        sharded=should_shard(model, device, run.sharding, params.average, world),
+        sharded=should_shard(model, device, run.sharding, params.ema_decay is not None, world),
     )
     with memory_named(machine, block):
         asked = run.micro_batch, time.monotonic, run.recompute

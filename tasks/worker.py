@@ -1,7 +1,7 @@
-"""A worker: one rank of a distributed step, which calls the step's function; rank 0 alone does so to its end.
+"""A worker: one rank of a distributed step. Each calls the step's function; rank 0 alone does so to its end.
 
-`tasks.gpt.launcher` starts it as `python -m tasks.worker` and documents its reports. Under a user's own torchrun the
-processes exist already, and need no more of this module than `run_job`.
+`tasks.gpt.launcher` starts it and documents its reports. Under a user's own torchrun the processes exist already, and
+need no more of this module than `run_job`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from logging.handlers import QueueHandler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 from tasks.artifacts import Counts
 from tasks.errors import ConfigurationError, TreelineError
@@ -29,9 +30,6 @@ from tasks.gpt.interrupt import Interrupted
 from tasks.progress import listening
 from tasks.step import Step
 from tasks.store.manifest import read_manifest
-
-if TYPE_CHECKING:
-    from tasks.gpt.distributed import ProcessGroup
 
 HEARTBEAT_SECONDS = 1.0
 STEPS = ("train", "prefer")  # the steps that can be distributed
@@ -41,7 +39,7 @@ _in_job: ContextVar[bool] = ContextVar("treeline_in_job", default=False)
 
 
 def in_job() -> bool:
-    """Return whether this process is running a job as one of several ranks."""
+    """Return whether this process runs a job as one of several ranks."""
     return _in_job.get()
 
 
@@ -84,98 +82,70 @@ def exit_with_parent(parent: int) -> None:
 
 
 class _Pipe:
-    """Sends reports to the launcher; as a progress listener, sends what its bars show."""
+    """Sends reports to the launcher: also as a progress listener, and as the queue of a `QueueHandler`."""
 
     def __init__(self, path: Path) -> None:
         self.file, self.lock = path.open("w", encoding="utf-8"), threading.Lock()
 
     def send(self, **report: Any) -> None:
-        """Send one report."""
         with self.lock:
             self.file.write(json.dumps(report) + "\n")
             self.file.flush()
 
     @contextmanager
     def bar(self, label: str, total: float | None, unit: str) -> Iterator[_Pipe]:
-        """Open a bar."""
-        self.send(open=[label, total, unit])
+        self.send(bar=[label, total, unit])
         yield self
-        self.send(close=None)
 
     def advance(self, amount: float = 1, note: str = "") -> None:
-        """Advance the bar that was opened last."""
         self.send(advance=[amount, note])
 
-
-class _PipeHandler(logging.Handler):
-    """Sends log records to the launcher."""
-
-    def __init__(self, pipe: _Pipe) -> None:
-        super().__init__()
-        self.pipe = pipe
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.pipe.send(log=[record.levelno, record.getMessage()])
+    def put_nowait(self, record: logging.LogRecord) -> None:
+        self.send(log=[record.levelno, record.getMessage()])
 
 
-def _send_heartbeats(pipe: _Pipe, group: ProcessGroup) -> None:
-    def repeat() -> None:
-        while True:
-            pipe.send(heartbeats=group.heartbeats)
-            time.sleep(HEARTBEAT_SECONDS)
-
-    threading.Thread(target=repeat, daemon=True).start()
-
-
-def main() -> int:
-    """Run one worker; return its exit code."""
-    if "TREELINE_WORKER_FOLDER" not in os.environ:
-        error = ConfigurationError(
-            "a worker cannot be started by hand",
-            "python -m tasks.worker",
-            "Set train.processes, and run the recipe",
-            "config.worker",
-        )
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
-    folder = Path(os.environ["TREELINE_WORKER_FOLDER"])
+def main() -> None:
+    """Run the job in the folder that the last argument names, and exit."""
+    folder, rank = Path(sys.argv[-1]), int(os.environ["RANK"])
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     exit_with_parent(job["launcher"])
-    from tasks.gpt.launcher import error_to_json, pipe_path
+    for name, value in job["environment"].items():
+        os.environ.setdefault(name, value)
+    from tasks.gpt.launcher import error_to_json  # torch reads the environment
 
-    rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    pipe = _Pipe(pipe_path(folder, attempt, rank))
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    pipe, code = _Pipe(folder / f"{attempt}-{rank}.pipe"), 0
     try:
         _work(job, rank, f"file://{folder}/rendezvous-{attempt}", pipe)
     except Exception as error:
         pipe.send(error=error_to_json(error))
         if not isinstance(error, TreelineError | OSError) and not CONNECTION_ERROR.search(str(error)):
             traceback.print_exc()  # a bug; the launcher reports all others in a line
-        return error.exit_code if isinstance(error, TreelineError) else 70
+        code = error.exit_code if isinstance(error, TreelineError) else 70
     except Interrupted:
-        return 128 + signal.SIGTERM
-    return 0
+        code = 128 + signal.SIGTERM
+    sys.stderr.flush()
+    os._exit(code)  # torch's threads may wait for ranks that are gone
 
 
 def _work(job: Mapping[str, Any], rank: int, init_method: str, pipe: _Pipe) -> None:
-    """Join the process group, run the job, and report its counts, if this is rank 0."""
+    """Join the process group, send heartbeats, and run the job; rank 0 sends its log, progress and result, too."""
     from tasks.gpt.distributed import join_group
 
     is_main = rank == 0
     logger = logging.getLogger("treeline")
-    logger.addHandler(_PipeHandler(pipe) if is_main else logging.NullHandler())
     logger.setLevel(logging.INFO)
-    with (
-        join_group(rank, int(os.environ["WORLD_SIZE"]), rank, init_method, job["timeout"]) as group,
-        listening(pipe) if is_main else nullcontext(),
-    ):
+    logger.addHandler(QueueHandler(cast(Any, pipe)) if is_main else logging.NullHandler())
+    with join_group(rank, int(os.environ["WORLD_SIZE"]), rank, init_method, job["timeout"]) as group:
+
+        def send_heartbeats() -> None:
+            while True:
+                pipe.send(heartbeats=group.heartbeats)
+                time.sleep(HEARTBEAT_SECONDS)
+
         group.heartbeat()
-        _send_heartbeats(pipe, group)
-        counts = run_job(job)
-        pipe.send(**{"result": counts} if is_main else {"done": None})  # before the ranks part, which may fail
-
-
-if __name__ == "__main__":
-    code = main()
-    sys.stderr.flush()
-    os._exit(code)  # torch's threads may wait for ranks that are gone
+        threading.Thread(target=send_heartbeats, daemon=True).start()
+        with listening(pipe) if is_main else nullcontext():
+            counts = run_job(job)
+        if is_main:
+            pipe.send(result=counts)

@@ -256,11 +256,11 @@ def test_the_key_holds_the_folders_content_and_not_its_path(folder: Path, roots:
 
 def test_the_key_holds_every_setting_that_has_a_say() -> None:
     scratch = PARAMS.keyed()
-    idle = {"folder", "model", "lora_alpha", "lora_dropout", "average_decay", "average_count"}
+    idle = {"folder", "model", "lora_alpha", "lora_dropout"}
     assert set(scratch) == set(TrainParams.model_fields) - idle
-    busy = TrainParams(start="gpt2", lora_rank=8, average="ema", targets=9).keyed()
-    assert {"lora_alpha", "lora_dropout", "average_decay"} <= set(busy)
-    assert not {"average_count", "epochs"} & set(busy)
+    busy = TrainParams(start="gpt2", lora_rank=8, targets=9).keyed()
+    assert {"lora_alpha", "lora_dropout"} <= set(busy)
+    assert "epochs" not in busy
     published = HUB.keyed()
     assert set(scratch) - set(published) == {"layers", "heads", "width"}
     assert len(published["weights"]["model.safetensors"]) == 64

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any
@@ -162,6 +162,7 @@ def join_group(
     token = _current.set(ProcessGroup(rank, size, local_rank, local_size or size))
     try:
         yield current_group()
-        dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
+        with suppress(RuntimeError):  # the ranks leave one by one; that another one is gone no longer matters
+            dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
     finally:
         _current.reset(token)

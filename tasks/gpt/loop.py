@@ -2,7 +2,7 @@
 
     until all steps are done, or nothing gets better:
         rows of the step -> summed loss / supervised tokens -> gradients -> finite? -> clip -> AdamW
-        now and then: the whole validation split; the best weights, or the best average of them, are kept
+        now and then: the whole validation split; the best weights, or their best average, are kept
         now and then: a checkpoint, from which a killed run goes on to the bit; also when asked to stop
 
 Nothing random outlives a step: the order of the data and the seed of dropout are functions of seed and step alone.
@@ -28,8 +28,8 @@ from transformers import GPT2LMHeadModel
 
 from tasks.errors import TrainingError
 from tasks.gpt import checkpoint
-from tasks.gpt.average import average_of
 from tasks.gpt.batches import Array, Plan, Split
+from tasks.gpt.ema import WeightEma
 from tasks.gpt.interrupt import Interrupted
 from tasks.gpt.logbook import Logbook
 from tasks.gpt.need import AT_ONCE
@@ -93,7 +93,7 @@ class _Run:
         self.plan = Plan(len(train), settings.sequences, settings.epochs, settings.seed)
         self.evaluations = self.plan.evaluations(settings.evals_per_epoch)
         self.weights = trained(model)
-        self.average = average_of(self.weights, settings.average, settings.average_decay, settings.average_count)
+        self.ema = WeightEma(self.weights, settings.ema_decay)
         self.optimizer = adamw(
             model, lr=settings.lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
         )
@@ -126,7 +126,7 @@ class _Run:
         elif not isfinite(self.length()):  # nothing was measured after the last update
             raise self.nonfinite(self.progress.step)
         else:
-            self.average.take_over()
+            self.ema.swap_in()
             self.progress.best_step = self.progress.step
             self.parallel.update_original(self.parallel.gather(self.weights))
         return self.progress
@@ -199,7 +199,7 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         progress.step += 1
-        self.average.follow(progress.step)
+        self.ema.update(progress.step)
         progress.tokens += len(rows) * self.train.block
         progress.supervised += wanted
         return {"loss": loss, "lr": rate, "grad_norm": norm}
@@ -228,7 +228,7 @@ class _Run:
 
         Where an average is asked for, it is measured and kept, not the weights that training goes on from.
         """
-        with self.average.standing_in(self.progress.step):
+        with self.ema.swapped_in():
             return self.measure()
 
     def measure(self) -> dict[str, float]:
@@ -347,8 +347,8 @@ class _Run:
         state |= {"pending": self.pending, "way": self.way()}
         tensors = {"model": self.parallel.gather(self.weights)}
         tensors |= {"optimizer": self.parallel.gather(moments(self.optimizer, self.model)), "best": self.best}
-        if average := self.parallel.gather(self.average.state()):
-            tensors["average"] = average
+        if ema := self.parallel.gather(self.ema.average):
+            tensors["ema"] = ema
         self.kept = now.step  # on all ranks alike: they gather what is saved together
         if self.world.is_main:
             self.log.flush()
@@ -374,7 +374,7 @@ class _Run:
             self.parallel.scatter(weight, tensors.get("model", {}).get(name))
         set_moments(self.optimizer, self.model, self.parallel.scatter_state(tensors.get("optimizer", {})))
         self.best = dict(tensors.get("best", {}))
-        self.average.set_state(self.parallel.scatter_state(tensors.get("average", {})))
+        self.ema.load(self.parallel.scatter_state(tensors.get("ema", {})))
         self.progress, self.pending = _progress(state)
         self.kept = self.progress.step
         if (otherwise := strayed(state.get("way", {}), self.way())) and self.world.is_main:

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import GPT2LMHeadModel
 
-from tasks.gpt.affine import multiply
 from tasks.gpt.attention import by_ends
 from tasks.gpt.need import CHUNK
 from tasks.gpt.table import ends_of
@@ -150,7 +149,7 @@ class _ChunkedNats(torch.autograd.Function):
             room = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=dtype)  # one chunk's logits, for all
             for first in range(0, len(hidden), chunk):
                 rows = hidden[first : first + chunk].to(dtype)  # (C, D)
-                multiply(rows, table.T, room[: len(rows)])
+                torch.mm(rows, table.T, out=room[: len(rows)])
                 logits = room[: len(rows)].float()  # (C, V)
                 nats, slopes = _slopes(logits, targets[first : first + chunk])  # (C,), (C, V)
                 if worth is not None:

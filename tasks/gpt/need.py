@@ -37,11 +37,10 @@ class Shape:
         keeps_best: Whether a copy of the best weights is held.
         frozen: Lowest blocks that stay as they are: nothing goes back through them.
         table: Whether the head's table is trained.
-        copies: Of the trained weights, held for an average.
+        ema: Whether an average of the trained weights is held.
         recompute: Whether blocks keep only what enters them, and are computed again on the way back.
         parts: How many ranks hold a part of weights, gradients and moments each; 1: this one holds them whole.
         brought: Numbers of the whole model, where it is still to be brought to the device, whole or in parts.
-        lean: Whether products make their inputs again (`affine`).
         holds: Whether memory that is freed is kept for what comes next.
         short: Whether attention knows a short way under dropout, too, as kernels of a GPU do.
         seen: Tokens that a query is multiplied with, in the mean. 0: all of its sequence, and some are masked then.
@@ -58,11 +57,10 @@ class Shape:
     keeps_best: bool
     frozen: int = 0
     table: bool = True
-    copies: int = 0
+    ema: bool = False
     recompute: bool = False
     parts: int = 1
     brought: int = 0
-    lean: bool = False
     holds: bool = False
     short: bool = False
     seen: int = 0
@@ -72,7 +70,7 @@ def memory(shape: Shape, micro_batch: int) -> int:
     """Return the bytes that training takes at its peak, besides weights that are on the device already."""
     # Gradients and two moments; on a GPU, the best weights are held elsewhere.
     held = 4 * (shape.parameters * (1 + 2) + shape.brought) // shape.parts + (shape.parts > 1) * _gathered(shape)
-    best = 4 * shape.parameters * (shape.keeps_best + shape.copies)
+    best = 4 * shape.parameters * (shape.keeps_best + shape.ema)
     return held + best + micro_batch * _sequence(shape) + _head(shape, micro_batch) + ANY
 
 
@@ -85,9 +83,8 @@ def _sequence(shape: Shape) -> int:
     """Return the bytes that a sequence leaves for the way back."""
     number = 2 if shape.half else 4
     # Of width D a token and layer: states before both norms, both norms' outputs, queries, keys and values, what
-    # attention gives; of 4 D: before and after the activation. In half precision the states stay as they are. What
-    # norms and activation give is not kept where it is made again.
-    kept = shape.width * (number * (3 + 1 + 4 + (0 if shape.lean else 4 + 2)) + 4 * 2)
+    # attention gives; of 4 D: before and after the activation. In half precision the states stay as they are.
+    kept = shape.width * (number * (2 + 3 + 1 + 4 + 4) + 4 * 2)
     kept = int(kept * (PIECES if shape.holds and not shape.recompute else 1))
     # Attention's weights, where there is no short way: the counts of T x T tables here and on the way back are fitted
     # to measurements, not derived.

@@ -136,9 +136,7 @@ def parallel_settings(world: ProcessGroup) -> Iterator[None]:
         yield
 
 
-def should_shard(
-    model: GPT2LMHeadModel, device: torch.device, sharding: str, average: str, world: ProcessGroup
-) -> bool:
+def should_shard(model: GPT2LMHeadModel, device: torch.device, sharding: str, ema: bool, world: ProcessGroup) -> bool:
     """Return whether each rank holds a shard of the model: if set so, or, for auto, if it would fill half a GPU.
 
     An average of the weights is swapped in for them, which FSDP2 does not see: with one, auto keeps the model whole.
@@ -147,10 +145,9 @@ def should_shard(
         return sharding == "full" and not world.is_single
     free = free_memory(device) if device.type == "cuda" else None
     filled = world.any(free is not None and training_bytes(model) > free / 2)
-    if filled and average != "none" and world.is_main:
-        what = "train.plan: the model fills half a GPU and stays whole all the same: average = %s is of whole weights"
-        log.warning(what, average)
-    return filled and average == "none"
+    if filled and ema and world.is_main:
+        log.warning("train.plan: the model fills half a GPU, but is not sharded: ema_decay needs whole weights")
+    return filled and not ema
 
 
 def training_bytes(model: GPT2LMHeadModel) -> int:

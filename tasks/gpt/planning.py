@@ -15,9 +15,7 @@ from transformers import GPT2LMHeadModel
 
 from tasks.errors import TrainingError
 from tasks.gpt import need
-from tasks.gpt.affine import lean
 from tasks.gpt.attention import way_set
-from tasks.gpt.average import copies
 from tasks.gpt.batches import Plan, Split
 from tasks.gpt.device import free_memory, product_rate
 from tasks.gpt.distributed import SINGLE, ProcessGroup
@@ -93,10 +91,9 @@ def _shape(
         keeps_best=bool(len(val)),
         frozen=sum(not trained(block) for block in model.transformer.h),
         table=model.lm_head.weight.requires_grad,
-        copies=copies(settings.average, settings.average_count, device.type == "cpu"),
+        ema=settings.ema_decay is not None,
         parts=parts,
         brought=parameter_count(model) if parts > 1 or not there else 0,  # parts are of a copy
-        lean=device.type == "cpu" and settings.precision != HALF and lean(model),
         holds=device.type == "cpu" and not any("lora_" in name for name in trained(model)),
         short=device.type == "cuda",
         seen=0 if config.attn_pdrop or way_set(model) == "sdpa" else 1 + round(float(train.positions.mean())),

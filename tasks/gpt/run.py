@@ -28,9 +28,7 @@ class Settings:
         clip: Longest gradient; a longer one is shortened to it. None: as it is.
         evals_per_epoch: Evaluations of the validation split in an epoch.
         patience: Evaluations without a better loss after which the run ends. None: it goes on.
-        average: What is measured and kept: none: the weights, ema or last: an average of them.
-        average_decay: Of ema, per update.
-        average_count: Of last: evaluations.
+        ema_decay: Decay per update of the average that is measured and kept. None: the weights are.
         precision: float32, or bfloat16 in products with weights and sums in float32.
     """
 
@@ -47,9 +45,7 @@ class Settings:
     evals_per_epoch: int
     patience: int | None
     precision: str
-    average: str = "none"
-    average_decay: float = 0.999
-    average_count: int = 4
+    ema_decay: float | None = None
 
 
 def _numbers(rows: Sequence[int]) -> str:

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from tasks.errors import ParameterError
-from tasks.gpt.affine import matmul
 from tasks.gpt.cache import Cache
 from tasks.gpt.loops import looping
 from tasks.gpt.trunk import hidden_states
@@ -233,4 +232,5 @@ def _next_logits(model: GPT2LMHeadModel, ids: Tensor, cache: Cache, vocab: int |
     """Read new tokens, (B, T), and return the logits of what comes after the last one: (B, V)."""
     positions = cache.grow(ids.shape[1])  # (B, T)
     last = hidden_states(model, ids, positions, cache.attend)[:, -1]  # (B, D): no other state reaches the head
-    return matmul(last, model.lm_head.weight[:vocab].T)
+    logits: Tensor = last @ model.lm_head.weight[:vocab].T
+    return logits

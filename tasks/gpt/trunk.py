@@ -19,8 +19,6 @@ from torch.nn import Dropout
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2LMHeadModel
 
-from tasks.gpt.affine import product_of
-
 # layer, queries, keys, values, each (B, H, T, K) -> (B, H, T, K)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Trunk = Callable[..., Tensor]  # `hidden_states`, or what was compiled of it
@@ -81,8 +79,7 @@ def _mixed(block: Any, layer: int, states: Tensor, attend: Attend) -> Tensor:
     """Return what attention adds: (B, T, D)."""
     attention = block.attn
     rows, length, width = states.shape
-    made = product_of(attention.c_attn, block.ln_1(states), block.ln_1.forward, states)  # (B, T, 3 D)
-    parts = made.view(rows, length, 3, attention.num_heads, -1)  # (B, T, 3, H, K)
+    parts = attention.c_attn(block.ln_1(states)).view(rows, length, 3, attention.num_heads, -1)  # (B, T, 3, H, K)
     queries, keys, values = (part.transpose(1, 2) for part in parts.unbind(2))  # (B, H, T, K)
     mixed = attend(layer, queries, keys, values).transpose(1, 2).reshape(rows, length, width)
     added: Tensor = attention.resid_dropout(attention.c_proj(mixed))
@@ -92,8 +89,8 @@ def _mixed(block: Any, layer: int, states: Tensor, attend: Attend) -> Tensor:
 def _fed(block: Any, states: Tensor) -> Tensor:
     """Return what the wide layer adds: (B, T, D)."""
     mlp = block.mlp
-    wide = product_of(mlp.c_fc, block.ln_2(states), block.ln_2.forward, states)  # (B, T, 4 D)
-    added: Tensor = mlp.dropout(product_of(mlp.c_proj, mlp.act(wide), mlp.act.forward, wide))
+    wide = mlp.act(mlp.c_fc(block.ln_2(states)))  # (B, T, 4 D)
+    added: Tensor = mlp.dropout(mlp.c_proj(wide))
     return added
 
 

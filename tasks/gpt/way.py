@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import GPT2LMHeadModel
 
-from tasks.gpt import affine
 from tasks.gpt.attention import way_set
 from tasks.gpt.run import Machine
 
@@ -36,7 +35,6 @@ def way_of(model: GPT2LMHeadModel, machine: Machine, micro_batch: int) -> dict[s
         "recompute": machine.recompute,
         "compile": machine.compile,
         "attention": way_set(model),
-        "products": affine.kernels() if device.type == "cpu" else "torch",
     }
 
 

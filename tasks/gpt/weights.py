@@ -14,7 +14,6 @@ from transformers.activations import NewGELUActivation
 from transformers.utils import logging
 
 from tasks.errors import ParameterError
-from tasks.gpt.affine import adopt
 from tasks.gpt.checkpoint import disk_named
 from tasks.gpt.folder import WEIGHTS, digests, read_config
 
@@ -105,11 +104,9 @@ def _scratch(spec: Mapping[str, Any]) -> GPT2LMHeadModel:
 def _fused(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     """Compute GPT-2's activation in one kernel: the eight that transformers takes were a third of a small CPU step.
 
-    The config keeps saying `gelu_new`; the two agree to rounding. So do a block's products and transformers' own.
+    The config keeps saying `gelu_new`; the two agree to rounding.
     """
     for block in model.transformer.h:
-        for product in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
-            adopt(product)
         if isinstance(block.mlp.act, NewGELUActivation):
             block.mlp.act = nn.GELU(approximate="tanh")
     return model

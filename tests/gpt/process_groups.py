@@ -87,19 +87,11 @@ def even_sharded(folder: Path, world: ProcessGroup) -> Told:
 
 
 def averaged(folder: Path, world: ProcessGroup) -> Told:
-    return trained(folder, world, replace(STEP, average="ema"))
+    return trained(folder, world, replace(STEP, ema_decay=0.999))
 
 
 def averaged_stopped(folder: Path, world: ProcessGroup) -> Told:
-    return stopped(folder, world, settings=replace(STEP, average="ema"))
-
-
-def last(folder: Path, world: ProcessGroup) -> Told:
-    return trained(folder, world, replace(STEP, average="last", average_count=2))
-
-
-def last_stopped(folder: Path, world: ProcessGroup) -> Told:
-    return stopped(folder, world, settings=replace(STEP, average="last", average_count=2))
+    return stopped(folder, world, settings=replace(STEP, ema_decay=0.999))
 
 
 def frozen(folder: Path, world: ProcessGroup) -> Told:
@@ -128,7 +120,7 @@ def lonely_sharded(folder: Path, world: ProcessGroup) -> Told:
 
 
 def adapted_averaged(folder: Path, world: ProcessGroup) -> Told:
-    return trained(folder, world, replace(STEP, average="ema"), lora=2)
+    return trained(folder, world, replace(STEP, ema_decay=0.999), lora=2)
 
 
 def preferred_sharded(folder: Path, world: ProcessGroup) -> Told:

@@ -21,8 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from tasks.gpt import lora
-from tasks.gpt.affine import lean
-from tasks.gpt.average import copies
 from tasks.gpt.batches import Split
 from tasks.gpt.device import hold_memory, spare_memory
 from tasks.gpt.loop import fit
@@ -34,7 +32,7 @@ from dataclasses import replace
 torch.set_num_threads(1)
 layers, heads, width, vocab, block, size = map(int, sys.argv[1:7])
 dropout, recompute, frozen = float(sys.argv[7]), bool(int(sys.argv[8])), int(sys.argv[9])
-average, rank = sys.argv[10], int(sys.argv[11])
+decay, rank = float(sys.argv[10]) or None, int(sys.argv[11])
 (spare_memory if recompute or rank else hold_memory)()
 model = build_start(scratch_spec(layers=layers, heads=heads, width=width, positions=block, vocab_size=vocab, seed=0))
 set_dropout(model, dropout)
@@ -47,14 +45,13 @@ split = Split(ids, one, np.cumsum(one, 1) - 1, np.full_like(ids, block) - (np.ar
 resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 with tempfile.TemporaryDirectory() as folder:
     machine = replace(MACHINE, micro_batch=size, checkpoint_seconds=0.0, recompute=recompute)
-    settings = replace(SETTINGS, epochs=1 + (average == "last"), sequences=2 * size, average=average, evals_per_epoch=2)
+    settings = replace(SETTINGS, epochs=1, sequences=2 * size, ema_decay=decay, evals_per_epoch=2)
     fit(model, split, split, settings=settings, machine=machine, workplace=Path(folder))
 status = Path("/proc/self/status").read_text().splitlines()  # `ru_maxrss` would begin with the peak of the parent
 (peak,) = [int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")]
 count = sum(weight.numel() for weight in trained(model).values())
-held = copies(average, 4, True)
 table = not frozen and not rank
-how = dict(copies=held, recompute=recompute, lean=lean(model), holds=not rank)
+how = dict(ema=decay is not None, recompute=recompute, holds=not rank)
 shape = Shape(layers, heads, width, vocab, count, block, dropout > 0, False, True, frozen, table, **how)
 print(json.dumps([resident + memory(shape, size), peak]))
 """
@@ -74,10 +71,9 @@ print(json.dumps([resident + memory(shape, size), peak]))
         (8, 4, 256, 1024, 512, 8, 0.0, 1, 0),
         (8, 4, 256, 1024, 512, 4, 0.1, 1, 0),
         (6, 6, 384, 8_192, 128, 8, 0.0, 0, 4),
-        (6, 6, 384, 8_192, 128, 2, 0.0, 0, 0, "ema"),
-        (6, 6, 384, 8_192, 128, 2, 0.0, 0, 0, "last"),
-        pytest.param((6, 6, 384, 8_192, 128, 8, 0.0, 0, 0, "none", 16), marks=ADAPTED),
-        pytest.param((6, 6, 384, 8_192, 128, 8, 0.1, 0, 0, "none", 16), marks=ADAPTED),
+        (6, 6, 384, 8_192, 128, 2, 0.0, 0, 0, 0.999),
+        pytest.param((6, 6, 384, 8_192, 128, 8, 0.0, 0, 0, 0.0, 16), marks=ADAPTED),
+        pytest.param((6, 6, 384, 8_192, 128, 8, 0.1, 0, 0, 0.0, 16), marks=ADAPTED),
     ],
     ids=[
         "narrow",
@@ -90,13 +86,12 @@ print(json.dumps([resident + memory(shape, size), peak]))
         "again dropout",
         "frozen",
         "ema",
-        "last",
         "adapters",
         "adapters dropout",
     ],
 )
 def test_the_plan_is_wrong_by_a_fifth_at_most(shape: tuple[float | str, ...]) -> None:
-    asked = map(str, (*shape, *("none", 0)[len(shape) - 9 :]))  # average and adapters' rank may be left out
+    asked = map(str, (*shape, *(0.0, 0)[len(shape) - 9 :]))  # the decay and the adapters' rank may be left out
     done = run([sys.executable, "-c", CODE, *asked], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     planned, peak = json.loads(done.stdout)

@@ -104,8 +104,8 @@ def test_auto_says_so_where_an_average_keeps_a_large_model_whole(
 ) -> None:
     monkeypatch.setattr("tasks.gpt.parallel.free_memory", lambda device: 1)
     gpu = torch.device("cuda", 0)
-    assert [should_shard(start(), gpu, "auto", average, Two()) for average in ("none", "ema")] == [True, False]
-    assert "stays whole all the same: average = ema is of whole weights" in caplog.text
+    assert [should_shard(start(), gpu, "auto", ema, Two()) for ema in (False, True)] == [True, False]
+    assert "not sharded: ema_decay needs whole weights" in caplog.text
 
 
 @pytest.mark.parametrize(
