@@ -57,7 +57,8 @@ class OneLine(logging.Handler):
         """Write the line, to the stream that the log is made of."""
         error = record.exc_info[1] if record.exc_info else None
         cause = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}" if error else ""
-        line = " ".join(f"{record.name}: {record.getMessage()} {cause}".split())
+        message = record.getMessage().strip().rpartition("\n")[2]  # uvicorn's is a traceback
+        line = " ".join(f"{record.name}: {message} {cause}".split())
         sys.stderr.write(f"{ERROR}{line}\n")
 
 
