@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from flows.tied import tied
+from flows.child_process import tied
 from tasks.errors import ParameterError, PermissionRefused, UnavailableError
 from tasks.step import home
 from tasks.store.disk import writing

@@ -1,6 +1,6 @@
 """The Prefect server as we run it: on a socket that is given to it, refusing what comes from elsewhere.
 
-    python -P flows/tied.py flows.server_app FD      FD: a TCP socket, bound to the loopback
+    python -P flows/child_process.py flows.server_app FD      FD: a TCP socket, bound to the loopback
 
 Prefect's own password and CSRF tokens stand behind this. A Host that is not the loopback's is DNS rebinding, and an
 Origin that is not our page's is another page in the user's browser; neither reaches Prefect.

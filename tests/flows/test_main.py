@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.store.check import identity
+from tasks.store.integrity import identity
 from tests.waiting import ended, run, started, until
 
 ROOT = Path(__file__).parents[2]
