@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,12 +81,19 @@ def _unexpected(error: Exception) -> TreelineError:
 
 
 class _Stop:
-    """Ends the command at a signal; again, should that be swallowed, as by a `__del__` while a library is imported."""
+    """Ends the command at a signal; again, should that be swallowed, as by a `__del__` while a library is imported.
+
+    A signal that follows soon changes nothing: raised in the midst of an end, it would cut that off with a traceback.
+    """
 
     def __init__(self) -> None:
         self.again: list[threading.Timer] = []
+        self.last = -math.inf
 
-    def __call__(self, number: int, frame: FrameType | None) -> NoReturn:
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - self.last < AGAIN / 2:
+            return
+        self.last = time.monotonic()
         self.again.append(threading.Timer(AGAIN, os.kill, (os.getpid(), number)))
         self.again[-1].daemon = True
         self.again[-1].start()
@@ -94,7 +102,9 @@ class _Stop:
         raise SystemExit(128 + number)
 
     def over(self) -> None:
-        """Send nothing any more: the command has ended."""
+        """Send nothing any more: the command has ended, and what is left may be cut off."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
         for timer in self.again:
             timer.cancel()
 
@@ -225,6 +235,7 @@ def _add_upkeep(command: Command) -> None:
     made.add_argument(
         "--port", type=int, default=4200, help="port of the server that it starts, unless PREFECT_API_URL is set"
     )
+    command("env", commands.env, "print the variables with which `prefect` reaches the server that `serve` runs")
 
 
 def _recipe(made: argparse.ArgumentParser) -> None:

@@ -1,37 +1,28 @@
-"""What the Prefect UI shows of a run: a card a step, a moving progress artifact, a page for the whole run.
-
-Prefect's database is a view, never the truth: publishing is best effort, and a server that is away costs no result.
-"""
+"""What the Prefect UI shows of a run: a card a step, a moving progress artifact, a page for the whole run."""
 
 from __future__ import annotations
 
 import base64
-import logging
-import string
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
+from flows import reports
 from flows.showing import adapters
 from flows.terminal import asked_of_texts
 from tasks.artifacts import Dialogues, Model, Report
-from tasks.dialogue.markdown import printable
+from tasks.dialogue.markdown import named
+from tasks.notices import told
 from tasks.progress import Bar, Listener
 from tasks.step import Outcome
+from tasks.store.manifest import Notice
 
-log = logging.getLogger("treeline.flows")
+if TYPE_CHECKING:
+    from uuid import UUID
+
 EVERY = 5.0  # seconds between two updates of a progress artifact: each is a request
-REFERENCES = {ord(mark): f"&#{ord(mark)};" for mark in string.punctuation}
-
-
-def best_effort(publish: Callable[[], Any]) -> Any:
-    """Publish something for the UI; where that fails say so once, and let the run go on."""
-    try:
-        return publish()
-    except Exception as error:  # whatever the server or the network may raise
-        log.warning("prefect: could not publish to the UI: %s", str(error).splitlines()[:1] or type(error).__name__)
-        return None
 
 
 def publish_card(outcome: Outcome) -> None:
@@ -40,35 +31,38 @@ def publish_card(outcome: Outcome) -> None:
     from prefect.context import TaskRunContext
 
     if TaskRunContext.get() is not None:
-        best_effort(lambda: create_markdown_artifact(key=f"treeline-{outcome.step}", markdown=card(outcome)))
+        publish = partial(create_markdown_artifact, key=f"treeline-{outcome.step}")
+        reports.send(f"the card of {outcome.step}", publish, lambda: (card(outcome),))
 
 
 def publish_summary(recipe: str, outcomes: Sequence[Outcome]) -> None:
     """Leave the page of a whole run."""
     from prefect.artifacts import create_markdown_artifact
 
-    best_effort(lambda: create_markdown_artifact(key="treeline-run", markdown=summary(recipe, outcomes)))
+    publish = partial(create_markdown_artifact, key="treeline-run")
+    reports.send("the run's page", publish, lambda: (summary(recipe, outcomes),))
 
 
 def publish_comparison(recipe: str, rows: Sequence[Sequence[str]]) -> None:
     """Leave the table that compares the arms of a sweep; its first row is the head."""
     from prefect.artifacts import create_markdown_artifact
 
-    lines = [f"| {' | '.join(map(safe, row))} |" for row in rows]
+    lines = [f"| {' | '.join(map(named, row))} |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
-    page = f"# Sweep of {safe(recipe)}\n\nThe mean over the seeds, and the band.\n\n" + "\n".join(lines)
-    best_effort(lambda: create_markdown_artifact(key="treeline-sweep", markdown=page))
+    page = f"# Sweep of {named(recipe)}\n\nThe mean over the seeds, and the band.\n\n" + "\n".join(lines)
+    reports.send("the sweep's page", partial(create_markdown_artifact, page, key="treeline-sweep"))
 
 
 def card(outcome: Outcome) -> str:
     """Render one step's card: what it made, its counts, and its picture where it has one."""
     artifact = outcome.artifact
     head = f"# {outcome.step}: `{artifact.id}` {'cached' if outcome.cached else 'made'}"
-    parts = [head, f"{safe(outcome.why)}; {outcome.seconds:.1f} s; in {safe(str(artifact.path))}"]
+    parts = [head, f"{named(outcome.why)}; {outcome.seconds:.1f} s; in {named(str(artifact.path))}"]
+    parts += notices(notice for notice in artifact.manifest.notices if notice.step == outcome.step)
     parts.append(_with_pictures(artifact) if isinstance(artifact, Report) else counts_table(artifact.counts))
-    parts += [] if outcome.cached else [safe(line) for line in asked_of_texts(artifact.manifest)]
+    parts += [] if outcome.cached else [named(line) for line in asked_of_texts(artifact.manifest)]
     if isinstance(artifact, Model):
-        parts += [safe(line) for line in [adapters(artifact)] if line]
+        parts += [named(line) for line in [adapters(artifact)] if line]
         parts.append(_losses(artifact))
     if isinstance(artifact, Dialogues):
         parts.append(_funnel(artifact))
@@ -80,11 +74,17 @@ def summary(recipe: str, outcomes: Sequence[Outcome]) -> str:
     arrows = " --> ".join(f'{one.step}["{one.artifact.id}"]' for one in outcomes)
     state = {True: "cached", False: "ran"}
     rows = [
-        f"| {one.step} | {state[one.cached]} | {one.seconds:.1f} | {safe(one.why)} | `{one.artifact.id}` |"
+        f"| {one.step} | {state[one.cached]} | {one.seconds:.1f} | {named(one.why)} | `{one.artifact.id}` |"
         for one in outcomes
     ]
     head = "| step | | seconds | why | artifact |\n|---|---|---:|---|---|"
-    return f"# Treeline: {safe(recipe)}\n\n```mermaid\ngraph LR\n{arrows}\n```\n\n{head}\n" + "\n".join(rows)
+    page = f"# Treeline: {named(recipe)}\n\n```mermaid\ngraph LR\n{arrows}\n```\n\n{head}\n" + "\n".join(rows)
+    return "\n\n".join([page, *notices(told(outcome.artifact.manifest for outcome in outcomes))])
+
+
+def notices(losses: Iterable[Notice]) -> list[str]:
+    """Say what was lost, a paragraph each."""
+    return [f"**{notice.code}**: {named(f'{notice.cause}. {notice.setting}.')}" for notice in losses]
 
 
 def counts_table(counts: Mapping[str, Any], name: str = "count") -> str:
@@ -92,8 +92,8 @@ def counts_table(counts: Mapping[str, Any], name: str = "count") -> str:
     plain = {key: value for key, value in counts.items() if value is not None and not isinstance(value, dict)}
     parts = []
     if plain:
-        rows = [f"| {safe(key)} | {_cell(value)} |" for key, value in plain.items()]
-        parts.append("\n".join([f"| {safe(name)} | |", "|---|---:|", *rows]))
+        rows = [f"| {named(key)} | {_cell(value)} |" for key, value in plain.items()]
+        parts.append("\n".join([f"| {named(name)} | |", "|---|---:|", *rows]))
     parts += [counts_table(value, key) for key, value in counts.items() if isinstance(value, dict) and value]
     return "\n\n".join(parts)
 
@@ -101,16 +101,7 @@ def counts_table(counts: Mapping[str, Any], name: str = "count") -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, int | float):
         return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-    return safe(str(value))
-
-
-def safe(text: str) -> str:
-    """Make text inert in Markdown and HTML, outside a code span: it may come from the data.
-
-    All punctuation becomes references, which are read as characters only: no link, image, address, emphasis, list,
-    table or tag can begin. What does not print is spelled out.
-    """
-    return " ".join(printable(text).split()).translate(REFERENCES)
+    return named(str(value))
 
 
 def _with_pictures(report: Report) -> str:
@@ -150,8 +141,13 @@ def _losses(model: Model) -> str:
 
 
 class _Reported:
-    def __init__(self, total: float, shown: Any) -> None:
-        self.total, self.shown, self.done, self.last = total, shown, 0.0, time.monotonic()
+    """A bar that moves a progress artifact; of its reports, one waits at most."""
+
+    def __init__(self, total: float, about: str) -> None:
+        self.total, self.about, self.done, self.last = total, about, 0.0, time.monotonic()
+        self.artifact: UUID | None = None
+        self.waits = False
+        self.update()
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         self.done += amount
@@ -160,10 +156,20 @@ class _Reported:
             self.update()
 
     def update(self) -> None:
-        from prefect.artifacts import update_progress_artifact
+        if not self.waits:
+            self.waits = True
+            reports.send("the progress of training", self.publish)
 
+    def publish(self) -> None:
+        from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+        self.waits = False
         percent = min(100.0, 100.0 * self.done / self.total)
-        best_effort(lambda: update_progress_artifact(artifact_id=self.shown, progress=percent))
+        if self.artifact:
+            update_progress_artifact(self.artifact, percent)
+        else:
+            made = create_progress_artifact(percent, key="treeline-training", description=self.about)
+            self.artifact = cast("UUID", made)  # no coroutine: this is no coroutine either
 
 
 class _Both:
@@ -184,19 +190,12 @@ class UiProgress:
     @contextmanager
     def bar(self, label: str, total: float | None, unit: str) -> Iterator[Bar]:
         """Open a bar; for training, a progress artifact too."""
-        from prefect.artifacts import create_progress_artifact
         from prefect.context import TaskRunContext
 
         with self.other.bar(label, total, unit) as bar:
             if label != "train" or not total or TaskRunContext.get() is None:
                 yield bar
                 return
-            shown = best_effort(
-                lambda: create_progress_artifact(0.0, key="treeline-training", description=f"{label}, {unit}")
-            )
-            if shown is None:
-                yield bar
-                return
-            reported = _Reported(total, shown)
+            reported = _Reported(total, f"{label}, {unit}")
             yield _Both([bar, reported])
             reported.update()

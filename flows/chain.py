@@ -7,7 +7,8 @@ Six steps, and three more beside them for a recipe with preferences:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
@@ -24,7 +25,7 @@ from tasks.parse import parse
 from tasks.prefer import prefer
 from tasks.refer import refer
 from tasks.start import model_of
-from tasks.step import Step, hold, home
+from tasks.step import Outcome, Session, Step, hold, home, session
 from tasks.store.canonical import sha256_of
 from tasks.store.check import Fault
 from tasks.store.explain import why_missing
@@ -99,6 +100,16 @@ def run(recipe: Recipe, steps: Sequence[Step[Any, Any]], made: Mapping[type[Arti
         inputs = {arg: have[kind] for arg, kind in step.inputs.items()}
         have[step.makes] = step(**inputs, **settings(step, recipe))
     return have
+
+
+@contextmanager
+def noted(
+    recipe: str, force: frozenset[str] = frozenset(), shown: Callable[[Outcome], None] = lambda outcome: None
+) -> Iterator[Session]:
+    """Open a session, as `session` does, and note at its end what the run of a recipe came to: `gc` keeps that."""
+    with session(recipe, force, shown) as run:
+        yield run
+        Store(home()).note_run(recipe, {outcome.step: outcome.artifact.id for outcome in run.outcomes})
 
 
 def plan(

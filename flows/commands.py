@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from tasks.errors import ParameterError
 from tasks.lookup import seen
 from tasks.step import home
 from tasks.store import collect, parts
-from tasks.store.check import Fault, examine
+from tasks.store.check import forget
 from tasks.store.folders import SHORT, Store
 
 
@@ -45,7 +46,13 @@ def ls(asked: argparse.Namespace) -> int:
             print(line)
     else:
         print(f"no artifacts in {home()}; `python -m flows run` makes some")
+    _say_passed_over(Store(home()))
     return 0
+
+
+def _say_passed_over(store: Store) -> None:
+    for line in store.passed_over():
+        print(f"passed over: {line}", file=sys.stderr)
 
 
 def show(asked: argparse.Namespace) -> int:
@@ -96,21 +103,29 @@ def why_dropped(asked: argparse.Namespace) -> int:
 
 def verify(asked: argparse.Namespace) -> int:
     """Hash everything again; exit 65 if anything is not what was published."""
-    found = [(folder, examine(folder)) for folder in Store(home()).folders()]
+    store = Store(home())
+    folders = store.folders()
     corrupt = [
         {"id": f"{folder.parent.name}/{folder.name}", "file": fault.file, "what": fault.what}
-        for folder, fault in found
-        if isinstance(fault, Fault)
+        for folder in folders
+        for fault in store.verify(folder)
     ]
+    corrupt += [{"id": kind, "file": "", "what": "is a link: nothing behind it is used"} for kind in store.links()]
     written = [part for folder in parts.memos(home()) for part in parts.parts(folder)]
     faults = [(part, what) for part in written if (what := parts.fault(part)) and part.exists()]
+    for part, _ in faults:
+        forget(parts.memory_of(home(), part.parent.name))
     corrupt += [{"id": f"{parts.FOLDER}/{part.parent.name}", "file": part.name, "what": what} for part, what in faults]
     if asked.json:
-        print_json({"checked": len(found), "remembered": len(written), "corrupt": corrupt})
+        print_json({"checked": len(folders), "remembered": len(written), "corrupt": corrupt})
     else:
         for entry in corrupt:
-            print(f"{entry['id']}: {entry['file']} {entry['what']}; the next run moves it aside and rebuilds it")
-        print(f"{len(found)} artifacts and {len(written)} parts of what is remembered checked, {len(corrupt)} corrupt")
+            print(f"{entry['id']}: {entry['file']} {entry['what']}")
+        if corrupt:
+            print("the next run moves aside what was altered and rebuilds it; what was added, or is a link, stays")
+        print(
+            f"{len(folders)} artifacts and {len(written)} parts of what is remembered checked, {len(corrupt)} corrupt"
+        )
     return 65 if corrupt else 0
 
 
@@ -126,7 +141,9 @@ def gc(asked: argparse.Namespace) -> int:
         print(f"{'would forget' if asked.dry_run else 'forgot'} the last run of {name}")
     for path in unused:
         print(f"{'would remove' if asked.dry_run else 'removed'} {path.relative_to(store.root)}")
-    print(f"{len(unused)} folders; the last run of each recipe and what is younger than {asked.grace:g} h are kept")
+    kept = f"the last run of each recipe and what is younger than {asked.grace:g} h are kept"
+    print(f"{len(unused)} folders and files; {kept}")
+    _say_passed_over(store)
     return 0
 
 
@@ -189,13 +206,28 @@ def _quiet_end() -> Iterator[None]:
 
 def serve(asked: argparse.Namespace) -> int:
     """Serve the deployments until interrupted."""
-    from flows.deployments import configure, deployments, server
+    from flows import server
 
-    configure(os.environ)
+    server.configure(os.environ)
     print("starting the Prefect server ...", file=sys.stderr)
-    with server(asked.port) as api:
-        from prefect import serve as prefect_serve
+    ours = not os.environ.get("PREFECT_API_URL")
+    with server.for_serve(asked.port) as api:
+        from flows import deployments
 
-        print(f"the UI is at {api.removesuffix('/api')}; artifacts at {api.removesuffix('/api')}/v2/artifacts")
-        prefect_serve(*deployments(), limit=1)
+        page = api.removesuffix("/api")
+        print(f"the UI is at {page}; artifacts at {page}/v2/artifacts", flush=True)
+        if ours:
+            deployments.close_lost()
+            print(f"its password is the line in {server.folder() / 'auth'}")
+            print('for the `prefect` command: eval "$(python -m flows env)"', flush=True)
+        deployments.serve()
+    return 0
+
+
+def env(asked: argparse.Namespace) -> int:
+    """Print what a shell needs to reach the server of the `serve` that runs."""
+    from flows import server
+
+    for name, value in server.exports().items():
+        print(f"export {name}={shlex.quote(value)}")
     return 0

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.artifacts import Artifact, Counts, Dialogues, Model, Tokens
 from tasks.errors import InputError, ParameterError, StoreError
 from tasks.start import base_of
-from tasks.store.disk import sync
-from tasks.store.owner import mark
+from tasks.store.disk import mark, sync
 
 if TYPE_CHECKING:
     import polars as pl
@@ -95,7 +94,7 @@ def nanogpt(tokens: Tokens, folder: Path) -> Counts:
     meta = {
         "format": "nanoGPT: one stream of uint16 token ids a file, little-endian",
         "tokens": counts,
-        "vocab_size": max(encoding.specials.values()) + 1,
+        "vocab_size": encoding.used,
         "specials": encoding.specials,
         "stop": encoding.stop,
         "template": encoding.template,
@@ -155,7 +154,8 @@ def messages(dialogues: Dialogues, folder: Path) -> Counts:
     import orjson
     import polars as pl
     import pyarrow as pa
-    import pyarrow.parquet as pq
+
+    from tasks.parquet import TableWriter
 
     names = {name: pa.string() for name in ("id", "tree_id", "split", "lang")}
     turns = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
@@ -170,7 +170,7 @@ def messages(dialogues: Dialogues, folder: Path) -> Counts:
         counts[split] = 0
         with ExitStack() as stack:
             lines = stack.enter_context((folder / f"{split}.jsonl").open("wb"))
-            table = stack.enter_context(pq.ParquetWriter(folder / f"{split}.parquet", schema, compression="zstd"))
+            table = stack.enter_context(TableWriter(folder / f"{split}.parquet", schema, compression="zstd"))
             for some in _batches(_paths(rows)):
                 lines.writelines(orjson.dumps(row) + b"\n" for row in some)
                 table.write_table(pa.Table.from_pylist(some, schema=schema))
@@ -229,7 +229,7 @@ def adapter(model: Model, folder: Path) -> Counts:
         raise ParameterError(what, do="Open its folder with transformers, or train with train.lora_rank", code="param")
     base, encoding = build_start(*base_of(model)).eval(), model.encoding()
     (folder / BASE).mkdir()
-    export(base, folder / BASE, stop=encoding.stop, pad=encoding.pad)
+    export(base, folder / BASE, stop=encoding.stop, pad=encoding.pad, used=encoding.used)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(model.path / name, folder / BASE / name)
     with tarfile.open(model.path / ARCHIVE) as archive:

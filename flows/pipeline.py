@@ -14,25 +14,27 @@ from prefect import flow
 from flows import cards, chain, runners, sweep
 from flows.chain import StepName
 from flows.recipe import Recipe
+from flows.reports import reporting
+from flows.tied import follow_parent
 from tasks.artifacts import Artifact, Tokens
 from tasks.lookup import named
 from tasks.progress import listener, listening
-from tasks.step import Session, home, session
-from tasks.store.folders import Store
+from tasks.step import Session
 
 
 @contextmanager
 def _run(recipe: Recipe, force: Sequence[str]) -> Iterator[Session]:
     """Open a session that shows itself in the UI; in a flow of a flow, go on with the outer one."""
+    follow_parent()
     now = listener()
     shown = now if isinstance(now, cards.UiProgress) else cards.UiProgress(now)
     with (
-        session(recipe.name, frozenset(force), shown=cards.publish_card) as run,
+        reporting(),
+        chain.noted(recipe.name, frozenset(force), cards.publish_card) as run,
         listening(shown),
         runners.on(recipe.runtime.runner),
     ):
         yield run
-        Store(home()).note_run(recipe.name, {outcome.step: outcome.artifact.id for outcome in run.outcomes})
 
 
 @flow(name="treeline-data", flow_run_name="data {recipe.name}", persist_result=False)
@@ -115,9 +117,10 @@ def sweep_arms(recipe: Recipe, settings: Sequence[str], seeds: int = 1) -> list[
     """
     recipe = sweep.settled(recipe, settings)
     planned = sweep.arms(recipe, settings, seeds)
-    judge = data(recipe)
-    for one in planned:
-        arm(one.recipe, one.label, judge.id)
-    rows = sweep.comparison(sweep.done(recipe, planned) or ())
-    cards.publish_comparison(recipe.name, [sweep.COLUMNS, *map(sweep.cells, rows)])
+    with reporting():
+        judge = data(recipe)
+        for one in planned:
+            arm(one.recipe, one.label, judge.id)
+        rows = sweep.comparison(sweep.done(recipe, planned) or ())
+        cards.publish_comparison(recipe.name, [sweep.COLUMNS, *map(sweep.cells, rows)])
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 from collections.abc import Sequence
@@ -155,9 +156,31 @@ def _find(name: str) -> Path:
     )
 
 
+def toml(text: str, where: str) -> dict[str, Any]:
+    """Read TOML that others wrote.
+
+    Args:
+        text: What they wrote.
+        where: Where it stands.
+
+    Raises:
+        tomllib.TOMLDecodeError: If it is none.
+        ParameterError: If it is nested too deep, or has a number of thousands of digits.
+    """
+    try:
+        found = tomllib.loads(text)
+        json.dumps(found, default=str)  # a hexadecimal number of any length is read, but cannot be said
+        return found
+    except tomllib.TOMLDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        what = "a value is nested too deep" if isinstance(error, RecursionError) else f"a number is too long: {error}"
+        raise ParameterError(what, where, "Give another value", "param.set") from None
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = toml(path.read_text(encoding="utf-8"), str(path))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ParameterError(f"not TOML: {error}", str(path), code="param.recipe") from error
     return {"name": re.sub(r"[^A-Za-z0-9_-]", "-", path.stem).lstrip("-_")[:64] or "recipe", **data}
@@ -188,7 +211,7 @@ def _route(parts: list[str]) -> list[str]:
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        return toml(f"value = {text}", f"--set ...={text[:60]}")["value"]
     except tomllib.TOMLDecodeError:
         return text
 

@@ -7,18 +7,30 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from flows import chain, recipe
 from flows.chain import STEP_NAMES
-from flows.terminal import Bars, asked_of_texts, console, plan_table, print_json, summary_table, table
+from flows.reports import bound_patience, surviving
+from flows.terminal import (
+    Bars,
+    asked_of_texts,
+    console,
+    plan_table,
+    print_json,
+    print_notices,
+    summary_table,
+    table,
+)
 from tasks.artifacts import Artifact
 from tasks.errors import ParameterError, PermissionRefused, StoreError
 from tasks.launch import torchrun_group
-from tasks.step import Step, home, session
+from tasks.notices import told
+from tasks.progress import listening
+from tasks.step import Session, Step, home, session
 from tasks.store.folders import Store
 
 
@@ -72,6 +84,7 @@ def _run(asked: argparse.Namespace) -> int:
     for step, cached, *_, one in made:
         for line in [] if cached else asked_of_texts(one.manifest):
             console().print(f"{step}: {line}", highlight=False)
+    print_notices(told(one.manifest for *_, one in made))
     print(made[-1][-1].id)
     return 0
 
@@ -88,11 +101,11 @@ def _sweep(asked: argparse.Namespace) -> int:
     base = sweeps.settled(recipe.load(asked.recipe), asked.settings)
     planned = sweeps.arms(base, asked.settings, asked.seeds)
     if (outcomes := sweeps.done(base, planned)) is None:
-        _prefect(asked.verbose)
-        from flows.pipeline import sweep_arms
+        with _prefect(asked.verbose) as ready:
+            from flows.pipeline import sweep_arms
 
-        with _in_process():
-            sweep_arms(base, asked.settings, asked.seeds)
+            with ready(), surviving(lambda: sweeps.alone(base, planned)):
+                sweep_arms(base, asked.settings, asked.seeds)
         if (outcomes := sweeps.done(base, planned)) is None:
             raise StoreError("an arm's artifact is gone", str(home()), "run it again", code="sweep.gone")
     rows = sweeps.comparison(outcomes)
@@ -104,25 +117,43 @@ def _sweep(asked: argparse.Namespace) -> int:
 
 
 def _work(wanted: _Wanted, asked: argparse.Namespace) -> list[tuple[str, bool, float, str, Artifact]]:
-    """Run the flow in this process, on Prefect's in-process API unless PREFECT_API_URL names a server."""
-    _prefect(asked.verbose)
-    from flows.cards import publish_card
-    from flows.pipeline import model, pipeline
-
+    """Run the flow in this process, on a server that lives as long unless PREFECT_API_URL names one."""
     until = next(step for step in reversed(STEP_NAMES) if step == asked.until or not asked.until)
     forced = [step for step in STEP_NAMES if step in wanted.force]
-    with _in_process(), session(wanted.recipe.name, wanted.force, publish_card) as run:
-        if asked.tokens:
-            model(wanted.recipe, asked.tokens, until, forced, asked.contests)
-        else:
-            pipeline(wanted.recipe, until, forced)
-    return [(one.step, one.cached, one.seconds, one.why, one.artifact) for one in run.outcomes]
+    with _prefect(asked.verbose) as ready:
+        from flows.cards import publish_card
+        from flows.pipeline import model, pipeline
+
+        with (
+            ready(),
+            session(wanted.recipe.name, wanted.force, publish_card) as run,
+            surviving(lambda: _alone(wanted, run), run),
+        ):
+            if asked.tokens:
+                model(wanted.recipe, asked.tokens, until, forced, asked.contests)
+            else:
+                pipeline(wanted.recipe, until, forced)
+    first = {one.step: one for one in reversed(run.outcomes)}  # without a server, steps that were done are called again
+    return [(one.step, one.cached, one.seconds, one.why, one.artifact) for one in [*first.values()][::-1]]
 
 
-def _prefect(verbose: bool) -> None:
-    """Set Prefect's environment; its modules read it once, when they are imported."""
-    from flows.deployments import configure
+def _alone(wanted: _Wanted, run: Session) -> None:
+    """Go on without flows; steps that were done are found in the store."""
+    run.force -= {one.step for one in run.outcomes}
+    with chain.noted(wanted.recipe.name):
+        chain.run(wanted.recipe, wanted.steps, wanted.given)
 
+
+@contextmanager
+def _prefect(verbose: bool) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Set Prefect's environment, which its modules read once, when they are imported, and start its server.
+
+    Flows can be imported in the block, and run in the context that it yields.
+    """
+    from flows import server
+
+    os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "1")  # five, the default, ask a dead server for a minute
+    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     for name in ("PREFECT_LOGGING_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL"):
         os.environ.setdefault(name, "INFO" if verbose else "CRITICAL")
     ours = logging.getLogger("treeline")
@@ -130,37 +161,43 @@ def _prefect(verbose: bool) -> None:
         ours.handlers.clear()
     else:
         ours.propagate = False
-    configure(os.environ)
-    print("starting Prefect (the first time, its database takes half a minute) ...", file=sys.stderr)
+    server.configure(os.environ)
+    print("starting Prefect (the first time, it makes a database) ...", file=sys.stderr)
 
+    @contextmanager
+    def ready() -> Iterator[None]:
+        wait()
+        bound_patience()
+        bars = Bars()
+        with bars.shown(), listening(bars):
+            yield
 
-@contextmanager
-def _in_process() -> Iterator[None]:
-    """Show bars while flows run in this process, and keep Ctrl-C from Prefect's own server."""
-    from flows.deployments import server_apart
-    from tasks.progress import listening
-
-    bars = Bars()
-    server_apart()
-    with bars.shown(), listening(bars):
-        yield
+    with server.for_run() as wait:
+        yield ready
 
 
 def plan(asked: argparse.Namespace) -> int:
     """Print what a run would do."""
     planned = _wanted(asked).plan()
     if asked.json:
-        print_json([{"step": one.step, "status": one.status, "key": one.key, "why": one.why} for one in planned])
+        print_json([_as_json(one) for one in planned])
     else:
         console().print(plan_table(f"{asked.recipe}: what a run would do", planned))
     return 0
+
+
+def _as_json(planned: chain.Planned) -> dict[str, Any]:
+    """Return what a run would do with a step, and what the artifact that is there tells of losses."""
+    notices = told([planned.artifact.manifest]) if planned.artifact else ()
+    said = {"step": planned.step, "status": planned.status, "key": planned.key, "why": planned.why}
+    return {**said, "notices": [asdict(one) for one in notices if one.step == planned.step]}
 
 
 def why(asked: argparse.Namespace) -> int:
     """Print why steps would run."""
     planned = [one for one in _wanted(asked).plan() if one.status != "cached"]
     if asked.json:
-        print_json([{"step": one.step, "status": one.status, "key": one.key, "why": one.why} for one in planned])
+        print_json([_as_json(one) for one in planned])
         return 0
     for one in planned:
         print(f"{one.step} would run: {one.why}" if one.status == "run" else f"{one.step} may run: it {one.why}")

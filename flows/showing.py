@@ -46,7 +46,8 @@ def text(artifact: Artifact, count: int) -> str:
         Model: _model,
         Report: lambda made, n: made.markdown(),
     }
-    asked = "".join(f"{line}\n" for line in asked_of_texts(artifact.manifest))
+    manifest = artifact.manifest
+    asked = "".join(f"{line}\n" for line in (*asked_of_texts(manifest), *manifest.notices))
     head = f"{artifact.id}  {artifact.path}\n{json.dumps(artifact.counts, ensure_ascii=False)}\n{asked}"
     return f"{head}\n{shown[type(artifact)](artifact, count)}"
 

@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 from flows import chain
-from flows.recipe import Recipe, changed
+from flows.recipe import Recipe, changed, toml
 from tasks.artifacts import Model, Report, Tokens
 from tasks.errors import ParameterError
 from tasks.evaluate import evaluate
@@ -110,7 +110,7 @@ def _values(setting: str) -> tuple[str, list[Any]]:
     if not equals or not text.strip():
         raise ParameterError(f"expected section.name=value,value, found {setting!r}", "--set", code="param.set")
     try:
-        values = tomllib.loads(f"values = [{text}]")["values"]
+        values = toml(f"values = [{text}]", f"--set {setting[:60]}")["values"]
         json.dumps(values)  # TOML has dates, too, which no setting is
     except (tomllib.TOMLDecodeError, TypeError):
         values = [part.strip() for part in text.split(",")]
@@ -155,6 +155,17 @@ def run(arm: Arm, own: chain.Made, judge: Tokens) -> Outcome:
     return Outcome(arm, tuned, report, used is judge)
 
 
+def alone(base: Recipe, planned: Sequence[Arm]) -> None:
+    """Do without flows what the flow of a sweep does; what is there is found in the store."""
+    with chain.noted(base.name):
+        judge = chain.run(base, chain.data(base))[Tokens]
+    assert isinstance(judge, Tokens)
+    for arm in planned:
+        with chain.noted(arm.recipe.name):
+            chain.run(arm.recipe, chain.data(arm.recipe))
+            run(arm, chain.encoded(arm.recipe), judge)
+
+
 def judge_of(own: Tokens, judge: Tokens) -> Tokens:
     """Return the tokens that a model trained on `own` can be judged on: those of the sweep, if they mean the same.
 
@@ -171,12 +182,13 @@ def judge_of(own: Tokens, judge: Tokens) -> Tokens:
 Measure = Callable[[Outcome], float | None]
 
 
-def _figure(*path: str) -> Measure:
+def _figure(name: str) -> Measure:
+    """Return what reads a figure of the model that an arm ended with: the last that its report compares."""
+
     def read(outcome: Outcome) -> float | None:
-        found: Any = outcome.report.figures()
-        for name in path:
-            found = found.get(name) if isinstance(found, Mapping) else None
-        return None if found is None else float(found)
+        report = outcome.report.figures()
+        found: float | None = (report[name] or {}).get(report["models"][-1])
+        return found
 
     return read
 
@@ -185,10 +197,10 @@ MEASURES: Mapping[str, tuple[Measure, str]] = {  # column -> what of an outcome,
     "trained tokens": (lambda outcome: outcome.model.counts.get("supervised"), ",.0f"),
     "tokens computed": (lambda outcome: outcome.model.counts.get("tokens"), ",.0f"),
     "best step": (lambda outcome: outcome.model.counts.get("best_step"), ",.0f"),
-    "NLL": (_figure("nll", "tuned"), ".4f"),
-    "bits/byte": (_figure("bits_per_byte", "tuned"), ".4f"),
-    "facts": (_figure("facts", "tuned"), ".1%"),
-    "stops": (_figure("stop_rate", "tuned"), ".1%"),
+    "NLL": (_figure("nll"), ".4f"),
+    "bits/byte": (_figure("bits_per_byte"), ".4f"),
+    "facts": (_figure("facts"), ".1%"),
+    "stops": (_figure("stop_rate"), ".1%"),
 }
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from tasks.dialogue.markdown import printable
 from tasks.progress import NOBODY, Bar
 from tasks.store.folders import SHORT
 
@@ -19,21 +21,17 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from flows.chain import Planned
-    from tasks.store.manifest import Manifest
+    from tasks.store.manifest import Manifest, Notice
 
-MARKS = {"cached": "[green]cached[/]", "run": "[yellow]run[/]", "unknown": "[dim]unknown[/]"}
-
-
-def console() -> Console:
-    """Return standard output."""
-    return _wide(Console())
+COLOURS = {"cached": "green", "ran": "yellow", "run": "yellow", "unknown": "dim", "the same": "green", "other": "red"}
 
 
-def _wide(found: Console) -> Console:
-    """Make a console that is no terminal as wide as a log needs."""
-    if not found.is_terminal:
-        found.width = 160
-    return found
+def console(stderr: bool = False) -> Console:
+    """Return standard output, or standard error; texts that it prints are never read as markup."""
+    made = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    if not made.is_terminal:
+        made.width = 160  # as wide as a log needs
+    return made
 
 
 class _RichBar:
@@ -54,9 +52,11 @@ class Bars:
     def __init__(self) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = [TextColumn(f"{{task.{name}}}") for name in ("description", "fields[amount]", "fields[note]")]
+        columns = [
+            TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[amount]", "fields[note]")
+        ]
         self.progress = Progress(columns[0], BarColumn(16), *columns[1:2], TimeElapsedColumn(), columns[2],
-                                 console=_wide(Console(stderr=True)))  # fmt: skip
+                                 console=console(stderr=True))  # fmt: skip
 
     @contextmanager
     def bar(self, label: str, total: float | None, unit: str) -> Iterator[Bar]:
@@ -94,26 +94,26 @@ def print_json(value: Any) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Build a table of plain strings."""
-    made = Table(title=title, title_justify="left", header_style="bold")
+    """Build a table of texts: what does not print is spelled out, and words that say what became of a step coloured."""
+    made = Table(title=Text(printable(title)), title_justify="left", header_style="bold")
     for name in columns:
         right = name in {"seconds", "bytes"}
         made.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*(Text(printable(cell), style=COLOURS.get(cell, "")) for cell in row))
     return made
 
 
 def plan_table(title: str, planned: Sequence[Planned]) -> Table:
     """Show what a run would do."""
-    rows = [(entry.step, MARKS[entry.status], (entry.key or "")[:SHORT], entry.why) for entry in planned]
+    rows = [(entry.step, entry.status, (entry.key or "")[:SHORT], entry.why) for entry in planned]
     return table(title, ("step", "status", "key", "why"), rows)
 
 
 def summary_table(title: str, rows: Sequence[tuple[str, bool, float, str, Mapping[str, Any], Path]]) -> Table:
     """Show what a run did: step, cached or ran, seconds, why, counts, where."""
     cells = [
-        (name, "[green]cached[/]" if cached else "[yellow]ran[/]", f"{seconds:.1f}", why, brief(counts), _near(path))
+        (name, "cached" if cached else "ran", f"{seconds:.1f}", why, brief(counts), _near(path))
         for name, cached, seconds, why, counts, path in rows
     ]
     return table(title, ("step", "", "seconds", "why", "counts", "artifact"), cells)
@@ -147,6 +147,12 @@ def asked_of_texts(manifest: Manifest) -> list[str]:
         f"{tally['remembered']:,} remembered, {tally['computed']:,} computed"
         for name, tally in asked.items()
     ]
+
+
+def print_notices(notices: Iterable[Notice]) -> None:
+    """Print what a run lost, a line each; names of fields in it are strangers' words."""
+    for notice in notices:
+        console().print(printable(str(notice)), markup=False, highlight=False, soft_wrap=True, style="yellow")
 
 
 def remembered(memos: Sequence[Path]) -> list[str]:

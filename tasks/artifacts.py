@@ -8,19 +8,23 @@ Importing this module is cheap on purpose: `plan` and `ls` must start neither po
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tasks.store.manifest import Manifest
+from tasks.errors import StoreError
+from tasks.jsonfile import parse_json, read_json
+from tasks.store.manifest import NAME, Manifest
 
 if TYPE_CHECKING:
     import numpy as np
     import polars as pl
     import pyarrow as pa
-    import pyarrow.parquet as pq
+
+    from tasks.parquet import TableWriter
 
 Counts = dict[str, Any]  # what a step measured: names to numbers, or to tables of numbers such as the funnel
 
@@ -133,7 +137,7 @@ def arrow_schema(columns: Mapping[str, str]) -> pa.Schema:
 
 def parquet_writer(
     path: Path, columns: Mapping[str, str], level: int = 3, distinct: Collection[str] = ()
-) -> pq.ParquetWriter:
+) -> TableWriter:
     """Open a Parquet file for writing with the house's settings: explicit schema, zstd, page checksums.
 
     Args:
@@ -142,9 +146,9 @@ def parquet_writer(
         level: Of zstd.
         distinct: Columns whose values hardly ever come again: no dictionary is tried for them.
     """
-    import pyarrow.parquet as pq
+    from tasks.parquet import TableWriter
 
-    return pq.ParquetWriter(
+    return TableWriter(
         path,
         arrow_schema(columns),
         compression="zstd",
@@ -166,8 +170,14 @@ class Artifact:
     path: Path
     manifest: Manifest
     kind: ClassVar[str] = ""
-    files: ClassVar[tuple[str, ...]] = ()  # names that must be there; more may
+    files: ClassVar[tuple[str, ...]] = ()  # names that must be there
+    optional: ClassVar[tuple[str, ...]] = ()  # names, with wildcards, that may be there, too
     records: ClassVar[frozenset[str]] = frozenset()  # tell how the build went (times): verified, but not content
+
+    @classmethod
+    def declares(cls, name: str) -> bool:
+        """Tell whether a file of this name may be part of such an artifact."""
+        return name != NAME and any(fnmatch.fnmatchcase(name, pattern) for pattern in (*cls.files, *cls.optional))
 
     @property
     def id(self) -> str:
@@ -180,14 +190,18 @@ class Artifact:
         return self.manifest.counts
 
     def json(self, name: str) -> Any:
-        """Read a small JSON file of the folder."""
-        return json.loads((self.path / name).read_bytes())
+        """Read a small JSON file of the folder.
+
+        Raises:
+            StoreError: If it is none.
+        """
+        return _json(self.path / name)
 
     def table(self, name: str) -> pl.LazyFrame:
         """Scan a Parquet file of the folder, without reading it yet."""
         import polars as pl
 
-        return pl.scan_parquet(self.path / name)
+        return pl.scan_parquet(self.path / name, glob=False)  # a store's path may hold brackets
 
 
 @dataclass(frozen=True)
@@ -195,6 +209,7 @@ class RawTrees(Artifact):
     """The file or files as published, byte for byte."""
 
     kind = "raw"
+    optional = ("*",)  # as the source names it
 
     def data(self) -> list[Path]:
         """Return the data files, by name."""
@@ -269,6 +284,11 @@ class Encoding:
     splits: dict[str, tuple[int, int]]
     utf8_bytes: dict[str, int]
 
+    @property
+    def used(self) -> int:
+        """Ids that stand for something, <= V: the special tokens are the last of them."""
+        return max(self.specials.values()) + 1
+
 
 @dataclass(frozen=True)
 class Sequences(Artifact):
@@ -325,6 +345,7 @@ class Tokens(Sequences):
 
     kind = "tokens"
     records = frozenset({"curation.json"})
+    optional = ("curation.json",)
     files = (*ARRAYS, "index.parquet", "tokenizer.json", "encoding.json")
 
     def curation(self) -> dict[str, Any] | None:
@@ -380,6 +401,7 @@ class Model(Artifact):
         "chat_template.jinja", "encoding.json", "start.json", "training.json", "log.jsonl",
     )  # fmt: skip
     records = frozenset({"log.jsonl"})
+    optional = ("adapter.tar",)
 
     def encoding(self) -> Encoding:
         """Read how the texts it was trained on were encoded."""
@@ -388,7 +410,7 @@ class Model(Artifact):
     def log(self) -> list[dict[str, Any]]:
         """Read the training log, one entry a line."""
         lines = (self.path / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line]
+        return [parse_json(line.encode()) for line in lines if line]
 
 
 @dataclass(frozen=True)
@@ -397,6 +419,7 @@ class Report(Artifact):
 
     kind = "report"
     files = ("report.json", "report.md", "loss.svg")
+    optional = ("samples.jsonl", "facts.svg", "funnel.svg")
 
     def figures(self) -> dict[str, Any]:
         """Read report.json."""
@@ -422,6 +445,13 @@ def write_encoding(folder: Path, encoding: Encoding) -> None:
 
 def read_encoding(folder: Path) -> Encoding:
     """Read `encoding.json` from a folder."""
-    found = json.loads((folder / "encoding.json").read_bytes())
+    found = _json(folder / "encoding.json")
     found.setdefault("length", found["block"])  # before trees could be longer than a path
     return Encoding(**{**found, "splits": {name: tuple(rows) for name, rows in found["splits"].items()}})
+
+
+def _json(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"not JSON: {error}", str(path), "Run its recipe with --force", "artifact.json") from error

@@ -8,7 +8,6 @@ with the reason and what the rule saw.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -40,6 +39,7 @@ from tasks.dialogue.record import (
     Verdicts,
 )  # fmt: skip
 from tasks.errors import InputError, SourceChanged
+from tasks.notices import DECIDES, of_curate, spent
 from tasks.remembered import UNICODE, PerText, Remembered
 from tasks.rows import per_text
 from tasks.sources import LocalPath, allowed_file
@@ -53,13 +53,12 @@ if TYPE_CHECKING:
     from tasks.dialogue.reading import Reader, Seen
     from tasks.dialogue.texts import Masks, Texts
 
-log = logging.getLogger("treeline.curate")
 ROWS = 16_384  # of a row group: some 10 MB of text, so memory stays flat and readers can skip
 # What it asks of each text alone, and of two.
-LANGUAGE = Remembered("language", 1, "tasks.dialogue.language", ("pycld2", "polars"))
-PERSONAL = Remembered("personal", 3, "tasks.dialogue.pii", ("polars", UNICODE))
+LANGUAGE = Remembered("language", 2, "tasks.dialogue.language", ("pycld2", "polars"))
+PERSONAL = Remembered("personal", 4, "tasks.dialogue.pii", ("polars", UNICODE))
 ASKED = Remembered("asked", 1, "tasks.dialogue.contamination", ("polars",))
-NEAR_FINGERPRINT = Remembered("near-fingerprint", 1, "tasks.dialogue.fingerprint", ("polars", UNICODE))
+NEAR_FINGERPRINT = Remembered("near-fingerprint", 2, "tasks.dialogue.fingerprint", ("polars", UNICODE))
 NEAR_PAIRS = Remembered("near-pairs", 1, "tasks.dialogue.near", ("polars", UNICODE))
 SCORES = {"labels": [f"label_{name}" for name in LABELS], "detoxify": [f"detoxify_{name}" for name in DETOXIFY]}
 
@@ -125,7 +124,7 @@ class CurateRuntime(TextsRuntime):
     """How fast texts are read, never what is found in them."""
 
 
-@step("curate", version=7, makes=Dialogues)
+@step("curate", version=8, makes=Dialogues, notices=of_curate)
 def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRuntime) -> Counts:
     """Write `dialogues.parquet` and `dropped.parquet`, both in the order of the messages, and `curation.json`.
 
@@ -145,6 +144,7 @@ def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRunti
     counts = {
         **tally.counts(table, verdicts),
         "funnel": tally.funnel(verdicts, stages(params)),
+        "replies_dropped": tally.replies_dropped(table, verdicts),
         "label_coverage": tally.coverage(messages.scan(), SCORES),
         "masked": sum(verdicts.reasons[row] is None for row in seen.masks),
         "prompts_sought": seen.prompts,
@@ -153,8 +153,6 @@ def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRunti
     }
     if not counts["messages"]:
         raise _nothing_left(counts, messages.path)
-    if not counts["splits"]["train"]["messages"]:
-        log.warning("curate.train: %s", _nothing_to_train_on(counts))
     _write(out, messages.scan(), texts, table["split"], verdicts, seen.masks)
     told = tally.curation(table, texts, verdicts, counts)
     (out / "curation.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
@@ -316,29 +314,14 @@ def stages(params: CurateParams) -> list[str]:
     return [*params.rules, *(name for name, active in others.items() if active)]
 
 
-def _nothing_to_train_on(counts: Counts) -> str:
-    """Say where it went. No error: who only evaluates, or tries a few trees, may want just that."""
-    left = ", ".join(f"{name} {sizes['messages']:,}" for name, sizes in counts["splits"].items())
-    return (
-        f"no message is left to train on, of {counts['read']['messages']:,} (left: {left}); dropped by "
-        f"{_spent(counts) or 'nothing'}. Loosen the rule that took the most, or with few trees lower curate.test_share "
-        "and curate.val_share"
-    )
-
-
-def _spent(counts: Counts) -> str:
-    """Name what dropped messages, what took the most first."""
-    most = sorted(counts["funnel"].items(), key=lambda one: -one[1])
-    return ", ".join(f"{name} {number:,}" for name, number in most if number)
-
-
 def _nothing_left(counts: Counts, where: Path) -> InputError:
-    spent = _spent(counts) or "nothing: there were none"
+    took = spent(counts["funnel"]) or "nothing: there were none"
+    most = max(counts["replies_dropped"], key=counts["replies_dropped"].__getitem__, default="no_reply")
     return InputError(
-        f"none of {counts['read']['messages']:,} messages is left; dropped by {spent}",
+        f"none of {counts['read']['messages']:,} messages is left; dropped by {took}",
         str(where),
-        "Loosen the rule that took the most, for example --set curate.languages=[] or --set curate.tree_states=[], "
-        "or choose another source",
+        f"Loosen the rule that took the most, for example by --set curate.{DECIDES.get(most, 'rules')}=..., or choose "
+        "another source",
         "curate.empty",
     )
 

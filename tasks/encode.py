@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +22,7 @@ from tasks.artifacts import (
     write_encoding,
 )
 from tasks.errors import InputError
+from tasks.notices import of_encode
 from tasks.progress import track
 from tasks.remembered import PerText, Remembered
 from tasks.rows import per_text
@@ -38,9 +41,9 @@ if TYPE_CHECKING:
     from tasks.text.lay import Texts, Turns
     from tasks.text.layout import Conversation, Forest
 
-PAD = "<|endoftext|>"
 NAMES = ("message_id", "message_tree_id", "role", "split")  # what the index says of a row, besides its rank
 FEW = ("role", "split")  # columns that hold few values
+MOST = 65_535  # tokens of a sequence: places in it are uint16
 GROUP = 1 << 17  # rows of a row group of the index: 10 MB
 # What the gate asks of each text alone.
 EXPORTED_IDS = Remembered("exported-ids", 1, "tasks.text.gate", ("tokenizers",))
@@ -52,17 +55,17 @@ class EncodeParams(Params):
     tokenizer: Literal["gpt2", "trained"] = "gpt2"
     """Whose byte pairs: GPT-2's own, or a small vocabulary trained on the train split, for a model from scratch."""
 
-    vocab_size: int = Field(default=4_096, ge=260, le=65_536)
-    """Most token ids of a trained vocabulary, its 4 special tokens among them; GPT-2's own has 50,260."""
+    vocab_size: int = Field(default=4_096, ge=261, le=65_536)
+    """Most token ids of a trained vocabulary, its 5 special tokens among them. Only for tokenizer = trained."""
 
-    block: int = Field(default=1_024, ge=16, le=65_535)
-    """Most tokens of a conversation, from its start to a reply; GPT-2 knows 1,024 positions."""
+    block: int = Field(default=1_024, ge=16, le=MOST)
+    """Most tokens of a path, from the start of a conversation to a reply: the context that a model must have. GPT-2's is 1,024."""  # noqa: E501
 
     template: Literal["chat", "xml"] = "chat"
     """How turns are written: with role tokens, or with the plain-text tags of the seed."""
 
-    pack: int | None = Field(default=None, ge=16, le=65_535)
-    """Tokens of a sequence, at least block: a larger one cuts fewer trees, and costs attention. None: block."""
+    pack: int | None = Field(default=None, ge=16, le=MOST)
+    """Tokens of a sequence, at least block. None: block or, for trees, which hold many paths, 4 times block."""
 
     layout: Literal["tree", "paths", "top1", "first-reply"] = "tree"
     """How trees become sequences: whole, each message once; as all paths from root to leaf, the best-ranked path, or
@@ -75,21 +78,30 @@ class EncodeParams(Params):
         return self
 
     def keyed(self) -> dict[str, Any]:
-        """Return what enters the key; a pack that is the block is none."""
+        """Return what enters the key; a pack that is the usual one is none."""
         kept = super().keyed()
-        return {**kept, "pack": None if self.pack == self.block else self.pack}
+        return {**kept, "pack": None if self.pack == self._usual else self.pack}
+
+    def idle(self) -> set[str]:
+        """Return the settings that have no say: GPT-2's own vocabulary has its size."""
+        return {"vocab_size"} if self.tokenizer == "gpt2" else set()
 
     @property
     def length(self) -> int:
         """T, tokens of a sequence."""
-        return self.pack or self.block
+        return self.pack or self._usual
+
+    @property
+    def _usual(self) -> int:
+        """Tokens of a sequence where none are set."""
+        return min(4 * self.block, MOST) if self.layout == "tree" else self.block
 
 
 class EncodeRuntime(TextsRuntime):
     """How fast texts become ids, never which."""
 
 
-@step("encode", version=3, makes=Tokens)
+@step("encode", version=4, makes=Tokens, notices=of_encode)
 def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRuntime) -> Counts:
     """Write the memmaps, their index, the tokenizer and the encoding; nothing is published that the gate refuses.
 
@@ -97,7 +109,7 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRun
         InputError: If nothing is left to train on.
         GateError: If what was written must not reach training.
     """
-    from tasks.text.chat import TEMPLATES, tags
+    from tasks.text.chat import PAD, TEMPLATES, tags
 
     template = TEMPLATES[params.template]
     vocabulary = _vocabulary(dialogues, template, params)
@@ -160,11 +172,11 @@ class _Talks:
     Attributes:
         conversations: Rows of each, depth first: a path, or as much of a tree as fits.
         contexts: How many rows at the start of each are not trained: another conversation trains them.
+        packed: Numbers of the conversations of each sequence, by split.
         tags: The template's pieces as ids.
         texts: Ids of the texts in them.
         parents: (rows,) row of each row's parent, -1 at a root.
         replies: (rows,) whether a row is an assistant's.
-        sizes: (conversations,) tokens of each.
         utf8: (rows,) bytes of each text in them.
         splits: (rows,) the split of each.
         counts: What the layout did: how many conversations it found, and what of them was left out.
@@ -172,11 +184,11 @@ class _Talks:
 
     conversations: list[Conversation]
     contexts: list[int]
+    packed: Packed
     tags: Tags
     texts: Texts
     parents: NDArray[np.int64]
     replies: NDArray[np.bool_]
-    sizes: NDArray[np.int64]
     utf8: NDArray[np.int64]
     splits: pl.Series
     counts: Counts
@@ -198,41 +210,67 @@ def _talks(dialogues: Dialogues, function: PerText, tags: Tags, params: EncodePa
     nowhere = np.zeros(len(replies), np.bool_)  # what stands at the ends of a conversation is counted apart
     lengths = texts.lengths + sum(around(replies, nowhere, nowhere, tags))
     laid = (
-        _whole(trees, replies, lengths, tags, params)
+        _whole(trees, replies, splits, lengths, tags, params)
         if found is None
-        else _paths(found, replies, lengths, tags, params)
+        else _paths(found, replies, splits, lengths, tags, params)
     )
-    return _Talks(*laid[:2], tags, texts, np.array(trees.parents, np.int64), replies, laid[2], utf8, splits, laid[3])
+    counts = {**laid[3], "room": _room(trees, replies & asked, lengths, tags, params.block)}
+    parents = np.array(trees.parents, np.int64)
+    return _Talks(*laid[:3], tags, texts, parents, replies, utf8, splits, counts)
 
 
-_Laid = tuple[list["Conversation"], list[int], "NDArray[np.int64]", Counts]  # conversations, contexts, sizes, counts
+def _room(trees: Forest, asked: NDArray[np.bool_], lengths: NDArray[np.int64], tags: Tags, block: int) -> Counts:
+    """Count the trees of which not every reply that is asked for fits, and the blocks that most would fit."""
+    import numpy as np
+
+    from tasks.text.layout import longest
+
+    needed = np.sort(longest(trees, asked, lengths)) + len(tags.start) + len(tags.tail)
+    at = {share: int(needed[-(-len(needed) * share // 100) - 1]) if len(needed) else 0 for share in (90, 99, 100)}
+    return {
+        "conversations": len(needed),
+        "too_long": int(np.count_nonzero(needed > block)),
+        "needed": {f"{share}%": tokens for share, tokens in at.items()},
+    }
+
+
+Packed = dict[str, list[list[int]]]
+_Laid = tuple[list["Conversation"], list[int], Packed, Counts]  # conversations, contexts, sequences, counts
 
 
 def _whole(
-    trees: Forest, replies: NDArray[np.bool_], lengths: NDArray[np.int64], tags: Tags, params: EncodeParams
+    trees: Forest,
+    replies: NDArray[np.bool_],
+    splits: pl.Series,
+    lengths: NDArray[np.int64],
+    tags: Tags,
+    params: EncodeParams,
 ) -> _Laid:
-    """Take trees as they are, or as much of one as fits a sequence."""
-    import numpy as np
-
+    """Take trees as they are, or in pieces that fit and fill sequences."""
     from tasks.text.branches import Sizes, cut
+    from tasks.text.fill import fill
 
     sizes = Sizes(lengths.tolist(), len(tags.start), len(tags.tail), params.block, params.length)
     made = cut(trees, replies.tolist(), sizes)
+    of_split = _numbers([piece.rows for piece in made.pieces], splits, params)
+    filled = {split: fill([made.pieces[at] for at in numbers], trees, sizes) for split, numbers in of_split.items()}
+    pieces = [piece for sequences in filled.values() for sequence in sequences for piece in sequence]
+    number = count()
+    packed = {split: [[next(number) for _ in one] for one in sequences] for split, sequences in filled.items()}
     counts = {
         "found": made.trees + made.skipped,
-        "cut": made.divided,
+        "cut": sum(many > 1 for many in Counter(piece.rows[0] for piece in pieces).values()),
         "skipped": made.skipped,
         "too_long": made.too_long,
-        "context": sum(sizes.rows[row] for piece in made.pieces for row in piece.rows[: piece.context]),
+        "context": sum(sizes.rows[row] for piece in pieces for row in piece.rows[: piece.context]),
     }
-    pieces = made.pieces
-    tokens = np.array([piece.tokens for piece in pieces], np.int64)
-    return [piece.rows for piece in pieces], [piece.context for piece in pieces], tokens, counts
+    return [piece.rows for piece in pieces], [piece.context for piece in pieces], packed, counts
 
 
 def _paths(
     found: list[Conversation],
     replies: NDArray[np.bool_],
+    splits: pl.Series,
     lengths: NDArray[np.int64],
     tags: Tags,
     params: EncodeParams,
@@ -241,11 +279,16 @@ def _paths(
     import numpy as np
 
     from tasks.text.layout import fit, flat
+    from tasks.text.pack import best_fit
 
     outer = len(tags.start) + len(tags.tail)
     fitted = fit(found, replies, lengths, params.block - outer)
     inside, stops = flat(fitted.conversations)
     sizes = np.diff(np.cumsum(lengths[inside])[stops - 1], prepend=0) + outer
+    packed = {
+        split: [numbers[places].tolist() for places in best_fit(sizes[numbers].tolist(), params.length)]
+        for split, numbers in _numbers(fitted.conversations, splits, params).items()
+    }
     counts = {
         "found": len(found),
         "cut": fitted.cut,
@@ -253,7 +296,26 @@ def _paths(
         "repeated": fitted.repeated,
         "too_long": fitted.too_long,
     }
-    return fitted.conversations, [0] * len(sizes), sizes, counts
+    return fitted.conversations, [0] * len(sizes), packed, counts
+
+
+def _numbers(
+    conversations: list[Conversation], splits: pl.Series, params: EncodeParams
+) -> dict[str, NDArray[np.int64]]:
+    """Return which conversations each split has.
+
+    Raises:
+        InputError: If the train split has none.
+    """
+    import numpy as np
+
+    of_each = splits.gather([conversation[0] for conversation in conversations])
+    of_split = {split: np.flatnonzero((of_each == split).to_numpy()) for split in SPLITS}
+    if not len(of_split["train"]):
+        what = f"the train split holds no reply that fits, with all above it, {params.block:,} tokens"
+        where = f"{len(splits):,} messages came in, {(splits == 'train').sum():,} of them to train on"
+        raise InputError(what, where, "Keep more messages in curate, or raise encode.block", "encode.empty")
+    return of_split
 
 
 @dataclass
@@ -267,13 +329,12 @@ class _Tally:
 
 
 def _write(out: Path, dialogues: Dialogues, talks: _Talks, params: EncodeParams, pad: int) -> dict[str, _Tally]:
-    """Pack each split, write the arrays and the index, and return what was written."""
+    """Write the arrays and the index, and return what was written of each split."""
     import pyarrow as pa
 
     from tasks.text.lay import turns
 
-    packed = _packed(talks, params)
-    plan = [numbers for sequences in packed.values() for numbers in sequences]
+    plan = [numbers for sequences in talks.packed.values() for numbers in sequences]
     placed = turns(
         talks.conversations, talks.contexts, plan, talks.parents, talks.replies, talks.texts.lengths, talks.tags
     )
@@ -282,34 +343,12 @@ def _write(out: Path, dialogues: Dialogues, talks: _Talks, params: EncodeParams,
     pa.default_memory_pool().release_unused()
     _write_index(out / "index.parquet", _read(dialogues, *NAMES, "rank"), placed)
     written, first = {}, 0
-    for split, sequences in packed.items():
+    for split, sequences in talks.packed.items():
         here = placed.of(first, first + len(sequences))
         first += len(sequences)
         spoken = int(talks.utf8[here.row[here.trained > 0]].sum())
         written[split] = _Tally(len(sequences), int(here.size.sum()), int(here.trained.sum()), spoken)
     return written
-
-
-def _packed(talks: _Talks, params: EncodeParams) -> dict[str, list[list[int]]]:
-    """Return the numbers of the conversations of each sequence, by split.
-
-    Raises:
-        InputError: If the train split has no conversation.
-    """
-    import numpy as np
-
-    from tasks.text.pack import best_fit
-
-    of_each = talks.splits.gather([conversation[0] for conversation in talks.conversations])
-    of_split = {split: np.flatnonzero((of_each == split).to_numpy()) for split in SPLITS}
-    if not len(of_split["train"]):
-        what = f"the train split holds no reply that fits, with all above it, {params.block:,} tokens"
-        where = f"{len(talks.splits):,} messages came in, {(talks.splits == 'train').sum():,} of them to train on"
-        raise InputError(what, where, "Keep more messages in curate, or raise encode.block", "encode.empty")
-    return {
-        split: [numbers[places].tolist() for places in best_fit(talks.sizes[numbers].tolist(), params.length)]
-        for split, numbers in of_split.items()
-    }
 
 
 def _write_index(path: Path, rows: pl.DataFrame, placed: Turns) -> None:

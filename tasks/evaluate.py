@@ -1,25 +1,33 @@
-"""Step 6, evaluate: what tuning changed, measured on the tuned model and on the one that it started from."""
+"""Step 6, evaluate: what tuning changed, measured on the tuned model and on the one that it started from.
+
+Where the model was tuned to prefer, too, it is measured beside the one that it was made of: base, tuned, preferred.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from tasks.artifacts import Counts, Model, Report, Tokens
+from tasks.artifacts import Contests, Counts, Model, Report, Tokens
 from tasks.errors import InputError, ParameterError
-from tasks.start import folder_of
-from tasks.step import Params, Runtime, step
-from tasks.tuning import refuse_strangers
+from tasks.notices import told
+from tasks.start import folder_of, given_to_prefer, of_training
+from tasks.step import Params, Runtime, hold, step
+from tasks.tuning import refuse_strangers, replies_of
+from tasks.tuning import split_of as sequences_of
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
     from tasks.gpt.batches import Split
+    from tasks.gpt.preference import Floats, Replies
     from tasks.gpt.report import Exam, Result
 
 
@@ -35,8 +43,6 @@ class EvaluateParams(Params):
     """Split that the loss is measured on. Where it holds nothing, val is taken, and the report says so."""
     facts: tuple[str, ...] = ("capital",)
     """Families of facts whose held-out questions are asked: capital, us_state, indian_state, element, ... Empty: none."""  # noqa: E501
-    answer_tokens: Count = 32
-    """Most tokens of an answer to such a question, the end of turn included."""
     panel: tuple[str, ...] = (
         "What's the capitol of France?",
         "What's the capital of France?",
@@ -45,11 +51,11 @@ class EvaluateParams(Params):
         "Can you explain why the sky is blue?",
         "Write a short poem about a tree.",
     )
-    """Prompts that both models reply to, shown side by side. Empty: none."""
+    """Prompts that all models reply to, shown side by side. Empty: none."""
     samples_per_prompt: Count = 2
     """Replies of each model to each prompt of the panel."""
-    max_new_tokens: Count = 64
-    """Most tokens of a reply to the panel, the end of turn included."""
+    max_new_tokens: Count | None = None
+    """Most tokens of a reply to a question or to the panel, the end of turn included. None: what the model's positions leave room for. A reply that loops ends there."""  # noqa: E501
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.7
     """Of the panel: 0 takes the likeliest token each time; 1 draws as the model finds likely."""
     top_k: Count | None = 50
@@ -57,7 +63,7 @@ class EvaluateParams(Params):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 0.95
     """The panel draws among the fewest tokens that hold this probability together. None: among all."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1337
-    """Seed of the panel's draws; the same for both models."""
+    """Seed of the panel's draws; the same for all models."""
 
     @field_validator("facts")
     @classmethod
@@ -74,6 +80,13 @@ class EvaluateParams(Params):
             raise ValueError("a prompt of the panel is empty")
         return prompts
 
+    def idle(self) -> set[str]:
+        """Return the settings that have no say: those of draws where nothing is drawn."""
+        how = {"temperature", "top_k", "top_p", "seed", "samples_per_prompt"}
+        if not self.panel:
+            return how if self.facts else {*how, "max_new_tokens"}
+        return set() if self.temperature else how - {"temperature", "samples_per_prompt"}
+
 
 class EvaluateRuntime(Runtime):
     """How fast, and where. The figures are the same but for rounding."""
@@ -88,7 +101,7 @@ class EvaluateRuntime(Runtime):
     """CPU threads. None: one for a model narrower than 512, else as torch finds best."""
 
 
-@step("evaluate", version=7, makes=Report)
+@step("evaluate", version=8, makes=Report)
 def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, run: EvaluateRuntime) -> Counts:
     """Write the report: `report.json`, `report.md`, plots, and every reply in `samples.jsonl`."""
     from tasks.dialogue.scorecard import render
@@ -98,34 +111,52 @@ def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, ru
     from tasks.gpt.weights import build_start, load_model
 
     refuse_strangers(model, tokens)
-    start = model.json("start.json")
+    start, tuned = model.json("start.json"), made_of(model)
+    trainings = {which: one.json("training.json") for which, one in tuned.items()}
     split, exam = exam_of(model, tokens, params)
     refuse_long(exam, start["positions"])
-    loads: Mapping[str, Callable[[], GPT2LMHeadModel]] = {
+    loads: dict[str, Callable[[], GPT2LMHeadModel]] = {
         "base": lambda: build_start(start, folder_of(start)),
-        "tuned": lambda: load_model(model.path),
+        **{which: partial(load_model, one.path) for which, one in tuned.items()},
     }
+    results: dict[str, Result] = {}
     device = device_of(run.device)
     less = "Set evaluate.batch and evaluate.replies to less"
     with at_work(device, run.threads, start["width"]), shortage_named("a model at its exam", device, less):
-        # One model after the other: the larger ones fill a GPU.
-        results = {which: examine(load().to(device), exam, params, run, which) for which, load in loads.items()}
+        for which, load in loads.items():  # one after the other: the larger ones fill a GPU
+            kept = which in trainings and trainings[which]["best_step"] == 0  # the very weights of the model before
+            results[which] = [*results.values()][-1] if kept else examine(load().to(device), exam, params, run, which)
     report = {
         "split": split,
         "split_asked": params.split,
         **figures(results, exam),
-        "sampling": params.model_dump(mode="json", exclude={"split", "facts", "panel"}),
+        "sampling": {name: value for name, value in params.keyed().items() if name not in {"split", "facts", "panel"}},
         "start": start,
-        "training": model.json("training.json"),
+        "training": trainings["tuned"],
+        "preference": trainings.get("preferred"),
         "curation": tokens.curation(),
+        "notices": [asdict(notice) for notice in told([model.manifest, tokens.manifest])],
         "lineage": {"model": model.manifest.digest, "tokens": tokens.manifest.digest},
     }
     write_json(out / "report.json", report)
     (out / "report.md").write_text(render(report), encoding="utf-8")
-    write_plots(out, report, model.log())
+    write_plots(out, report, tuned["tuned"].log())
     lines = (json.dumps(line) + "\n" for line in samples(results, exam))
     (out / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
     return counts_of(report)
+
+
+def made_of(model: Model) -> dict[str, Model]:
+    """Return the models that tuning made, by their names in the report: this one, and the one that prefer was given.
+
+    Raises:
+        ParameterError: If the latter is no longer there.
+    """
+    given = given_to_prefer(model)
+    if given is None:
+        return {"tuned": model}
+    hold(given)
+    return {"tuned": given, "preferred": model}
 
 
 def refuse_long(exam: Exam, positions: int) -> None:
@@ -144,7 +175,7 @@ def refuse_long(exam: Exam, positions: int) -> None:
 
 
 def exam_of(model: Model, tokens: Tokens, params: EvaluateParams) -> tuple[str | None, Exam]:
-    """Return what both models are put to, and the name of its split."""
+    """Return what all models are put to, and the name of its split."""
     from tasks.gpt.report import Exam
     from tasks.oasst.facts import held_out_questions
     from tasks.text.chat import load_dialect
@@ -153,7 +184,25 @@ def exam_of(model: Model, tokens: Tokens, params: EvaluateParams) -> tuple[str |
     utf8_bytes = tokens.encoding().utf8_bytes.get(name, 0) if name else 0
     seeds = range(params.seed, params.seed + params.samples_per_prompt)
     dialect = load_dialect(model.path)
-    return name, Exam(dialect, split, utf8_bytes, held_out_questions(params.facts), params.panel, seeds)
+    questions, ranked = held_out_questions(params.facts), ranked_of(model, params.split)
+    return name, Exam(dialect, split, utf8_bytes, questions, params.panel, seeds, ranked)
+
+
+def ranked_of(model: Model, asked: str) -> tuple[Split, Replies] | None:
+    """Return the ranked replies that models are asked about: those of the split asked for, else of val, else none.
+
+    Raises:
+        ParameterError: If the model was tuned to prefer, and the contests are no longer there.
+    """
+    digest = model.json("training.json").get("contests")
+    if digest is None:
+        return None
+    contests = of_training(Contests, digest, model)
+    hold(contests)
+    for name in dict.fromkeys((asked, "val")):
+        if name in contests.encoding().splits and len((replies := replies_of(contests, name)).rank):
+            return sequences_of(contests, name), replies
+    return None
 
 
 def split_of(tokens: Tokens, asked: str) -> tuple[str | None, Split | None]:
@@ -179,12 +228,25 @@ def examine(model: GPT2LMHeadModel, exam: Exam, params: EvaluateParams, run: Eva
     dialect, many = exam.dialect, len(exam.seeds)
     how: dict[str, Any] = {"vocab": dialect.used, "batch": run.replies}
     asked = [dialect.prompt([("user", question.text)]) for question in exam.questions]
-    answers = generate(model, asked, dialect.stop, params.answer_tokens, label=f"answers, {label}", **how)
+    answers = generate(model, asked, dialect.stop, params.max_new_tokens, label=f"answers, {label}", **how)
     how |= params.model_dump(include={"temperature", "top_k", "top_p"})
     prompts = [dialect.prompt([("user", prompt)]) for prompt in exam.panel for _ in exam.seeds]
     seeds = [*exam.seeds] * len(exam.panel)
     said = generate(model, prompts, dialect.stop, params.max_new_tokens, seeds=seeds, label=f"panel, {label}", **how)
-    return Result(nats, answers, [said[first : first + many] for first in range(0, len(said), many)])
+    replies = [said[first : first + many] for first in range(0, len(said), many)]
+    return Result(nats, answers, replies, ranked_logps(model, exam, run.batch, label))
+
+
+def ranked_logps(model: GPT2LMHeadModel, exam: Exam, batch: int | None, label: str) -> Floats | None:
+    """Return how likely a model finds each ranked reply; None where there are none."""
+    from tasks.gpt.need import AT_ONCE
+    from tasks.gpt.preference import all_logps
+
+    if exam.ranked is None:
+        return None
+    split, replies = exam.ranked
+    at_once = batch or max(1, AT_ONCE // split.block)
+    return all_logps(model, split, replies, at_once, model.device, label=f"ranked, {label}")
 
 
 def total_nats(model: GPT2LMHeadModel, split: Split, batch: int | None, label: str) -> float:
@@ -221,18 +283,18 @@ def write_plots(out: Path, report: Mapping[str, Any], log: Sequence[Mapping[str,
     (out / "loss.svg").write_bytes(loss_svg(train, validation))
     regions = (report["facts"] or {}).get("by_region")
     if regions:
-        shares = {name: (found["base"], found["tuned"]) for name, found in regions.items()}
-        (out / "facts.svg").write_bytes(facts_svg(shares))
+        shares = {name: [found[which] for which in report["models"]] for name, found in regions.items()}
+        (out / "facts.svg").write_bytes(facts_svg(shares, report["models"]))
     if report["curation"]:
         (out / "funnel.svg").write_bytes(funnel_svg(report["curation"]["counts"]))
 
 
 def counts_of(report: Mapping[str, Any]) -> Counts:
     """Return the figures that the manifest and a run's summary show."""
-    measures = ("nll", "bits_per_byte", "stop_rate")
+    measures = ("nll", "bits_per_byte", "stop_rate", "loop_rate", *(("accuracy",) if report["pairs"] else ()))
     counts = {name: report[name] for name in measures}
     if report["facts"]:
-        counts["facts"] = {name: report["facts"][name] for name in ("base", "tuned", "n")}
+        counts["facts"] = {name: report["facts"][name] for name in (*report["models"], "n")}
     return {"sequences": report["sequences"], "tokens": report["tokens"], **counts}
 
 

@@ -40,15 +40,21 @@ AGAIN = frozenset({408, 425, 429})  # with all 5xx: statuses that another try ma
 
 @dataclass(frozen=True)
 class Patience:
-    """How often a service that does not answer is asked again.
+    """What a service may ask of us: how often it is asked again, how slow it may be, and how much it may send.
 
     Attributes:
         retries: Tries after the first one.
         backoff_s: Seconds before the first of them; doubles each time, up to half a minute.
+        least_rate: Bytes a second that a transfer must bring, in each window.
+        window_s: Seconds of such a window.
+        most: Bytes of a file whose size is not pinned.
     """
 
     retries: int = 4
     backoff_s: float = 1.0
+    least_rate: float = 1000.0
+    window_s: float = 30.0
+    most: int = 16 << 30
 
 
 PATIENT = Patience()
@@ -56,13 +62,14 @@ PATIENT = Patience()
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A file of the hub, and the digest that it must have: sha256, git hash (40 digits), or not known yet."""
+    """A file of the hub, and what it must have: digest (sha256 or git hash) and size; None where not known yet."""
 
     repo: str
     file: str
     revision: str
     repo_type: RepoType
     digest: str | None
+    size: int | None
 
     @property
     def where(self) -> str:
@@ -81,6 +88,7 @@ def fetch_file(
     sha256: str | None = None,
     *,
     repo_type: RepoType = "model",
+    size: int | None = None,
     patience: Patience = PATIENT,
 ) -> Path:
     """Return the path of a pinned file in the hub's cache, fetched if need be and verified in any case.
@@ -94,23 +102,24 @@ def fetch_file(
         revision: Commit, 40 hex digits; never a branch.
         sha256: Of the content, 64 hex digits; None trusts the hub's etag for this revision.
         repo_type: `model` or `dataset`.
-        patience: How often to ask again.
+        size: Of the content, in bytes; None: at most what `patience` allows.
+        patience: How often to ask again, how slow an answer may be, and how large.
 
     Raises:
         SourceChanged: If the bytes are not the pinned ones.
         InputError: `source.missing`, if the hub has no such repository, revision or file.
         PermissionRefused: `source.denied`, if the hub wants another token, or one at all.
-        UnavailableError: `source.unavailable`, if the hub did not answer and the cache has no good copy.
+        UnavailableError: `source.unavailable`, if the hub did not answer, or out of all bounds, and the cache has no
+            good copy.
     """
-    wanted = _Wanted(repo, file, revision, repo_type, sha256)
+    wanted = _Wanted(repo, file, revision, repo_type, sha256, size)
     kept = _cached(wanted)
     if kept is not None and (digest := sha256 or _etag(kept)) and _digest(kept, digest) == digest:
         return kept
-    published = _insist(partial(_look_up, wanted), wanted, patience)
-    wanted = _agreed(wanted, published)
+    wanted = _agreed(wanted, _insist(partial(_look_up, wanted), wanted, patience), patience.most)
     digest, found, path = wanted.digest or "", "", Path()
     for force in [True] if kept else [False, True]:  # what a first download leaves may come from a damaged cache
-        path = _insist(partial(_download, wanted, published.size, force), wanted, patience)
+        path = _insist(partial(_download, wanted, force), wanted, patience)
         found = _digest(path, digest)
         if found == digest:
             return path
@@ -174,21 +183,27 @@ def _look_up(wanted: _Wanted) -> Any:
     return get_hf_file_metadata(hf_hub_url(**names, endpoint=_endpoint()), endpoint=_endpoint())
 
 
-def _agreed(wanted: _Wanted, published: Any) -> _Wanted:
-    """Return the file with the digest that it must have, if the hub's answer does not speak against it already."""
-    etag = published.etag or ""
+def _agreed(wanted: _Wanted, published: Any, most: int) -> _Wanted:
+    """Return the file with the digest and size that it must have, if the hub's answer does not speak against them."""
+    etag, size = published.etag or "", published.size
     if published.commit_hash not in (None, wanted.revision):
         raise _changed(wanted, f"revision {wanted.revision}", str(published.commit_hash))
-    if wanted.digest is None and not _kind(etag):
+    if not _kind(etag):
         raise InputError(
-            f"expected an etag that is a sha256 or a git hash, found {etag[:80]!r}",
+            "expected an etag that is a sha256 or a git hash, found none",
             wanted.where,
-            "Pin the file's sha256",
+            "Ask another hub (HF_ENDPOINT), or read a file at hand with source = file",
             "source.unpinned",
         )
     if wanted.digest and _kind(etag) == "sha256" and etag != wanted.digest:  # known before a byte is transferred
-        raise _changed(wanted, f"sha256 {wanted.digest}", f"{etag} ({published.size or 0:,} bytes)")
-    return replace(wanted, digest=wanted.digest or etag)
+        raise _changed(wanted, f"sha256 {wanted.digest}", f"{etag} ({size or 0:,} bytes)")
+    if wanted.size and size not in (None, wanted.size):
+        raise _changed(wanted, f"{wanted.size:,} bytes", f"{size:,}")
+    if size and size > most and not wanted.size:
+        raise _unavailable(
+            f"the hub says that the file has {size:,} bytes; at most {most:,} are taken (max_gb)", wanted
+        )
+    return replace(wanted, digest=wanted.digest or etag, size=wanted.size or size)
 
 
 def _changed(wanted: _Wanted, expected: str, found: str) -> SourceChanged:
@@ -196,10 +211,10 @@ def _changed(wanted: _Wanted, expected: str, found: str) -> SourceChanged:
     return SourceChanged(f"expected {expected}, found {found}", wanted.where, do)
 
 
-def _download(wanted: _Wanted, size: int | None, force: bool) -> Path:
+def _download(wanted: _Wanted, force: bool) -> Path:
     from huggingface_hub import hf_hub_download
 
-    with bar("download", size, "bytes") as shown:
+    with bar("download", wanted.size, "bytes") as shown:
         names = wanted.hub_names()
         return Path(hf_hub_download(**names, endpoint=_endpoint(), force_download=force, tqdm_class=_relay(shown)))
 
@@ -227,10 +242,14 @@ def _relay(shown: Bar) -> type:
 
 
 def _insist(call: Callable[[], T], wanted: _Wanted, patience: Patience) -> T:
-    """Call until it works, the error is final, or patience ends."""
+    """Call within bounds until it works, the error is final, or patience ends."""
+    from tasks.client import Bounds, bounded
+
+    bounds = Bounds(wanted.size or patience.most, patience.least_rate, patience.window_s)
     for tried in range(patience.retries + 1):
         try:
-            return call()
+            with bounded(_endpoint(), bounds):
+                return call()
         except Exception as error:
             refusal = _refusal(error, wanted)
             if refusal is None and tried == patience.retries:
@@ -270,22 +289,24 @@ def _refusal(error: Exception, wanted: _Wanted) -> Exception | None:
     import httpx2
     from huggingface_hub import errors
 
+    from tasks.client import Refused
+
     root = _root_of(error)
     if isinstance(root, TreelineError):
         return root
+    if isinstance(root, Refused):
+        return _unavailable(str(root), wanted)
     if isinstance(root, errors.HfHubHTTPError):
         return _refusal_of_status(root.response.status_code, root, wanted)
     if isinstance(root, errors.OfflineModeIsEnabled):
         return _unavailable("the hub is switched off by HF_HUB_OFFLINE", wanted)
-    if isinstance(root, errors.FileMetadataError):
-        return _unavailable("what answered does not speak the hub's protocol", wanted)
     malformed = (httpx2.LocalProtocolError, httpx2.UnsupportedProtocol, httpx2.InvalidURL, UnicodeEncodeError)
     if isinstance(root, malformed):  # their texts and attributes hold the header with the token
         return ConfigurationError("the request cannot be sent", wanted.where, "Check HF_ENDPOINT and HF_TOKEN")
     if isinstance(root, httpx2.RequestError) or str(root).startswith("Consistency check failed"):
         return None
-    if type(root).__module__.startswith("hf_xet") or type(root) is RuntimeError:  # how hf_xet tells of the network
-        return None
+    if isinstance(root, errors.FileMetadataError | ValueError | OverflowError):  # of headers that make no sense
+        return _unavailable("what answered does not speak the hub's protocol", wanted)
     if isinstance(root, OSError) and root.errno is not None:
         reason, cache = root.strerror, _cache() or "its default place"
         return StoreError(

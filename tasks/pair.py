@@ -48,7 +48,7 @@ class PairParams(Params):
     """Most replies of a contest; of more, those in the middle are left out: the best and the worst teach the most."""
 
 
-@step("pair", version=1, makes=Contests)
+@step("pair", version=2, makes=Contests)
 def pair(out: Path, dialogues: Dialogues, tokens: Tokens, params: PairParams) -> Counts:
     """Write the contests of the dialogues, in the vocabulary, template and lengths of the tokens.
 

@@ -6,9 +6,10 @@ import gc
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field
@@ -27,15 +28,15 @@ from tasks.artifacts import (
     parquet_writer,
 )  # fmt: skip
 from tasks.errors import InputError, TreelineError
+from tasks.notices import of_parse
 from tasks.progress import bar
 from tasks.remembered import Remembered
 from tasks.step import Params, step
 
 if TYPE_CHECKING:
-    import pyarrow.parquet as pq
-
     from tasks.oasst.dump import Bad, Dump, Found, Place
     from tasks.oasst.versions import Robbed, Row, Verdict, Versions
+    from tasks.parquet import TableWriter
 
 log = logging.getLogger("treeline.parse")
 GROUP = 20_000  # rows of a row group: what is held in memory, and what a reader can skip
@@ -66,7 +67,7 @@ class ParseParams(Params):
     """Bytes that one byte of a gzip file may unpack to, counted after 16 MiB; more is a bomb and fails the step."""
 
 
-@step("parse", version=4, makes=Messages)
+@step("parse", version=5, makes=Messages, notices=of_parse)
 def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
     """Write `messages.parquet`, trees in the order of the dump, and `rejected.parquet`.
 
@@ -100,8 +101,10 @@ def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
                 break
         intake.settle()
         intake.finish(dump)
+    if layout.naive_dates:
+        log.warning("parse: %s dates name no offset, and were read as UTC", f"{layout.naive_dates:,}")
     intake.refuse_if_bad(params.max_bad, dump)
-    return intake.counts(dump, layout.unknown)
+    return {**intake.counts(dump, layout.unknown), "naive_dates": layout.naive_dates}
 
 
 @contextmanager
@@ -124,8 +127,10 @@ class _Intake:
         from tasks.oasst.tables import MessageTable, RowTable
 
         self._path, self._files, self._seen = out / "messages.parquet", files, Seen()
-        self._messages = MessageTable(_writer(self._path), GROUP)
-        self._rejected = RowTable(parquet_writer(out / "rejected.parquet", REJECTED_COLUMNS), GROUP)
+        self._tables = ExitStack()
+        self._messages = self._tables.enter_context(MessageTable(_writer(self._path), GROUP))
+        rejected = RowTable(parquet_writer(out / "rejected.parquet", REJECTED_COLUMNS), GROUP)
+        self._rejected = self._tables.enter_context(rejected)
         self._late: dict[Place, list[Bad]] = {}  # rejected, but the line is not at hand any more
         self._out: tuple[int, int] | None = None  # trees and messages, once settled
         self._named: list[str] = []
@@ -135,9 +140,10 @@ class _Intake:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._messages.close()
-        self._rejected.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tables.__exit__(kind, error, trace)
 
     @property
     def trees(self) -> int:
@@ -165,8 +171,10 @@ class _Intake:
 
     def reject(self, bad: Bad) -> None:
         """Note a line or tree that cannot be taken."""
-        from tasks.oasst.lines import AS_LINES
+        from tasks.oasst.advice import AS_LINES
 
+        if not self._named and bad.do:
+            self._do = bad.do
         if not self._named and bad.raw and bad.raw[:HEAD].lstrip().startswith(b"["):
             name = self._files[bad.place.file].name
             self._do = f"{name} looks like one JSON array; write one object a line (JSON Lines): {AS_LINES}"
@@ -317,5 +325,5 @@ def _rejected_row(file: str, bad: Bad, raw: bytes) -> tuple[Any, ...]:
     return file, place.line, place.offset, bad.code, bad.message, digest, head, bad.tree_id, bad.trees, bad.messages
 
 
-def _writer(path: Path) -> pq.ParquetWriter:
+def _writer(path: Path) -> TableWriter:
     return parquet_writer(path, MESSAGE_COLUMNS, FAST, MESSAGE_DISTINCT)

@@ -15,7 +15,8 @@ from tasks.artifacts import Contests, Counts, Model, References
 from tasks.errors import InputError, ParameterError
 from tasks.launch import run_distributed
 from tasks.step import step
-from tasks.tuning import TuningParams, TuningRuntime, refuse_strangers, split_of, tune, write_json
+from tasks.store.folders import CHECKPOINTS
+from tasks.tuning import TuningParams, TuningRuntime, refuse_strangers, replies_of, split_of, tune, write_json
 
 if TYPE_CHECKING:
     from tasks.gpt.preference import Side
@@ -41,7 +42,7 @@ class PreferRuntime(TuningRuntime):
     """How fast, and where. The outcome is the same but for rounding and the draws of dropout."""
 
 
-@step("prefer", version=5, makes=Model, resumable=True)
+@step("prefer", version=6, makes=Model, inherits=(CHECKPOINTS, "log.jsonl"))
 def prefer(
     out: Path, contests: Contests, references: References, model: Model, params: PreferParams, run: PreferRuntime
 ) -> Counts:
@@ -65,11 +66,11 @@ def prefer(
     aim = EachPair(fitted, held, params.beta)
     tuned, encoding = load_model(model.path), contests.encoding()
     progress = tune(tuned, (aim.train, aim.val), params, run, out, objective=aim)
-    export(tuned, out, stop=encoding.stop, pad=encoding.pad)
+    export(tuned, out, stop=encoding.stop, pad=encoding.pad, used=encoding.used)
     for name in KEPT:
         shutil.copyfile(model.path / name, out / name)
     counts = counts_of(progress, parameter_count(tuned), out)
-    write_json(out / "training.json", {**counts, "from": model.manifest.digest})
+    write_json(out / "training.json", {**counts, "from": model.manifest.digest, "contests": contests.manifest.digest})
     return counts
 
 
@@ -83,18 +84,13 @@ def refuse_other_precision(references: References, params: PreferParams) -> None
 
 def _side(contests: Contests, references: References, name: str) -> Side:
     """Return a split of the contests with what the start makes of it."""
-    import numpy as np
+    from tasks.gpt.preference import Side
 
-    from tasks.gpt.preference import Replies, Side
-
-    table, logps = contests.replies().collect(), references.logps()
-    if len(logps) != table.height:
-        what = f"expected references of {table.height:,} replies, found {len(logps):,}"
+    of_each, logps = contests.replies().select("split").collect()["split"], references.logps()
+    if len(logps) != len(of_each):
+        what = f"expected references of {len(of_each):,} replies, found {len(logps):,}"
         raise InputError(what, references.id, "Run the refer step again on these contests", "prefer.references")
-    first, _ = contests.encoding().splits[name]
-    here = (table["split"] == name).to_numpy()
-    columns = [table[column].to_numpy().astype(np.int64)[here] for column in ("sequence", "trained", "contest", "rank")]
-    return Side(split_of(contests, name), Replies(columns[0] - first, *columns[1:]), logps[here])
+    return Side(split_of(contests, name), replies_of(contests, name), logps[(of_each == name).to_numpy()])
 
 
 def counts_of(progress: Progress, parameters: int, out: Path) -> Counts:

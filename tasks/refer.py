@@ -10,8 +10,8 @@ from typing import Literal
 
 from tasks.artifacts import Contests, Counts, Model, References
 from tasks.errors import TrainingError
-from tasks.step import Params, step
-from tasks.tuning import TuningRuntime, refuse_strangers, split_of
+from tasks.step import Params, Runtime, step
+from tasks.tuning import Count, Device, MicroBatch, refuse_strangers, replies_of, split_of
 
 
 class ReferParams(Params):
@@ -21,8 +21,15 @@ class ReferParams(Params):
     """Of products. None: that of prefer, which is held to what is found here."""
 
 
-class ReferRuntime(TuningRuntime):
+class ReferRuntime(Runtime):
     """How fast, and where. The outcome is the same but for rounding."""
+
+    device: Device = "auto"
+    """Where to compute; auto takes a GPU where there is one."""
+    micro_batch: MicroBatch = None
+    """Sequences that go through the model at once; lower it where memory runs out. None: as many as hold 8,192 tokens; auto: of these, as many as fit."""  # noqa: E501
+    threads: Count | None = None
+    """CPU threads. None: one for a model narrower than 512, else as torch finds best."""
 
 
 @step("refer", version=5, makes=References)
@@ -37,13 +44,11 @@ def refer(out: Path, contests: Contests, model: Model, params: ReferParams, run:
     from tasks.gpt.device import at_work, device_of
     from tasks.gpt.need import AT_ONCE
     from tasks.gpt.planning import shortage_named
-    from tasks.gpt.preference import Replies, all_logps
+    from tasks.gpt.preference import all_logps
     from tasks.gpt.weights import load_model
 
     refuse_strangers(model, contests)
-    split = split_of(contests, None)
-    table = contests.replies().collect()
-    replies = Replies(*(table[name].to_numpy().astype(np.int64) for name in ("sequence", "trained", "contest", "rank")))
+    split, replies = split_of(contests, None), replies_of(contests, None)
     device = device_of(run.device)
     loaded = load_model(model.path).to(device)
     at_once = run.micro_batch if isinstance(run.micro_batch, int) else max(1, AT_ONCE // split.block)
@@ -53,7 +58,7 @@ def refer(out: Path, contests: Contests, model: Model, params: ReferParams, run:
             told = f"{at_once} sequences of {split.block:,} tokens at once"
             try:
                 with shortage_named(told, device, "Set refer.micro_batch to auto, or to less"):
-                    logps = all_logps(loaded, split, replies, at_once, device, params.precision == "bfloat16")
+                    logps = all_logps(loaded, split, replies, at_once, device, half=params.precision == "bfloat16")
             except TrainingError:
                 if run.micro_batch != "auto" or at_once == 1:
                     raise

@@ -106,7 +106,9 @@ MODELS: Mapping[str, HubModel] = {
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _REPO = re.compile(r"(?:[A-Za-z0-9_][\w.-]{0,95}/)?[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
-_PART = re.compile(r"[\w+=@()-][\w .+=@()-]{0,199}")  # one part of a path; no colon, no backslash, no control
+# One part of a path in a repository; no colon, no backslash, no control.
+_PART = re.compile(r"[\w+=@()\[\]-][\w .,;+=@()\[\]{}'!&#~-]{0,199}")
+LONGEST = 200  # bytes of a name; most file systems take 255, and a number may be put before it
 
 
 def _refuse(name: str, expected: str, found: str) -> None:
@@ -140,7 +142,9 @@ def _file_name(text: str) -> str:
 def _local_path(text: str) -> str:
     if _CONTROL.search(text) or "://" in text or text.startswith("~") or ".." in text.split("/"):
         _refuse("path", "a path without '..', '~', '://' or control characters", text)
-    _file_name(Path(text).name)
+    name = Path(text).name
+    if not name or not name.isprintable() or name == "manifest.json" or len(name.encode()) > LONGEST:
+        _refuse("path", f"a name of printable characters, of at most {LONGEST} bytes, that is not manifest.json", text)
     return text
 
 

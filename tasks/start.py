@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from tasks.artifacts import Model
-from tasks.errors import ParameterError
+from tasks.artifacts import Artifact, Model
+from tasks.errors import ParameterError, PermissionRefused
 from tasks.gpt.folder import CONFIG, WEIGHTS, find_folder
 from tasks.hub import fetch_file
 from tasks.lookup import named, of_content
 from tasks.sources import MODELS
 
+A = TypeVar("A", bound=Artifact)
 ROOTS = "TREELINE_MODEL_ROOTS"  # folders that local models may be taken from, separated like PATH
 SCRATCH, FOLDER, MODEL = "scratch", "folder", "model"  # a start that is not the name of a published model
 
@@ -28,9 +29,10 @@ def allowed_folder(path: str) -> Path:
 
     Raises:
         ParameterError: If it does not, or is no folder.
+        PermissionRefused: If a file of the model is a link that leads out.
     """
-    found = Path(path).resolve()
-    if not any(found.is_relative_to(root) for root in roots()):
+    found = _resolved(Path(path))
+    if found is None or not _is_allowed(found):
         allowed = ", ".join(map(str, roots())) or "none"
         raise ParameterError(
             f"the model folder {path!r} lies under none of the allowed roots ({allowed})",
@@ -40,7 +42,26 @@ def allowed_folder(path: str) -> Path:
         )
     if not found.is_dir():
         raise ParameterError(f"{path!r} is not a folder", "train.folder", "Give a Hugging Face folder", "param.path")
+    for file in (found / CONFIG, found / WEIGHTS):
+        if not _is_allowed(file):
+            what = f"{file.name} is a link that leads out of the allowed roots"
+            raise PermissionRefused(
+                what, f"train.folder {path}", f"Copy the file there, or name its folder in ${ROOTS}"
+            )
     return found
+
+
+def _is_allowed(path: Path) -> bool:
+    found = _resolved(path)
+    return found is not None and any(found.is_relative_to(root) for root in roots())
+
+
+def _resolved(path: Path) -> Path | None:
+    """Follow all links; None where they go round."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        return None
 
 
 def fetch_published(start: str) -> Path:
@@ -96,12 +117,28 @@ def base_of(model: Model) -> tuple[Mapping[str, Any], Path | None]:
     Raises:
         ParameterError: If that is no longer there.
     """
-    start = model.json("start.json")
-    given = model.json("training.json").get("from")
-    if given is None:
-        return start, folder_of(start)
-    base = of_content(Model, given)
-    if base is None:
-        what = f"the model that the adapters lie over (content {given[:12]}…) is not in the store"
+    start, given = model.json("start.json"), given_to_prefer(model)
+    return ({**start, "start": MODEL}, given.path) if given else (start, folder_of(start))
+
+
+def given_to_prefer(model: Model) -> Model | None:
+    """Return the model that the prefer step made this one of; None for a model that it did not make.
+
+    Raises:
+        ParameterError: If that model is no longer there.
+    """
+    digest = model.json("training.json").get("from")
+    return of_training(Model, digest, model) if digest else None
+
+
+def of_training(kind: type[A], digest: str, model: Model) -> A:
+    """Return the artifact, of this content, that a model was made of.
+
+    Raises:
+        ParameterError: If it is no longer there.
+    """
+    found = of_content(kind, digest)
+    if found is None:
+        what = f"the {kind.kind} that it was made of (content {digest[:12]}…) is not in the store"
         raise ParameterError(what, model.id, "Run its recipe again, or copy its folder here", "param.artifact")
-    return {**start, "start": MODEL}, base.path
+    return found

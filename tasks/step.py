@@ -10,13 +10,12 @@ the call is a task run, and a hit is shown as state Cached. Prefect is imported 
 
 from __future__ import annotations
 
-import errno
 import inspect
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -31,20 +30,18 @@ from tasks.origin import origin_of
 from tasks.rows import Desk, remembering
 from tasks.store.canonical import sha256_of
 from tasks.store.check import Fault
-from tasks.store.collect import Lease, lease
-from tasks.store.disk import refusal
+from tasks.store.disk import disk_error, refusal
 from tasks.store.explain import why_missing
 from tasks.store.folders import SHORT, Store, entries
+from tasks.store.lease import Lease, lease
 from tasks.store.lock import single_flight
-from tasks.store.manifest import Manifest, content_digest
+from tasks.store.manifest import Manifest, Notice, content_digest
 
 log = logging.getLogger("treeline.step")
 P = ParamSpec("P")
+Notices = Callable[[Counts, Any], Iterable[Notice]]  # counts and Params of a step -> what it lost
 A = TypeVar("A", bound=Artifact)
 ROOT = Path(__file__).resolve().parent.parent
-# What the system says when it is the disk, not the step, that is at fault.
-_NAMES = ("ENOSPC", "EDQUOT", "EROFS", "EIO", "EFBIG", "EMFILE", "EACCES", "EPERM")
-WRITE_ERRORS = {getattr(errno, name) for name in _NAMES if hasattr(errno, name)}
 
 
 class Params(BaseModel):
@@ -53,8 +50,12 @@ class Params(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     def keyed(self) -> dict[str, Any]:
-        """Return what enters the key: every setting, defaults spelled out; content in place of a path."""
-        return self.model_dump(mode="json")
+        """Return what enters the key: each setting that has a say, defaults spelled out; content in place of a path."""
+        return self.model_dump(mode="json", exclude=self.idle())
+
+    def idle(self) -> set[str]:
+        """Return the settings that have no say beside the others: to change one of them must not cost a run."""
+        return set()
 
 
 class Runtime(BaseModel):
@@ -117,7 +118,7 @@ def session(
     if outer is not None:
         yield outer
         return
-    with lease(Store(home())) as held:
+    with lease(home()) as held:
         opened = Session(recipe, force, shown, lease=held)
         token = _session.set(opened)
         try:
@@ -134,7 +135,12 @@ def hold(artifact: Artifact) -> None:
 
 
 def step(
-    name: str, *, version: int, makes: type[A], resumable: bool = False
+    name: str,
+    *,
+    version: int,
+    makes: type[A],
+    inherits: Collection[str] = (),
+    notices: Notices = lambda counts, params: (),
 ) -> Callable[[Callable[Concatenate[Path, P], Counts]], Step[P, A]]:
     """Turn a function that writes files into a folder into a cached step.
 
@@ -142,21 +148,29 @@ def step(
         name: The step's name; it enters the key.
         version: Raised by a person when the code makes other files than before; `test_versions.py` reminds.
         makes: The artifact that the files are.
-        resumable: Whether a build may go on from the folder that a failed or killed one left.
+        inherits: Names of what a build may go on with that a failed or killed one left in its folder.
+        notices: Says of what was measured, and the settings, what was lost.
 
     Raises:
         TypeError: At import, if the signature holds anything but `out: Path`, artifacts, one Params and one Runtime.
     """
-    return lambda function: Step(name, version, makes, resumable, function)
+    return lambda function: Step(name, version, makes, inherits, function, notices)
 
 
 class Step(Generic[P, A]):
     """A function from artifacts and settings to an artifact, cached by what enters it."""
 
     def __init__(
-        self, name: str, version: int, makes: type[A], resumable: bool, function: Callable[Concatenate[Path, P], Counts]
+        self,
+        name: str,
+        version: int,
+        makes: type[A],
+        inherits: Collection[str],
+        function: Callable[Concatenate[Path, P], Counts],
+        notices: Notices = lambda counts, params: (),
     ) -> None:
-        self.name, self.version, self.makes, self.resumable, self.function = name, version, makes, resumable, function
+        self.name, self.version, self.makes, self.inherits, self.function = name, version, makes, inherits, function
+        self.notices = notices
         self.__doc__, self.__module__ = function.__doc__, function.__module__
         hints = get_type_hints(function)
         hints.pop("return", None)
@@ -251,8 +265,9 @@ class _Call:
 
     def build(self) -> Manifest:
         """Publish what the step's function writes into a scratch folder; or what a try wrote that ended just before."""
-        with self.store.scratch(self.kind, self.key, self.step.resumable, self.forced, self.recipe) as out:
-            manifest = self.store.built(out, self.key) or self.write(out)
+        inherits = self.step.inherits
+        with self.store.scratch(self.kind, self.key, inherits, self.forced, self.recipe) as out:
+            manifest = self.store.built(out, self.key, inherits) or self.write(out)
             return self.store.publish(out, manifest, replace=self.forced)[1]
 
     def write(self, out: Path) -> Manifest:
@@ -262,20 +277,39 @@ class _Call:
             with self.remembering() as desk:
                 counts = self.step.function(out, **self.bound)
             files = entries(out)
-        except OSError as error:
-            if error.errno in WRITE_ERRORS:
-                raise refusal(self.store.root, error) from error
+        except Exception as error:
+            if not out.exists():
+                what = (
+                    f"the scratch folder of step {self.step.name} is gone: a run of another host took this one for dead"
+                )
+                raise StoreError(what, str(out), "Run it again", "store.scratch") from error
+            if disk := disk_error(error):
+                raise refusal(self.store.root, disk) from error
             raise
-        missing = set(self.step.makes.files) - set(files)
-        if missing:
-            raise StoreError(f"step {self.step.name} did not write {', '.join(sorted(missing))}", code="step.files")
+        self.refuse_others(files)
         digest = content_digest(files, self.step.makes.records)
         origin = {
             **origin_of(self.run.recipe, self.runtime()),
             "seconds": round(time.time() - started, 3),
             "texts": desk.counts(),
         }
-        return Manifest(self.key, self.kind, self.recipe, files, digest, counts, origin)
+        return Manifest(self.key, self.kind, self.recipe, files, digest, counts, origin, notices=self.notices(counts))
+
+    def notices(self, counts: Counts) -> tuple[Notice, ...]:
+        """Return what was lost up to here: a manifest keeps all of it, as an artifact may travel alone."""
+        inputs = [notice for arg in self.step.inputs for notice in self.bound[arg].manifest.notices]
+        return (*dict.fromkeys(inputs), *self.step.notices(counts, self.bound[self.step.params_name]))
+
+    def refuse_others(self, files: Collection[str]) -> None:
+        """Raise an error unless these are the files that the artifact declares."""
+        makes = self.step.makes
+        missing = sorted({*makes.files} - {*files})
+        odd = sorted(name for name in files if not makes.declares(name))
+        if missing:
+            raise StoreError(f"step {self.step.name} did not write {', '.join(missing)}", code="step.files")
+        if odd:
+            what = f"step {self.step.name} wrote {', '.join(odd)}, which no file of {self.kind} is named"
+            raise StoreError(what, "", f"declare it in tasks/artifacts.py ({makes.__name__}.optional)", "step.files")
 
     def runtime(self) -> dict[str, Any]:
         """Return how fast it was asked to work, as JSON values."""

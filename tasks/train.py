@@ -16,6 +16,7 @@ from tasks.launch import run_distributed
 from tasks.sources import MODELS
 from tasks.start import FOLDER, MODEL, SCRATCH, allowed_folder, fetch_published, model_of
 from tasks.step import Params, hold, step
+from tasks.store.folders import CHECKPOINTS
 from tasks.tuning import (
     Count,
     TuningParams,
@@ -93,7 +94,7 @@ class TrainRuntime(TuningRuntime):
     """How fast, and where. The outcome is the same but for rounding and the draws of dropout."""
 
 
-@step("train", version=6, makes=Model, resumable=True)
+@step("train", version=7, makes=Model, inherits=(CHECKPOINTS, "log.jsonl"))
 def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> Counts:
     """Write the tuned model, its tokenizer and chat template, and how training went."""
     from tasks.gpt.objective import EachToken
@@ -117,7 +118,7 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     warn_of_new_words(encoding, folder, params)
     aim = EachToken(*splits, worth_of(tokens, params))
     progress = tune(model, splits, params, run, out, named=lambda rows: name_messages(tokens, rows), objective=aim)
-    export(model, out, stop=encoding.stop, pad=encoding.pad)
+    export(model, out, stop=encoding.stop, pad=encoding.pad, used=encoding.used)
     write_tokenizer(out, tokens.path, encoding, spec["positions"])
     write_json(out / "start.json", spec)
     counts = counts_of(progress, parameter_count(model))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from tasks.artifacts import Encoding, Model, Sequences
+from tasks.artifacts import Contests, Encoding, Model, Sequences
 from tasks.errors import ParameterError
 from tasks.signals import kept_signals
 from tasks.step import Params, Runtime
@@ -27,11 +27,14 @@ if TYPE_CHECKING:
     from tasks.gpt.batches import Split
     from tasks.gpt.interrupt import Interrupt
     from tasks.gpt.objective import Objective
+    from tasks.gpt.preference import Replies
     from tasks.gpt.run import Machine, Progress, Settings
 
 COMPILED = "treeline/compiled"  # under the user's own cache: it is code, so never in a store that others may write
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+MicroBatch = Count | Literal["auto"] | None
 
 
 class TuningParams(Params):
@@ -78,12 +81,8 @@ class TuningParams(Params):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of products; weights and sums stay float32. float32: a GPU rounds factors to 10 bits (TF32), here and in the evaluation. bfloat16 is for GPUs and for CPUs that have instructions for it."""  # noqa: E501
 
-    def keyed(self) -> dict[str, Any]:
-        """Return what enters the key: settings that have a say."""
-        return self.model_dump(mode="json", exclude=self.idle())
-
     def idle(self) -> set[str]:
-        """Return the settings that have no say beside the others: to change one of them must not cost a run."""
+        """Return the settings that have no say beside the others."""
         found = set() if self.lora_rank else {"lora_alpha", "lora_dropout"}
         return found if self.targets is None else found | {"epochs"}
 
@@ -110,9 +109,9 @@ class TuningParams(Params):
 class TuningRuntime(Runtime):
     """How fast, and where. The outcome is the same but for rounding and the draws of dropout."""
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """Where to train; auto takes a GPU where there is one."""
-    micro_batch: Count | Literal["auto"] | None = None
+    micro_batch: MicroBatch = None
     """Sequences that go through the model at once; lower it where memory runs out. None: as many as hold 8,192 tokens; auto: of these, as many as fit into the memory that is free."""  # noqa: E501
     recompute: bool | Literal["auto"] = "auto"
     """Keep only what enters each block and compute the block again on the way back: far less memory for a quarter to a third more time, the same gradients. auto: where memory would run out."""  # noqa: E501
@@ -271,6 +270,20 @@ def split_of(tokens: Sequences, name: str | None) -> Split:
     return Split(*arrays)
 
 
+def replies_of(contests: Contests, name: str | None) -> Replies:
+    """Read where the replies of a split lie in its sequences; None: those of all."""
+    import numpy as np
+
+    from tasks.gpt.preference import Replies
+
+    table = contests.replies().collect()
+    first = 0
+    if name is not None:
+        table, first = table.filter(table["split"] == name), contests.encoding().splits[name][0]
+    columns = [table[column].to_numpy().astype(np.int64) for column in ("sequence", "trained", "contest", "rank")]
+    return Replies(columns[0] - first, *columns[1:])
+
+
 def refuse_strangers(model: Model, tokens: Sequences) -> None:
     """Raise an error unless the tokens are in the language of the model."""
     same_words = (model.path / "tokenizer.json").read_bytes() == (tokens.path / "tokenizer.json").read_bytes()
@@ -303,6 +316,7 @@ def write_tokenizer(out: Path, source: Path, encoding: Encoding, positions: int)
             "bos_token": EOT,
             "eos_token": text_of[encoding.stop],
             "pad_token": text_of[encoding.pad],
+            "padding_side": "left",  # where a reply goes on, no padding may stand
             "extra_special_tokens": sorted(encoding.specials, key=encoding.specials.__getitem__),
             "model_max_length": positions,
             "clean_up_tokenization_spaces": False,

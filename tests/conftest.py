@@ -10,12 +10,19 @@ import pytest
 from hypothesis import settings
 
 from tests.hub import Hub
+from tests.waiting import guarded
 
 settings.register_profile("treeline", deadline=None)  # a busy machine is no failure
 settings.load_profile("treeline")
 
 # Before torch is loaded: tests run side by side, and OpenMP's threads would wait for each other by spinning.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_outlives_the_tests() -> Iterator[None]:
+    with guarded():
+        yield
 
 
 @pytest.fixture

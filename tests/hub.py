@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -53,6 +55,9 @@ class Hub:
         self.gated = False
         self.faults: list[tuple[str, int]] = []  # (method, status), used up from the front
         self.cuts: list[int] = []  # bytes after which the next bodies end early
+        self.lies: dict[str, str] = {}  # headers that stand in place of the true ones, in every answer
+        self.head: Callable[[Callable[[bytes], object]], None] | None = None  # sends the answers, from their first byte
+        self.body: Callable[[Callable[[bytes], object]], None] | None = None  # sends the bodies: without an end, slowly
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
@@ -115,6 +120,11 @@ class Hub:
                 path, authorization = unquote(self.path), self.headers.get("Authorization")
                 token = authorization.removeprefix("Bearer ") if authorization else None
                 hub.requests.append(Request(self.command, path, self.headers.get("Range"), token))
+                if hub.head:
+                    self.close_connection = True
+                    with suppress(OSError):
+                        hub.head(self.wfile.write)
+                    return None
                 if hub.faults and hub.faults[0][0] == self.command:
                     return self.say(hub.faults.pop(0)[1])
                 if path.startswith("/cdn/"):
@@ -135,7 +145,7 @@ class Hub:
 
             def say(self, status: int, headers: dict[str, str] | None = None) -> None:
                 self.send_response(status)
-                for name, value in {"Content-Length": "0", **(headers or {})}.items():
+                for name, value in {"Content-Length": "0", **(headers or {}), **hub.lies}.items():
                     self.send_header(name, value)
                 self.end_headers()
 
@@ -143,14 +153,19 @@ class Hub:
                 asked = self.headers.get("Range")
                 start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
                 body, whole = hosted.data[start:], len(hosted.data)
+                ranged = {"Content-Range": f"bytes {start}-{whole - 1}/{whole}"} if asked else {}
+                named = {"ETag": f'"{hosted.etag}"', "X-Repo-Commit": hosted.commit}
                 self.send_response(206 if asked else 200)
-                self.send_header("Content-Length", str(len(body)))
-                if asked:
-                    self.send_header("Content-Range", f"bytes {start}-{whole - 1}/{whole}")
-                self.send_header("ETag", f'"{hosted.etag}"')
-                self.send_header("X-Repo-Commit", hosted.commit)
+                for name, value in {"Content-Length": str(len(body)), **ranged, **named, **hub.lies}.items():
+                    if value:
+                        self.send_header(name, value)
                 self.end_headers()
                 if self.command == "HEAD":
+                    return
+                if hub.body:
+                    self.close_connection = True
+                    with suppress(OSError):  # the reader has had enough
+                        hub.body(self.wfile.write)
                     return
                 if hub.cuts:
                     body, self.close_connection = body[: hub.cuts.pop(0)], True

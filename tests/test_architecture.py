@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STEPS = {"download", "parse", "curate", "encode", "train", "evaluate", "pair", "refer", "prefer"}
 NOUNS = {"dialogue", "oasst", "chats", "text", "gpt"}
+FRAMES = {"parquet", "ndjson", "csv", "ipc"}  # what polars reads from a path
+LEAVES = {"errors", "progress", "jsonfile"}  # import nothing of ours
 TOP = {"pyproject.toml", "README.md", "LICENSE", "flows", "tasks", "tests", "artifacts"}
 
 
@@ -59,11 +61,11 @@ def test_imports_go_one_way(path: Path) -> None:
     if part(me) in STEPS:
         assert not {part(module) for module in found} & (STEPS - {part(me)}), "steps never import steps"
     if part(me) in NOUNS:
-        allowed = NOUNS | {"errors", "progress"}
+        allowed = NOUNS | LEAVES
         assert {part(module) for module in found} <= allowed, "nouns know values and paths, nothing of the store"
     if part(me) == "store":
-        assert {part(module) for module in found} <= {"store", "errors"}
-    if part(me) in {"errors", "progress"}:
+        assert {part(module) for module in found} <= {"store", *LEAVES}
+    if part(me) in LEAVES:
         assert not found
 
 
@@ -115,6 +117,16 @@ def test_no_module_runs_what_data_says(path: Path) -> None:
         assert given.get("shell") != "True"
         assert given.get("trust_remote_code") in {None, "False"}
         assert called != "torch.load" or given.get("weights_only") == "True"
+
+
+@pytest.mark.parametrize("path", modules(), ids=name)
+def test_a_path_is_never_a_pattern(path: Path) -> None:
+    """polars takes `[`, `*` and `?` in a path for a pattern, and would read another store's files."""
+    for call in (node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Call)):
+        called = ast.unparse(call.func).rpartition(".")[2]
+        if called.startswith(("scan_", "read_")) and called.rpartition("_")[2] in FRAMES:
+            given = {word.arg: ast.unparse(word.value) for word in call.keywords}
+            assert given.get("glob") == "False", f"{ast.unparse(call)}: say glob=False"
 
 
 def test_nothing_else_lies_at_the_top_level() -> None:

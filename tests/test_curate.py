@@ -29,6 +29,7 @@ from tasks.dialogue.language import SEEN
 from tasks.dialogue.record import RULES
 from tasks.dialogue.split import split_of
 from tasks.errors import InputError, ParameterError, SourceChanged
+from tasks.notices import of_curate
 from tasks.oasst.sample import SAMPLE_NAME, planted, sample_bytes
 from tasks.parse import ParseParams, parse
 from tasks.rows import Tally, remembering
@@ -190,7 +191,7 @@ def test_188_real_trees_give_1176_messages(opened: Open, tmp_path: Path) -> None
     funnel = {name: number for name, number in counts["funnel"].items() if number}
     assert funnel == {
         "deleted": 40, "rejected": 43, "lang_mismatch": 1, "pii": 1, "not_appropriate": 14, "sexual_content": 1,
-        "quality": 196, "toxicity": 1, "paste": 19, "parent": 337, "no_reply": 189,
+        "quality": 196, "toxicity": 1, "paste": 18, "parent": 338, "no_reply": 189,
         "near_duplicate": 1,  # a song text that two replies hold
     }  # fmt: skip
 
@@ -301,16 +302,26 @@ def test_nothing_left_is_an_error_that_says_what_took_it(tmp_path: Path) -> None
     assert found.value.exit_code == 65
     with pytest.raises(InputError, match="there were none"):
         reasons(tmp_path)
+    german = "Alle Menschen sind frei und gleich an Würde und Rechten geboren. " * 2
+    with pytest.raises(InputError, match=r"--set curate\.text_language_from="):
+        reasons(tmp_path, *chain("a", "b", b={"text": german}))
 
 
-def test_nothing_left_to_train_on_is_said_with_what_took_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_left_to_train_on_is_said_with_what_took_it(tmp_path: Path) -> None:
     test, train = two_splits()
     rows = [*chain(train, "b"), {"id": test, "text": train}, {"id": "d", "parent": test}]
-    reasons(tmp_path, *rows, test_share=0.4, val_share=0.2, separate_splits=False)
-    assert "curate.train" not in caplog.text
-    reasons(tmp_path, *rows, test_share=0.4, val_share=0.2)
-    assert "curate.train: no message is left to train on, of 4 (left: train 0, val 0, test 2)" in caplog.text
-    assert "dropped by parent 1, leak 1" in caplog.text
+    params = CurateParams(test_share=0.4, val_share=0.2)
+    _, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", params)
+    said = {notice.code: str(notice) for notice in of_curate(counts, params)}
+    assert "(replies: train 0, val 0, test 1; dropped by leak 1)" in said["curate.train"]
+    assert "takes 1 of 2 (50.0%) replies" in said["curate.leak"]
+
+
+def test_a_reply_counts_for_the_rule_that_dropped_what_it_answers(tmp_path: Path) -> None:
+    rows = [*chain("a", "b", "c", "d", a={"deleted": True}), *chain("e", "f", f={"deleted": True}), *chain("g", "h")]
+    _, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", CurateParams(**ALL_TRAIN))
+    assert counts["read"]["replies"] == 4
+    assert counts["replies_dropped"] == {"deleted": 3}
 
 
 ESSAY = "the tide is the slow rise and fall of the sea and the moon pulls on the water that faces it"
@@ -480,7 +491,7 @@ def test_whatever_the_trees_nothing_is_lost_and_nobody_outlives_an_ancestor(
     assert texts.select("role", "text").is_unique().all()  # nothing that is compared is in two splits
 
 
-MAIL = "Write to jane.doe@mail.com or call 415-555-0123."
+MAIL = "Write to jane.doe@mail.com or call 415-556-0123."
 
 
 def test_personal_data_are_masked_in_what_is_kept_and_what_was_masked_is_told(tmp_path: Path) -> None:
@@ -522,6 +533,32 @@ def test_a_text_in_another_language_than_its_tag_is_dropped_with_what_was_found(
     rows = [*chain("a", "b", b={"text": german}), {"id": "c", "parent": "a"}]
     assert reasons(tmp_path, *rows) == {"b": ("text_language", "0.99 of the text is de, tagged en")}
     assert reasons(tmp_path, *rows, text_language_chars=1_000) == {}
+
+
+def test_code_and_quotations_are_no_reason_to_drop_a_text_of_its_tags_language(tmp_path: Path) -> None:
+    code = (
+        "import argparse\n"
+        + "def step(values, limit=0):\n    return sum(value for value in values if value > limit)\n" * 3
+    )
+    english = " All human beings are born free and equal in dignity and rights." * 3
+    rows = [
+        *chain("a", "b", a={"lang": "es", "text": f"Explica este código y corrige los errores.\n```python\n{code}```"}),
+        *chain("c", "d", c={"lang": "pt-BR", "text": f"Explique este código e corrija os erros.\n{code}"}),
+        *chain("e", "f", e={"lang": "zh", "text": f"请把这段话翻译成中文：{english}"}),
+        *chain("g", "h", g={"lang": "ru", "text": english}),
+    ]
+    found = reasons(tmp_path, *rows, languages=())
+    assert found == {"g": ("text_language", "0.99 of the text is en, tagged ru"), "h": ("parent", "g")}
+
+
+def test_near_copies_of_150_chinese_characters_are_found(tmp_path: Path) -> None:
+    words = "桥师塔椅色路日园门城岛鱼火海笔纸湖井奶树雨夜石风包鸟冬灯食蜜声钟油表家花工窗山泉沙船童烟河床昼"
+    said = "".join(words[at * at * 7 % len(words)] + words[at * 3 % len(words)] for at in range(75))
+    rows = [
+        *chain("a", "b", b={"text": said, "lang": "zh"}),
+        *chain("c", "d", d={"lang": "zh", "text": said[:74] + "新" + said[75:]}),
+    ]
+    assert {reason for reason, _ in reasons(tmp_path, *rows, languages=()).values()} == {"near_duplicate", "no_reply"}
 
 
 def test_planted_evaluation_prompts_are_found_in_full(opened: Open, tmp_path: Path) -> None:
@@ -594,7 +631,7 @@ def test_no_personal_data_stand_in_what_a_report_shows_of_any_rule(tmp_path: Pat
     late = " ".join(["word"] * 14)
     rows = [
         *chain("a", "b", b={"text": MAIL}), {"id": "c", "parent": "a", "text": MAIL.replace("jane.doe", "joe")},
-        {"id": "lone", "text": "My card is 4111 1111 1111 1111, ask me@example.org"},
+        {"id": "lone", "text": "My card is 4111 1111 1111 1111, ask me@mail.org"},
         *chain("d", "e", e={"text": f"{late} {MAIL}", "deleted": True}),
     ]  # fmt: skip
     for pii in ("mask", "off"):

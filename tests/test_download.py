@@ -340,6 +340,14 @@ def test_a_file_under_an_allowed_folder_is_copied(root: Path, out: Path) -> None
     assert fetch(out, local(root / "trees.jsonl")) == DATA
 
 
+@pytest.mark.parametrize("name", ["my chats, v2.jsonl", "a [b] {c} 'd' & *?.jsonl", ".hidden", "a:b\\c"])
+def test_a_local_file_keeps_its_name_whatever_stands_in_it(root: Path, out: Path, name: str) -> None:
+    (root / "one, two").mkdir()
+    (root / "one, two" / name).write_bytes(DATA)
+    assert fetch(out, local(root / "one, two" / name)) == DATA
+    assert [path.name for path in out.iterdir()] == [name]
+
+
 def test_a_local_file_can_be_pinned(root: Path, out: Path) -> None:
     (root / "trees.jsonl").write_bytes(DATA)
     with pytest.raises(SourceChanged, match=f"expected sha256 {'0' * 64}, found {hashlib.sha256(DATA).hexdigest()}"):

@@ -22,7 +22,7 @@ from tasks.text.chat import load_dialect
 
 Row = dict[str, Any]
 manifest = partial(Manifest, key="0" * 64, recipe={}, files={}, digest="0" * 64)
-SMALL = EncodeParams(tokenizer="trained", vocab_size=300, block=64)
+SMALL = EncodeParams(tokenizer="trained", vocab_size=300, block=64, pack=64)
 
 
 def talk(tree: str, *texts: str, split: str = "train") -> list[Row]:
@@ -278,20 +278,40 @@ def test_real_trees_are_encoded_and_read_back_exactly(
             assert text_of[row["message_id"]] in said.decode(tokens.tolist())
 
 
-def test_real_trees_are_computed_half_as_often_as_their_paths(tmp_path: Path, shared: Path) -> None:
+def test_a_sequence_of_trees_holds_4_paths_and_every_other_one_a_path_unless_pack_says_otherwise() -> None:
+    assert EncodeParams(block=64).length == 256
+    assert EncodeParams(block=64).keyed() == EncodeParams(block=64, pack=256).keyed()
+    assert EncodeParams(block=64).keyed() != EncodeParams(block=64, pack=64).keyed()
+    assert EncodeParams(block=64, layout="paths").length == 64
+    assert EncodeParams(block=64, layout="paths").keyed() == EncodeParams(block=64, layout="paths", pack=64).keyed()
+    assert EncodeParams(block=64, pack=100).length == 100
+    assert EncodeParams(block=40_000).length == 65_535  # places in a sequence are uint16
+
+
+def computed(made: Tokens) -> int:
+    """Tokens that an epoch goes through: padding is computed, too."""
+    return int(made.ids().size)
+
+
+@pytest.mark.parametrize(("pack", "more", "waste"), [(1_024, 1.33, 1.13), (None, 1.43, 1.04)])
+def test_real_trees_are_computed_less_often_than_their_paths_padding_and_context_counted(
+    tmp_path: Path, shared: Path, pack: int | None, more: float, waste: float
+) -> None:
     rows = list(published(shared / "data/oasst1_en_validation.trees.jsonl.gz"))
     tree, paths = (
-        encoded(tmp_path / layout, rows, EncodeParams(layout=layout, pack=4_096)) for layout in ("tree", "paths")
+        encoded(tmp_path / layout, rows, EncodeParams(layout=layout, pack=pack)) for layout in ("tree", "paths")
     )
     replies = {
-        name: tree.index().collect().filter(role="assistant")["message_id"]
-        for name, tree in (("tree", tree), ("paths", paths))
+        name: made.index().collect().filter(role="assistant")["message_id"]
+        for name, made in (("tree", tree), ("paths", paths))
     }
     assert {*replies["tree"]} == {*replies["paths"]}
-    assert len(replies["tree"]) == replies["tree"].n_unique()
-    assert tree.counts["context"] == 0
-    assert paths.counts["tokens"] / tree.counts["tokens"] > 1.45
-    assert tree.counts["padding"] < tree.counts["tokens"] / 20  # three splits end on a sequence that is not full
+    context = tree.index().collect().filter(role="assistant", trained=0).height
+    assert len(replies["tree"]) - replies["tree"].n_unique() == context  # what comes again is context
+    assert computed(paths) / computed(tree) > more
+    once = tree.counts["tokens"] - tree.counts["context"]
+    assert computed(tree) / once < waste  # three splits end on a sequence that is not full
+    assert (tree.counts["cut"] > 0) == (tree.counts["context"] > 0) == (pack is not None)
 
 
 def test_the_first_replies_of_a_real_file_are_the_pairs_of_the_seed(tmp_path: Path, shared: Path) -> None:

@@ -34,9 +34,7 @@ TALKS = [
 ]
 TRAINING: dict[str, Any] = {"layers": 1, "heads": 2, "width": 32, "batch_tokens": 2 * BLOCK, "epochs": 30, "lr": 1e-2,
                             "dropout": 0.0, "evals_per_epoch": 1, "patience": None}  # fmt: skip
-PARAMS = EvaluateParams(
-    facts=("young",), panel=(TALKS[4][0], "Hello?"), samples_per_prompt=2, max_new_tokens=16, answer_tokens=8
-)
+PARAMS = EvaluateParams(facts=("young",), panel=(TALKS[4][0], "Hello?"), samples_per_prompt=2, max_new_tokens=16)
 RUN = EvaluateRuntime(device="cpu", threads=1)
 
 
@@ -50,7 +48,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
     folder = tmp_path_factory.mktemp("tokens")
     vocabulary = bpe.trained((text for talk in TALKS * 3 for text in talk), 320, apart=TEMPLATES["chat"].plain())
     pieces = tags(TEMPLATES["chat"], vocabulary.specials, vocabulary.encode)
-    stop, pad = vocabulary.specials["<|end|>"], vocabulary.specials["<|endoftext|>"]
+    stop, pad = vocabulary.specials["<|end|>"], vocabulary.specials["<|pad|>"]
     arrays = {name: np.zeros((len(TALKS), BLOCK), np.uint16) for name in ("ids", "mask", "positions", "ends")}
     for row, (question, answer) in enumerate(TALKS):
         prompt = pieces.prompt([("user", vocabulary.encode(question))])
@@ -124,14 +122,14 @@ def test_the_loss_is_that_of_the_replies_under_each_model(report: Report, model:
 def test_what_was_learnt_shows_beside_the_base(report: Report) -> None:
     found = report.figures()
     shown = found["panel"][0]
-    assert all(reply["stopped"] and reply["text"].startswith("It is ") for reply in shown["tuned"])
-    assert not any(reply["stopped"] for reply in shown["base"])
+    assert all(reply["end"] == "stopped" and reply["text"].startswith("It is ") for reply in shown["tuned"])
+    assert not any(reply["end"] == "stopped" for reply in shown["base"])
     assert found["stop_rate"]["base"] < 0.05 < found["stop_rate"]["tuned"]
 
 
 def test_the_report_has_the_figures_that_others_rely_on(report: Report, model: Model) -> None:
     found = report.figures()
-    for measure in ("nll", "perplexity", "bits_per_byte", "stop_rate"):
+    for measure in ("nll", "perplexity", "bits_per_byte", "stop_rate", "loop_rate", "cut_rate"):
         assert set(found[measure]) == {"base", "tuned"}
     assert set(found["facts"]) == {"base", "tuned", "n", "by_region", "by_family", "wrong"}
     assert found["facts"]["n"] == found["facts"]["by_family"]["young"]["n"] == 20
@@ -180,7 +178,7 @@ def test_an_empty_test_split_gives_way_to_val_and_the_report_says_so(
 
 
 def test_regions_are_asked_and_drawn_where_facts_have_them(model: Model, tokens: Tokens, tmp_path: Path) -> None:
-    params = EvaluateParams(facts=("indian_state",), panel=(), answer_tokens=2)
+    params = EvaluateParams(facts=("indian_state",), panel=(), max_new_tokens=2)
     found = reported(tmp_path / "r", model, tokens, params)
     assert (
         sum(region["n"] for region in found.figures()["facts"]["by_region"].values()) == found.figures()["facts"]["n"]

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -27,6 +26,7 @@ from tasks.store.canonical import sha256_of
 from tasks.store.manifest import write_manifest
 from tasks.train import TrainParams, TrainRuntime, train
 from tests.test_train import MORE, RUN, tokens_in
+from tests.waiting import ended, run, started, until
 
 PARAMS = TrainParams(**{**MORE, "dropout": 0.0, "epochs": 6})
 TWO = RUN.model_copy(update={"processes": 2, "checkpoint_seconds": 0.0})
@@ -136,23 +136,9 @@ def training(out: Path, tokens: Tokens, torchrun: bool = False) -> Iterator[subp
     arguments = [str(out), str(tokens.path), long.model_dump_json(), TWO.model_dump_json()]
     by = [*TORCHRUN, "--no-python"] if torchrun else []
     asked = [*by, sys.executable, "-c", TRAINER, *arguments]
-    started = subprocess.Popen(asked, cwd=ROOT, start_new_session=True)
-    try:
-        awaited(lambda: (out / "checkpoints" / "step-00000002").exists(), 120)
-        yield started
-    finally:
-        if started.poll() is None:
-            started.kill()
-        started.wait()
-
-
-def awaited(law: Callable[[], bool], seconds: float) -> float:
-    """Return the seconds until something is so."""
-    began = time.monotonic()
-    while not law():
-        assert time.monotonic() - began < seconds
-        time.sleep(0.05)
-    return time.monotonic() - began
+    with started(asked, cwd=ROOT, start_new_session=True) as launcher:
+        until(lambda: (out / "checkpoints" / "step-00000002").exists(), launcher)
+        yield launcher
 
 
 def runs(process: int) -> bool:
@@ -173,7 +159,7 @@ def test_when_the_launcher_is_killed_no_rank_outlives_it_by_five_seconds(
         ranks = ranks_of(launcher.pid)
         assert len(ranks) == 2
         launcher.kill()
-        awaited(lambda: not any(runs(rank) for rank in ranks), 5.0)
+        until(lambda: not any(runs(rank) for rank in ranks), seconds=5.0)
 
 
 @pytest.mark.slow
@@ -203,7 +189,7 @@ def test_asked_to_stop_all_ranks_save_the_same_step_and_the_launcher_ends_by_the
     with training(tmp_path, tokens, torchrun) as launcher:
         ranks = ranks_of(launcher.pid)
         launcher.terminate()
-        assert launcher.wait(20) == (1 if torchrun else -signal.SIGTERM)
+        assert ended(launcher, seconds=20) == (1 if torchrun else -signal.SIGTERM)
         assert not any(runs(rank) for rank in ranks)
     newest = sorted((tmp_path / "checkpoints").glob("step-*"))[-1]
     assert json.loads((newest / "checkpoint.json").read_text())["step"] == log_of(tmp_path)[-1]["step"]
@@ -216,7 +202,7 @@ def test_under_torchrun_rank_0_trains_and_writes_and_the_other_follows(
     """Also where the runtime asks for no more than one process."""
     arguments = [str(tmp_path), str(tokens.path), PARAMS.model_dump_json(), RUN.model_dump_json()]
     asked = [*TORCHRUN, "--no-python", sys.executable, "-c", TRAINER, *arguments]
-    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run(asked, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert losses(log_of(tmp_path)) == pytest.approx(losses(alone), rel=1e-5)
 

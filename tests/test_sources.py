@@ -64,7 +64,8 @@ def test_every_registered_source_passes_the_gate_for_names_given_by_hand() -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["trees.jsonl.gz", "data/train-00000-of-00001.parquet", "Bäume (1).jsonl", "_x", "a+b=c@d.x"]
+    "name",
+    ["trees.jsonl.gz", "data/train-00000-of-00001.parquet", "Bäume (1).jsonl", "_x", "a+b=c@d.x", "a, b [c].jsonl"],
 )
 def test_a_plain_relative_name_is_accepted(name: str) -> None:
     assert accepts(FileName, name)
@@ -76,7 +77,26 @@ def test_a_name_that_could_leave_the_folder_or_the_line_is_refused(name: str) ->
 
 
 @pytest.mark.parametrize(
-    "path", ["a/../x", "../x", "x\0y", "~/.ssh/id", "file:///etc/passwd", "s3://bucket/x", "x\ny", "", "/", "a/.."]
+    "path",
+    [
+        "/data/my chats, v2 [final].jsonl",
+        "/a b/c,d/{e}/f & g's #1; $x!.jsonl",
+        "/data/-x",
+        "/data/a:b*?.jsonl",
+        "/d/ x ",
+        "é",
+    ],
+)
+def test_a_local_file_may_have_any_name_that_can_be_printed(path: str) -> None:
+    assert accepts(LocalPath, path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("a/../x", "../x", "x\0y", "~/.ssh/id", "file:///etc/passwd", "s3://bucket/x", "x\ny", "", "/", "a/.."),
+        *("a/x\u202ey", "a/\udcff", "a/manifest.json", "a/" + "é" * 101),
+    ],
 )
 def test_a_path_that_says_more_than_where_a_file_lies_is_refused(path: str) -> None:
     assert not accepts(LocalPath, path)

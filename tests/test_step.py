@@ -10,12 +10,14 @@ from tasks.artifacts import Artifact, Counts
 from tasks.errors import StoreError
 from tasks.step import Outcome, Params, Runtime, Step, session, step
 from tasks.store.folders import Store
+from tasks.store.manifest import Notice, read_manifest
 
 
 @dataclass(frozen=True)
 class Letters(Artifact):
     kind = "letters"
     files = ("text",)
+    optional = ("log",)
     records = frozenset({"log"})
 
 
@@ -136,6 +138,50 @@ def test_a_step_that_forgets_a_file_is_a_bug_that_is_named() -> None:
         forget(WriteParams())
 
 
+@pytest.mark.parametrize("name", [".tmpABCDEF", "pytorch_model.bin", "manifest.json", "text2"])
+def test_a_file_that_the_artifact_does_not_declare_is_not_published(store: Store, name: str) -> None:
+    @step("more", version=1, makes=Letters)
+    def more(out: Path, params: WriteParams) -> Counts:
+        """Write too much."""
+        for one in ("text", "log", name):
+            (out / one).write_text("x")
+        return {}
+
+    with pytest.raises(StoreError, match=rf"error\[step.files\].*wrote {name}.*Letters.optional"):
+        more(WriteParams())
+    assert store.manifests() == []
+
+
+def test_what_a_library_says_of_the_disk_is_said_as_the_disk() -> None:
+    @step("save", version=1, makes=Letters)
+    def save(out: Path, params: WriteParams) -> Counts:
+        """Fail as `tokenizers` does."""
+        raise Exception("No space left on device (os error 28)")
+
+    with pytest.raises(StoreError, match=r"error\[store.write\].*No space left") as caught:
+        save(WriteParams())
+    assert caught.value.exit_code == 74
+
+
+def test_a_build_whose_folder_was_taken_over_says_so() -> None:
+    @step("slow", version=1, makes=Letters, inherits=("checkpoints",))
+    def slow(out: Path, params: WriteParams) -> Counts:
+        """Wake up when another run has gone on with it."""
+        out.rename(out.with_name("taken"))
+        (out / "text").write_text("x")
+        return {}
+
+    with pytest.raises(StoreError, match=r"error\[store.scratch\].*took this one for dead"):
+        slow(WriteParams())
+
+
+def test_a_run_that_cannot_say_that_it_is_alive_fails_before_it_works(store: Store) -> None:
+    (store.root / ".leases").write_text("a file where the folder should be")
+    with pytest.raises(StoreError, match=r"error\[store\."):
+        chain()
+    assert ran == []
+
+
 def test_forcing_rebuilds_and_replaces() -> None:
     chain()
     with session(force=frozenset({"write"})) as run:
@@ -144,7 +190,7 @@ def test_forcing_rebuilds_and_replaces() -> None:
     assert cached(chain()) == [True, True]
 
 
-@step("learn", version=1, makes=Letters, resumable=True)
+@step("learn", version=1, makes=Letters, inherits=("checkpoints",))
 def learn(out: Path, params: WriteParams) -> Counts:
     """Write the letters, after hours."""
     ran.append("learn")
@@ -191,7 +237,7 @@ def test_forcing_builds_again_what_was_built_when_its_publishing_was_cut_short()
 
 
 def test_a_version_enters_the_key() -> None:
-    newer: Step[..., Letters] = Step("write", 2, Letters, False, write.function)
+    newer: Step[..., Letters] = Step("write", 2, Letters, (), write.function)
     assert newer.recipe({}, WriteParams()) != write.recipe({}, WriteParams())
 
 
@@ -226,3 +272,32 @@ def test_the_manifest_records_where_it_was_made_but_the_key_does_not() -> None:
     assert manifest.origin["runtime"] == {"workers": 1}
     assert {"host", "python", "seconds", "revision"} <= set(manifest.origin)
     assert set(manifest.recipe) == {"step", "version", "params", "inputs"}
+
+
+SILENT = Notice("mute.silent", 2, "2 of 5 letters are silent", "Raise mute.most")
+
+
+def silent(counts: Counts, params: ShoutParams) -> list[Notice]:
+    return [SILENT] * (counts["silent"] > params.marks)
+
+
+@step("mute", version=1, makes=Letters, notices=silent)
+def mute(out: Path, params: ShoutParams) -> Counts:
+    """Write letters, some of them silent."""
+    (out / "text").write_text("knigh")
+    (out / "log").write_text("")
+    return {"silent": 2}
+
+
+def test_a_manifest_keeps_what_was_lost_up_to_its_artifact_and_a_cached_one_has_it_still() -> None:
+    for _ in range(2):
+        muted = mute(ShoutParams())
+        loud = shout(muted, ShoutParams(marks=3), ShoutRuntime())
+        assert muted.manifest.notices == loud.manifest.notices == (SILENT,)
+        assert read_manifest(loud.path).notices == (SILENT,)
+    assert mute(ShoutParams(marks=2)).manifest.notices == ()
+
+
+def test_a_notice_names_its_step_the_cause_and_the_setting() -> None:
+    assert str(SILENT) == "warning[mute.silent]: 2 of 5 letters are silent. Raise mute.most."
+    assert SILENT.step == "mute"

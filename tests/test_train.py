@@ -2,7 +2,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from flows.exporting import export
 from flows.showing import origin, text
 from tasks import start
 from tasks.artifacts import Encoding, Model, Tokens, write_encoding
-from tasks.errors import ConfigurationError, InputError, ParameterError, StoreError
+from tasks.errors import ConfigurationError, InputError, ParameterError, PermissionRefused, StoreError
 from tasks.gpt import checkpoint
 from tasks.gpt.device import device_of
 from tasks.gpt.folder import digests
@@ -39,6 +38,7 @@ from tasks.text.chat import TEMPLATES, load_dialect, tags
 from tasks.train import TrainParams, TrainRuntime, name_messages, train, warn_of_new_words, worth_of
 from tasks.tuning import as_begun
 from tests.gpt.test_loop import Killed, Killer
+from tests.waiting import ended, started, until
 
 BLOCK = 96
 TALKS = [
@@ -71,7 +71,7 @@ def tokens_in(folder: Path, template: str = "chat", splits: dict[str, tuple[int,
         prompt = pieces.start + asked + pieces.opens["assistant"]
         reply = vocabulary.encode(answer) + pieces.closes["assistant"]
         ids = prompt + reply + pieces.tail
-        pad = vocabulary.specials["<|endoftext|>"]
+        pad = vocabulary.specials["<|pad|>"]
         arrays["ids"][row] = ids + [pad] * (BLOCK - len(ids))
         arrays["mask"][row, len(prompt) : len(prompt) + len(reply)] = 1
         arrays["positions"][row, : len(ids)] = range(len(ids))
@@ -89,7 +89,7 @@ def tokens_in(folder: Path, template: str = "chat", splits: dict[str, tuple[int,
             layout="paths",
             specials=vocabulary.specials,
             stop=vocabulary.specials[chosen.stop],
-            pad=vocabulary.specials["<|endoftext|>"],
+            pad=vocabulary.specials["<|pad|>"],
             splits=splits or {"train": (0, 6), "val": (4, 6), "test": (6, 6)},
             utf8_bytes={},
         ),
@@ -223,6 +223,26 @@ def test_a_folder_outside_the_allowed_roots_is_refused(folder: Path, tmp_path: P
         with pytest.raises(ParameterError) as caught:
             TrainParams(**MORE, start="folder", folder=str(path)).keyed()
         assert (caught.value.code, caught.value.exit_code) == ("param.path", 2)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("to", ["absolute", "relative", "loop"])
+def test_a_file_of_a_folder_that_is_a_link_out_of_the_allowed_roots_is_refused(
+    folder: Path, roots: Path, tmp_path: Path, name: str, to: str
+) -> None:
+    outside = shutil.move(folder / name, tmp_path / name)
+    targets = {"absolute": outside, "relative": os.path.relpath(outside, folder), "loop": name}
+    (folder / name).symlink_to(targets[to])
+    with pytest.raises(PermissionRefused) as caught:
+        TrainParams(**MORE, start="folder", folder=str(folder)).keyed()
+    assert (caught.value.code, caught.value.exit_code) == ("permission", 77)
+
+
+def test_a_folder_that_is_a_loop_of_links_is_refused(roots: Path) -> None:
+    (roots / "a").symlink_to("b")
+    (roots / "b").symlink_to("a")
+    with pytest.raises(ParameterError):
+        TrainParams(**MORE, start="folder", folder=str(roots / "a")).keyed()
 
 
 def test_the_key_holds_the_folders_content_and_not_its_path(folder: Path, roots: Path) -> None:
@@ -378,14 +398,13 @@ sys.exit(main(["ls"]))
 
 def test_sigterm_saves_a_checkpoint_and_ends_with_143_within_20_seconds(tokens: Tokens, tmp_path: Path) -> None:
     asked = [sys.executable, "-c", TERMINATED, str(tokens.path), str(tmp_path)]
-    child = subprocess.Popen(asked, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "log.jsonl"
-    while child.poll() is None and (not log.exists() or log.read_text().count("\n") < 5):
-        time.sleep(0.05)
-    began = time.monotonic()
-    child.send_signal(signal.SIGTERM)
-    _, said = child.communicate(timeout=20)
-    assert (child.returncode, time.monotonic() - began < 20) == (143, True), said
+    log, told = tmp_path / "log.jsonl", tmp_path / "told"
+    with told.open("w") as stderr, started(asked, cwd=Path(__file__).parents[1], stderr=stderr) as child:
+        until(lambda: log.exists() and log.read_text().count("\n") >= 5, child)
+        child.send_signal(signal.SIGTERM)
+        code = ended(child, seconds=20)
+    said = told.read_text()
+    assert code == 143, said
     assert "stopped by SIGTERM" in said
     (saved,) = (tmp_path / "checkpoints").glob("step-*")
     assert int(saved.name.removeprefix("step-")) >= 4

@@ -11,10 +11,11 @@ a tree is one first message, and without `message_ids` nothing says which is mea
 A system message is put before the first message of the user, with an empty line between, because trees have no third
 role. How many characters that adds is noted in `extra` as `system_chars`: curate compares what the user said.
 
-`langs` are those of the messages, else `lang` is that of all; `id` and `split` are left out, since a path has no id and
-a split is made here. All else is kept: as the published field of that name, if there is one (of a row `tree_state` and
-`origin`, of a message `rank`, `labels`, ...), else in column `extra`, of a row in that of the root. Names that a tree
-needs for itself have `row.` or `message.` before them there, and those of a system message `system.`.
+`langs` are those of the messages, else `lang` is that of all; `id` is left out, since a path has none. All else is
+kept: as the published field of that name, if there is one (of a row `tree_state` and `origin`, of a message `rank`,
+`labels`, ...), else in column `extra`. There, names of a row have `row.` before them, and stand with its last message,
+as rows that begin alike share the others; names that a tree needs for itself have `message.`, those of a system message
+`system.`.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ ROLES = {"user": "prompter", "assistant": "assistant"}
 SYSTEM = "system"
 BETWEEN = "\n\n"  # the words of the system and the user's
 TREE = "tree_id"
-OWN = frozenset({KEY, "message_ids", TREE, "id", "split", "lang", "langs"})
-# Names of a tree and of its messages that a row and its messages may have for something else.
-ADDED = ("system.", "tree.")  # what stands before other names in `extra`
-OF_TREE = frozenset({"message_tree_id", "prompt"})
+OWN = frozenset({KEY, "message_ids", TREE, "id", "lang", "langs"})
+OF_TREE = frozenset({"tree_state", "origin"})  # what a row says of the tree that it becomes
+ADDED = ("system.", "row.", "tree.")  # what stands before other names in `extra`
+# Names of a message of a tree that one of a row may have for something else.
 OF_MESSAGE = frozenset({"message_tree_id", "message_id", "parent_id", "text", "replies", SYSTEM_CHARS})
 
 
@@ -48,15 +49,17 @@ def tree_of(row: Mapping[str, Any]) -> dict[str, Any]:
     given, tree_id = _as_many("message_ids", row.get("message_ids"), said), _tree_id(row.get(TREE))
     ids = _made(said, tree_id or "") if given is None else [fields.name("message_ids", one) for one in given]
     langs = _as_many("langs", row.get("langs"), said) or [row.get("lang")] * len(said)
+    others = {name: value for name, value in row.items() if name not in OWN | OF_TREE}
+    said[-1][-1].update((f"row.{name}", value) for name, value in others.items())
     replies: list[dict[str, Any]] = []
     for (role, content, rest), message_id, lang in zip(said[::-1], ids[::-1], langs[::-1], strict=True):
         own = {"message_id": message_id, "text": content, "role": ROLES[role], "replies": replies}
         replies = [{"lang": lang, **rest, **own}]
-    others = {_apart(name, "row.", OF_TREE): value for name, value in row.items() if name not in OWN}
+    of_tree = {name: row[name] for name in OF_TREE & row.keys()}
     if given is None and tree_id is not None:
-        others[TREE] = row[TREE]
+        of_tree[TREE] = row[TREE]
     own_name = ids[0] if given is None or tree_id is None else tree_id
-    return {**others, "message_tree_id": own_name, "prompt": replies[0]}
+    return {**of_tree, "message_tree_id": own_name, "prompt": replies[0]}
 
 
 def _tree_id(found: Any) -> str | None:

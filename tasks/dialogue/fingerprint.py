@@ -27,6 +27,7 @@ U32 = NDArray[np.uint32]
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 
+DENSE = 3  # letters of an alphabet that take the place of one Han character or kana, roughly
 _LANE = 8  # bytes of a word that are hashed at once
 _LONG = (
     64  # bytes from which on a word is hashed on its own: a word of a megabyte would take as many turns as it has lanes
@@ -52,7 +53,7 @@ def compute(texts: pa.Array, ngram: int, permutations: int, threshold: float) ->
 
     Returns:
         N rows: digest (16 bytes) of the normalised text, chars and ngrams (int32) that it has, repeated ones counted,
-        and keys (fixed binary): of each band, four bytes.
+        a character of Chinese or Japanese as DENSE, and keys (fixed binary): of each band, four bytes.
     """
     count, rows = bands(permutations, threshold)
     digests, chars = [], [np.empty(0, dtype=np.int64)]
@@ -60,7 +61,7 @@ def compute(texts: pa.Array, ngram: int, permutations: int, threshold: float) ->
     keys = np.empty((len(texts), count), dtype=np.uint32)
     for block in blocks(texts):
         digests.append(_digests(block.data, block.ends))
-        chars.append(block.chars)
+        chars.append(block.chars + (DENSE - 1) * _dense(np.frombuffer(block.data, dtype=np.uint8), block.ends))
         hashes, offsets = ngrams(block.data, block.ends, ngram)
         sizes.append(np.diff(offsets))
         keys[block.start : block.start + len(block.ends)] = _keys(hashes, offsets[:-1], count, rows)
@@ -119,6 +120,13 @@ def mixed(x: U64) -> U64:
     x *= np.uint64(0xC4CEB9FE1A85EC53)
     x ^= x >> np.uint64(33)
     return x
+
+
+def _dense(data: U8, ends: I64) -> I64:
+    """Count the Han characters and kana of each text: (texts,)."""
+    at = np.flatnonzero(data >= 0xE3)  # all others of the scripts without spaces begin below
+    at = at[_ALONE.take(points(data, at) // _STEP, mode="clip")]
+    return np.diff(np.searchsorted(at, ends), prepend=0)
 
 
 def _digests(data: bytes, ends: I64) -> bytes:

@@ -49,9 +49,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(head), rule, *(line(row) for row in rows)])
 
 
-def named(text: str) -> str:
-    """Return a name as it may stand outside a fence: what Markdown or HTML could read as more than a letter is gone.
+def code(text: str) -> str:
+    r"""Return text as a code span of one line; it cannot get out of it, nor out of the cell of a table (`\x7c`).
 
-    So is what makes an address of plain letters where a page links addresses by itself: `http:`, `www.`.
+    Escapes and character references would not do: many pages link addresses by themselves, and look for them last.
     """
-    return re.sub(r"[^\w .,()/+-]|(?<=www)\.", "?", text, flags=re.IGNORECASE)
+    line = " ".join(printable(text).split()).replace("|", r"\x7c")
+    mark = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    room = " " if "`" in line else ""
+    return f"{mark}{room}{line}{room}{mark}" if line else ""
+
+
+def named(text: str) -> str:
+    """Return a name as it may stand outside a fence: plain words as they are, and all else as code."""
+    return text if re.fullmatch(r"[^\W_]+([ _-][^\W_]+)*", text) else code(text)

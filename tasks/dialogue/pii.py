@@ -1,10 +1,11 @@
 """Personal data in texts, by their shape: e-mail addresses, phone numbers, IP addresses and card numbers.
 
 A shape alone is cheap to imitate, so each is checked further: card numbers by their prefix, length and Luhn's sum,
-phone numbers by how numbers are written, addresses by what they may hold. What can be nobody's is left alone: addresses
-of one's own machine, network masks, versions of programs, products of matrices (`x@w.T`), remote folders. So four small
-numbers (8.8.8.8) are taken for a version, ten digits without a gap or a plus for a number of anything, and so are
-groups of digits that begin with a single 0 (020 7946 0958).
+phone numbers by how numbers are written, addresses by what they may hold. What can be nobody's is left alone: domains,
+numbers and addresses that are kept free for examples, films and private networks, numbers that are free to call,
+network masks, versions of programs, products of matrices (`x@w.T`), remote folders. So four small numbers (8.8.8.8) are
+taken for a version, ten digits without a gap or a plus for a number of anything, and so are groups of digits that begin
+with a single 0 (020 7946 0958).
 
 All patterns are bounded, so a text of a megabyte takes time in proportion.
 """
@@ -42,6 +43,8 @@ _NO_DOMAIN = {
     "tensor", "data", "grad", "coef", "coefs", "value", "values", "real", "imag", "conj", "adjoint", "reshape",
     "view", "contiguous", "proj", "head", "shape", "png", "jpg", "jpeg", "gif", "svg", "webp", "js", "ts",
 }  # fmt: skip
+# Nobody's mail. Source: RFC 2606 and RFC 6761.
+_EXAMPLE = re.compile(r"(?i)(?:.*[@.])?(?:example(?:\.(?:com|org|net))?|test|invalid|localhost)$")
 _CARD_RUN = re.compile(r"(?<![\w.,$€£#/+-])(?<!\d )\d(?=(?:[ -]?\d){12})")  # where digits begin
 _CARD = re.compile(r"\d(?:[ -]?\d){12,18}(?![ -]?\d|[\w/]|[.,]\d)")
 _GROUPED = r"(?:\d{4}(?:\d{12}|(?: \d{4}){3}|(?:-\d{4}){3})|3[47]\d\d(?:\d{11}|[ -]\d{6}[ -]\d{5}))"
@@ -62,6 +65,8 @@ _PHONE = re.compile(
     | 0[1-9]\d{1,3}[ ]?/[ ]?\d{5,8}(?:-\d{1,4})?(?![ ]\d)                          # 030/1234567
     ) (?![\w]|[.,:/=-]\d)"""
 )
+# Numbers of North America that are nobody's: of the exchange 555, as in films, and free to call, as a lifeline.
+_NOBODYS = re.compile(r"1?(?:[2-9]\d\d555\d{4}|8(?:00|33|44|55|66|77|88)[2-9]\d{6})")
 _AREA_OF_ONE = re.compile(r"\D*\d{2,5}\D{1,2}\d[ ./-]")  # as in Paris, Tokyo and Dublin
 _IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\w|/\d)")  # with a mask it is a network
 _IPV6 = re.compile(r"(?i)(?<![\w:.])[0-9a-f]{1,4}:(?:[0-9a-f]{0,4}:){1,6}(?:[0-9a-f]{1,4}|(?<=::))(?!\w|:[\w:])")
@@ -83,6 +88,8 @@ def _is_email(found: re.Match[str]) -> bool:
     text, rest = found.group(), (found.string, found.end())
     name, domain = text.split("@")
     last = domain.rsplit(".", 1)[1]
+    if _EXAMPLE.match(domain):
+        return False
     if ".." in text or name == "git" or last in _NO_DOMAIN or text.lower().endswith(_UNITS) or _FOLDER.match(*rest):
         return False
     return last.lower() in _USUAL or not (domain.startswith(("self.", "cls.")) or _CODE.match(*rest))
@@ -96,23 +103,27 @@ def _is_card(found: re.Match[str]) -> bool:
 def _is_phone(found: re.Match[str]) -> bool:
     text = found.group()
     digits = re.sub(r"\D", "", text)
+    abroad, own = text.startswith(("+", "(+", "00")), digits.removeprefix("00")
+    if _NOBODYS.fullmatch(own) and (not abroad or own.startswith("1")):
+        return False
     least = 7 if re.search(r"[ .()/-]", text) else 10  # after a plus, a sum could stand as well
-    if text.startswith(("+", "(+", "00")) and ("/" in text or _AREA_OF_ONE.match(text)):
+    if abroad and ("/" in text or _AREA_OF_ONE.match(text)):
         least = 9  # so could a date, and numbers in a row
     return least + text.startswith("00") * 2 <= len(digits) <= 15 and len({*digits}) > 2
 
 
 def _is_address(match: re.Match[str]) -> bool:
-    """Tell whether it is the address of a machine that could be somebody's: no mask, no version, not one's own."""
+    """Tell whether it is the address of a machine that could be somebody's: no mask, no version, not a private one."""
     try:
         found = ip_address(match.group())
     except ValueError:
         return False
-    if found.version == 4:
-        first = found.packed[0]
-        before = match.string[max(0, match.start() - 16) : match.start()]
-        return 0 < first < 224 and first != 127 and max(found.packed) > 9 and not _NO_ADDRESS.search(before)
-    return found.packed[0] >> 5 == 1 or found.is_link_local or found.packed[0] in {0xFC, 0xFD}
+    if not found.is_global or found.is_multicast:
+        return False
+    if found.version == 6:
+        return found.packed[0] >> 5 == 1  # the others are given to nobody
+    before = match.string[max(0, match.start() - 16) : match.start()]
+    return max(found.packed) > 9 and not _NO_ADDRESS.search(before)
 
 
 # What is in every text that holds one of a kind; only such texts are searched for it, 1 in 100 or fewer.

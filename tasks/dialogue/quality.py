@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from tasks.dialogue.record import MESSAGE_RULES, Limits, RuleName, Verdicts
-from tasks.dialogue.threads import is_below, roots
+from tasks.dialogue.threads import roots
 
 COLUMNS = (
     "tree_state", "text", "role", "lang", "deleted", "synthetic", "review_result", "label_spam", "label_lang_mismatch",
@@ -29,10 +29,17 @@ COLUMNS = (
 
 # A character that a reader sees. Default-ignorable ones (zero-width space, joiners, BOM, Hangul filler) are not.
 _VISIBLE = r"[^\s\p{Default_Ignorable_Code_Point}\p{Cc}]"
-# What chat services say of themselves; `as a language model` alone is their phrase, too.
-_BOILERPLATE = r"(?i)\bas an? (?:(?:ai|artificial intelligence|large|trained) )*language model\b"
-_MAKER = r"(?i)\b(?:chatgpt|openai)\b"
-_PRODUCT = r"(?i)\bopenai(?:[ ]gym\b|\.\w)"  # a library and its calls in code: no paste
+# What chat services say of themselves: as a language model, I ...; I am ChatGPT; I was made by OpenAI.
+_AS = r"as an? (?:(?:ai|artificial intelligence|large|trained) )*language model(?: ai)?"
+_MAKES = r"(?:made|created|developed|trained|built|designed|programmed)"
+_CLAUSE = r"[^.!?\n]{0,80}"  # the rest of it
+_SELF = (
+    rf"(?im)(\b{_AS}(?: {_MAKES}\b{_CLAUSE})?,? (?:I|my)\b|\bI(?: a|['’])m (?:called |named )?chatgpt\b"
+    rf"|\bI(?: was|['’]ve been| have been| am|['’]m)\b{_CLAUSE}\b{_MAKES} by openai\b|\bopenai (?:has )?{_MAKES} me\b"
+    rf"|\bmy (?:creator|developer|maker)s?\b{_CLAUSE}\bopenai\b|\bmy name is chatgpt\b|^[ \t]*chatgpt:)"
+)
+# Where a clause begins so, it is of whoever speaks; after other words (`used as a language model`) of another.
+_OPENS = rf"(?im)(?:^|[^\w\s]\s*|\b(?:but|and|because|since|that|so|sorry|however) )(?:just )?({_AS}(?:,|[.!]?$))"
 _COMPARE: dict[str, Callable[[pl.Expr, pl.Expr], pl.Expr]] = {">": operator.gt, ">=": operator.ge, "<": operator.lt}
 
 
@@ -145,17 +152,12 @@ def toxicity(limits: Limits) -> Rule:
 
 
 def paste(_: Limits) -> Rule:
-    """Drop replies pasted from another chat service.
+    """Drop replies pasted from another chat service: where a model speaks of itself, whoever asked.
 
-    A reply is one where it says "as an AI language model", or where it names ChatGPT or OpenAI though nobody asked:
-    no prompt before it names them, and what it names is no library. Prompts are never pastes, whatever they ask about.
-    (In 288 real trees 27 replies name them, 21 of these because they were asked about them.)
+    What only names a service or its maker stays: it may be asked about, or be right to tell. Prompts are never pastes.
     """
-    reply, text = pl.col("role") == "assistant", pl.col("text")
-    named = text.str.replace_all(_PRODUCT, "").str.extract(f"({_MAKER})", 1)
-    said = text.str.extract(f"({_BOILERPLATE})", 1)
-    found = pl.coalesce(said, pl.when(~pl.col("asked")).then(named))
-    return Rule("paste", reply & found.is_not_null(), pl.format('says "{}"', found))
+    said = pl.coalesce(pl.col("text").str.extract(pattern, 1) for pattern in (_SELF, _OPENS))
+    return Rule("paste", (pl.col("role") == "assistant") & said.is_not_null(), pl.format('says "{}"', said))
 
 
 def top_k(limits: Limits) -> Rule:
@@ -206,15 +208,13 @@ def in_thread(messages: pl.DataFrame, parents: Sequence[int]) -> pl.DataFrame:
         parents: (N,) row of each parent, -1 at a root.
 
     Returns:
-        The messages with `parent_role` (null at a root), `asked`: a prompt above names ChatGPT or OpenAI,
-        `prompt_lang`: the language of the first prompt, and `siblings`: how many answer the same one, itself counted.
+        The messages with `parent_role` (null at a root), `prompt_lang`: the language of the first prompt, and
+        `siblings`: how many answer the same one, itself counted.
     """
     roles, langs = messages["role"].to_list(), messages["lang"].to_list()
     replies = Counter(parents)
-    names = messages.select((pl.col("role") == "prompter") & pl.col("text").str.contains(_MAKER)).to_series()
     return messages.with_columns(
         pl.Series("parent_role", [roles[parent] if parent >= 0 else None for parent in parents], dtype=pl.String),
-        pl.Series("asked", is_below(parents, names.to_list()), dtype=pl.Boolean),
         pl.Series("prompt_lang", [langs[root] for root in roots(parents)], dtype=pl.String),
         pl.Series("siblings", [replies[parent] for parent in parents], dtype=pl.Int64),
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from tasks.dialogue.contamination import Facts
-from tasks.dialogue.language import primary
+from tasks.dialogue.language import in_own_script, primary
 from tasks.dialogue.quality import judge, rules_of
 from tasks.dialogue.record import TEXT_RULES, Limits, Verdicts
 
@@ -95,7 +95,8 @@ class Reader:
             (self.personal if self.limits.pii != "off" else None, PERSONAL),
         )
         found = [ask(texts) if ask else pl.DataFrame(schema=schema).clear(len(kept)) for ask, schema in asked]
-        return pl.concat([kept, *found, self._asked(kept)], how="horizontal").with_columns(tagged(kept["lang"]))
+        read = pl.concat([kept, *found, self._asked(kept)], how="horizontal").with_columns(tagged(kept["lang"]))
+        return read.with_columns(detected=pl.when(~in_own_script(read)).then("detected"))
 
     def _asked(self, kept: pl.DataFrame) -> pl.DataFrame:
         """Return the columns of ASKED: of the whole text, or else of the part of it that the user said."""

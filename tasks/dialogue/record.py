@@ -64,8 +64,8 @@ class Limits(BaseModel):
     text_language_from: Share = 0.95
     """Share of a text, 0 to 1, from which on it has to be in another language than its tag says, to be dropped."""
     text_language_chars: int = Field(default=100, ge=1, le=2_000)
-    """Characters from which on a text's language is looked at, of which only the first 2,000 are: shorter ones say too
-    little."""
+    """Characters of a text without its code from which on its language is looked at, of which only the first 2,000 are:
+    shorter ones say too little."""
     pii: Literal["off", "mask", "drop"] = "mask"
     """What becomes of e-mail addresses, phone, IP and card numbers: nothing, a mask such as [e-mail], or the message
     that holds them is dropped by the rule `personal`."""
@@ -99,7 +99,8 @@ class CopyLimits(BaseModel):
     separate_splits: bool = True
     """Whether what two splits hold, nearly or exactly, goes from the less protected one: train, then val."""
     copy_chars: int = Field(default=200, ge=1)
-    """Characters, white space folded, from which on a reply or a later prompt is compared with others by its text."""
+    """Characters, white space folded, from which on a reply or a later prompt is compared with others by its text; one
+    of Chinese or Japanese counts as three."""
     near_ngram: int = Field(default=3, ge=1, le=16)
     """Words of an n-gram, by whose sets texts are compared; 5 is usual for web pages, messages are shorter."""
     near_permutations: int = Field(default=128, ge=8, le=1024)

@@ -1,46 +1,66 @@
-"""The scorecard: what a report says, as a page of Markdown.
+"""The scorecard: what a report says of some models, the base first, as a page of Markdown.
 
 What a model says and what stands in the data stands only in fenced blocks, see `markdown.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from tasks.dialogue import funnel
-from tasks.dialogue.markdown import entry, fenced, named, table
+from tasks.dialogue.markdown import code, entry, fenced, named, table
 
 Figures = Mapping[str, Any]  # report.json, or a part of it
-CUT = " …"  # after a reply that never stopped
+MARKS = {"stopped": "", "cut": " …", "looping": " ↻"}  # after a reply, by how it ended
+MOST = 600  # characters of a reply on the page: samples.jsonl holds it whole
 
 MEASURES = (  # name in report.json, name on the page, how a value is written
     ("nll", "NLL, nats per token", "{:.3f}"),
     ("perplexity", "Perplexity", "{:,.2f}"),
     ("bits_per_byte", "Bits per byte", "{:.3f}"),
     ("stop_rate", "Replies that stop", "{:.1%}"),
+    ("loop_rate", "Replies that loop", "{:.1%}"),
+    ("cut_rate", "Replies that are cut", "{:.1%}"),
     ("facts", "Facts right", "{:.1%}"),
+    ("accuracy", "Better reply found likelier", "{:.1%}"),
+    ("margin", "By how much, nats", "{:.3f}"),
+    ("chosen", "Log-probability of the better reply, nats", "{:.2f}"),
 )
 
 
 def render(report: Figures, heads: bool = True) -> str:
     """Return report.md for report.json; `heads`: with the beginnings of texts of the data."""
-    parts = (_opening, _measures, _curve, _facts, _wrong, _panel, partial(_data, heads=heads), _lineage)
+    parts = (_opening, _notices, _measures, _curve, _facts, _wrong, _panel, partial(_data, heads=heads), _lineage)
     return "\n\n".join(line for part in parts for line in part(report)) + "\n"
 
 
 def _opening(report: Figures) -> Iterator[str]:
     start, training = report["start"], report["training"]
     shape = f"{start['layers']} layers × {start['width']} wide, {_number(training.get('parameters'))} parameters"
-    origin = "random weights" if start["start"] == "scratch" else f"`{named(start.get('repo') or start['start'])}`"
+    origin = "random weights" if start["start"] == "scratch" else code(start.get("repo") or start["start"])
     if start.get("model"):
         origin = "a model that was tuned before"
-    yield "# Tuned against base"
-    yield (
-        f"A GPT-2 of {shape}. The base is {origin}; the tuned model is what {_number(training.get('steps'))} optimizer"
-        f" steps over {_number(training.get('supervised'))} supervised tokens made of it. {_measured_on(report)}"
+    preference = report.get("preference")
+    yield "# Preferred against tuned and base" if preference else "# Tuned against base"
+    work = (
+        f"{_number(training.get('steps'))} optimizer steps over {_number(training.get('supervised'))} supervised tokens"
     )
+    told = [f"A GPT-2 of {shape}. The base is {origin}.", _work("tuned", "base", work, training)]
+    if preference:
+        work = (
+            f"{_number(preference.get('steps'))} steps over {_number(preference.get('pairs'))} pairs of ranked replies"
+        )
+        told.append(_work("preferred", "tuned", work, preference))
+    yield " ".join([*told, _measured_on(report)])
+
+
+def _work(name: str, of: str, work: str, training: Figures) -> str:
+    """Say what a step did, or that it did nothing: where its best weights are those that it began with."""
+    if training.get("best_step") == 0:
+        return f"**{work} changed nothing: the validation loss never fell, so the {name} model is the {of} one.**"
+    return f"The {name} model is what {work} made of the {of} one."
 
 
 def _measured_on(report: Figures) -> str:
@@ -56,29 +76,54 @@ def _measured_on(report: Figures) -> str:
     )
 
 
+def _notices(report: Figures) -> Iterator[str]:
+    """Say what was lost on the way, in a fence: names of fields are words of the data."""
+    if lost := report.get("notices"):
+        yield "## Lost or read otherwise"
+        yield fenced("\n\n".join(entry([(one["code"], f"{one['cause']}. {one['setting']}.")]) for one in lost))
+
+
 def _measures(report: Figures) -> Iterator[str]:
     rows = [
-        (label, *(_written(report[name][which], form) for which in ("base", "tuned")))
+        (label, *(_written(report[name][which], form) for which in report["models"]))
         for name, label, form in MEASURES
         if report[name] is not None
     ]
-    yield table(("", "base", "tuned"), rows)
-    cap = report["sampling"]["max_new_tokens"]
+    yield table(("", *report["models"]), rows)
     asked = report["replies"]
     if asked["facts"] or asked["panel"]:
         yield (
-            f"Replies that stop: of {asked['facts']:,} to questions ({report['sampling']['answer_tokens']} tokens at"
-            f" most) and {asked['panel']:,} to the panel ({cap} at most), the share that ended by itself."
+            f"Of {asked['facts']:,} replies to questions and {asked['panel']:,} to the panel, those that stop end by"
+            " themselves, those that loop say the same again and again, and the others are cut after"
+            f" {_limit(report)}."
         )
+    if report["pairs"]:
+        yield (
+            f"Of {report['pairs']:,} pairs of replies that people ranked and no model was trained on: the share whose"
+            " better reply the model itself finds likelier than the worse one, and by how much."
+        )
+
+
+def _limit(report: Figures) -> str:
+    cap = report["sampling"].get("max_new_tokens")
+    return (
+        f"{cap:,} tokens" if cap else f"as many tokens as the model's {report['start']['positions']:,} positions hold"
+    )
 
 
 def _curve(report: Figures) -> Iterator[str]:
     best, before = report["training"].get("val_nll_best"), report["training"].get("val_nll_start")
     yield "## Training"
     yield "![loss](loss.svg)"
-    if best is not None and before is not None:
+    if best is not None and before is not None and report["training"].get("best_step"):
         step = _number(report["training"].get("best_step"))
         yield f"Validation NLL fell from {before:.3f} to {best:.3f} nats per token, the best at step {step}."
+    preference = report.get("preference") or {}
+    if preference.get("loss_best") is not None and preference.get("best_step"):
+        yield (
+            f"Then the loss of validation pairs fell from {preference['loss_start']:.3f} to"
+            f" {preference['loss_best']:.3f} nats, the best at step {_number(preference['best_step'])}."
+        )
 
 
 def _facts(report: Figures) -> Iterator[str]:
@@ -92,17 +137,17 @@ def _facts(report: Figures) -> Iterator[str]:
     )
     if facts["by_region"]:
         yield "![facts](facts.svg)"
-        yield _shares("region", facts["by_region"])
+        yield _shares("region", facts["by_region"], report["models"])
     if len(facts["by_family"]) > 1:
-        yield _shares("family", facts["by_family"])
+        yield _shares("family", facts["by_family"], report["models"])
 
 
-def _shares(of: str, found_by: Figures) -> str:
+def _shares(of: str, found_by: Figures, models: Sequence[str]) -> str:
     rows = [
-        (named(name), f"{found['n']:,}", f"{found['base']:.1%}", f"{found['tuned']:.1%}")
+        (named(name), f"{found['n']:,}", *(f"{found[which]:.1%}" for which in models))
         for name, found in found_by.items()
     ]
-    return table((of, "questions", "base", "tuned"), rows)
+    return table((of, "questions", *models), rows)
 
 
 def _wrong(report: Figures) -> Iterator[str]:
@@ -110,7 +155,7 @@ def _wrong(report: Figures) -> Iterator[str]:
     if not wrong:
         return
     yield "### Answered wrong"
-    yield "By the tuned model; the first ones:"
+    yield f"By the {report['models'][-1]} model; the first ones:"
     entries = [
         entry([("asked", case["question"]), ("wanted", case["expected"]), ("said", _said(case))]) for case in wrong
     ]
@@ -121,16 +166,17 @@ def _panel(report: Figures) -> Iterator[str]:
     if not report["panel"]:
         return
     drawn = report["sampling"]
-    cuts = "".join(f", {name} {drawn[name]}" for name in ("top_k", "top_p") if drawn[name] is not None)
+    cuts = "".join(f", {name} {drawn[name]}" for name in ("top_k", "top_p") if drawn.get(name) is not None)
     yield "## Panel"
     yield (
-        f"Both models draw with the same seeds, at temperature {drawn['temperature']}{cuts};"
-        f" `{CUT.strip()}` marks a reply that did not stop within {drawn['max_new_tokens']} tokens."
+        f"All models draw with the same seeds, at temperature {drawn['temperature']}{cuts}. `{MARKS['cut'].strip()}`"
+        f" marks a reply that was cut, here or by its limit, `{MARKS['looping'].strip()}` one that loops;"
+        " `samples.jsonl` holds them whole."
     )
     for asked in report["panel"]:
         lines = [("user", asked["prompt"])]
-        for base, tuned in zip(asked["base"], asked["tuned"], strict=True):
-            lines += [("base", _said(base)), ("tuned", _said(tuned))]
+        for replies in zip(*(asked[which] for which in report["models"]), strict=True):
+            lines += [(which, _said(reply)) for which, reply in zip(report["models"], replies, strict=True)]
         yield fenced(entry(lines))
 
 
@@ -147,12 +193,12 @@ def _lineage(report: Figures) -> Iterator[str]:
         **report["lineage"],
     }  # fmt: skip
     yield "## Lineage"
-    yield "\n".join(f"- {label}: `{named(str(value))}`" for label, value in known.items() if value is not None)
+    yield "\n".join(f"- {label}: {code(str(value))}" for label, value in known.items() if value is not None)
 
 
 def _said(reply: Figures) -> str:
     text = reply["text"].strip() or "(nothing)"
-    return text if reply["stopped"] else text + CUT
+    return text[:MOST] + MARKS["cut" if len(text) > MOST and reply["end"] == "stopped" else reply["end"]]
 
 
 def _number(value: int | None) -> str:

@@ -13,6 +13,7 @@ from tasks.dialogue.funnel import HEAD, cases, summed
 from tasks.dialogue.pii import masked
 from tasks.dialogue.record import PROTECTION, Verdicts
 from tasks.dialogue.texts import Texts
+from tasks.dialogue.threads import parent_rows
 
 TOP_LANGUAGES = 20  # what a summary can show
 
@@ -29,9 +30,10 @@ def counts(table: pl.DataFrame, verdicts: Verdicts) -> dict[str, Any]:
         "trees": kept["message_tree_id"].n_unique(),
         "messages": len(kept),
         "dropped": len(table) - len(kept),
-        "read": {"trees": table["message_tree_id"].n_unique(), "messages": len(table)},
+        "read": _sizes(table),
         "splits": {name: _sizes(kept.filter(pl.col("split") == name)) for name in reversed(PROTECTION)},
         "languages": _languages(table),
+        "untagged": table["lang"].null_count(),
     }
 
 
@@ -39,6 +41,16 @@ def funnel(verdicts: Verdicts, rules: Iterable[str]) -> dict[str, int]:
     """Return the messages dropped by each rule, in the order of the rules."""
     found = Counter(verdicts.reasons)
     return {name: found[name] for name in rules}
+
+
+def replies_dropped(table: pl.DataFrame, verdicts: Verdicts) -> dict[str, int]:
+    """Return the replies that went by each rule; those below what was dropped count for the rule that dropped that."""
+    found = [*verdicts.reasons]
+    for row, parent in enumerate(parent_rows(table)):
+        if found[row] == "parent":
+            found[row] = found[parent]
+    replies = (table["role"] == "assistant").to_list()
+    return dict(Counter(rule for rule, reply in zip(found, replies, strict=True) if reply and rule).most_common())
 
 
 def _sizes(kept: pl.DataFrame) -> dict[str, int]:

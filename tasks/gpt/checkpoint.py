@@ -27,9 +27,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tasks.jsonfile import read_json
+
 log = logging.getLogger("treeline.train")
 NAME = "checkpoint.json"
 PIECE = 1 << 26  # bytes that are hashed between two signs of getting on
+BROKEN = (OSError, ValueError, KeyError, TypeError, RecursionError)  # what reading a spoiled checkpoint raises
 Begin = Callable[[], None]  # called with each thing that is begun: a large checkpoint on a slow disk takes minutes
 
 
@@ -109,27 +112,41 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def latest(folder: Path, begin: Begin = lambda: None) -> Checkpoint | None:
-    """Read the newest checkpoint that is whole; say which broken ones were passed over."""
+def latest(
+    folder: Path, begin: Begin = lambda: None, understand: Callable[[Mapping[str, Any]], object] = lambda state: None
+) -> Checkpoint | None:
+    """Read the newest checkpoint that is whole and understood; say which ones were passed over.
+
+    Args:
+        folder: Of the checkpoints.
+        begin: Called with each thing that is begun.
+        understand: Given a state, raises a KeyError or TypeError if the run cannot go on from it: other code wrote it.
+    """
     for place in _newest_first(folder):
         try:
-            return _read(place, begin)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            found = _read(place, begin)
+        except (*BROKEN, SafetensorError) as error:
             log.warning("train.checkpoint: %s is broken and passed over: %s", place, error)
+            continue
+        try:
+            understand(found.state)
+            return found
+        except (KeyError, TypeError) as error:
+            log.warning("train.checkpoint: %s is of another version and passed over: %s", place, error)
     return None
 
 
 def noted(folder: Path) -> Mapping[str, Any]:
     """Read the newest state that is as it was written, without its tensors; empty where there is none."""
     for place in _newest_first(folder):
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(*BROKEN):
             state: Mapping[str, Any] = _note(place)["state"]
             return state
     return {}
 
 
 def _note(place: Path) -> dict[str, Any]:
-    body = json.loads((place / NAME).read_bytes())
+    body = read_json(place / NAME)
     if not isinstance(body, dict):
         raise ValueError(f"{NAME} holds no object")
     if body.pop("seal") != _seal(body):

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 Point = tuple[float, float]  # step, nats per token
-GREY, LIGHT, BLUE = "#8c959f", "#a8c7ea", "#1f5fa8"  # base; the noisy curve; tuned
+GREY, LIGHT, BLUE, GREEN = "#8c959f", "#a8c7ea", "#1f5fa8", "#2f8f5b"  # base; the noisy curve; tuned; preferred
 MOST_POINTS = 400  # of a curve: more than a screen's pixels show nothing but make the file large
 
 
@@ -43,24 +43,27 @@ def loss_svg(train: Sequence[Point], validation: Sequence[Point]) -> bytes:
     return drawn.getvalue()
 
 
-def facts_svg(shares: Mapping[str, tuple[float, float]]) -> bytes:
-    """Draw the share of facts answered right, a pair of bars a region.
+def facts_svg(shares: Mapping[str, Sequence[float]], models: Sequence[str] = ("base", "tuned")) -> bytes:
+    """Draw the share of facts answered right, a bar a model for each region.
 
     Args:
-        shares: Region -> (base, tuned), each in 0..1; drawn from the top in this order.
+        shares: Region -> share of each model, in 0..1; drawn from the top in this order.
+        models: Names of the models, three at most.
     """
     with _canvas(7.0, 0.9 + 0.5 * max(1, len(shares))) as (axes, drawn):
         names = list(shares)
         rows = range(len(names))
-        for label, place, offset, colour in (("base", 0, -0.18, GREY), ("tuned", 1, 0.18, BLUE)):
+        step = 0.72 / len(models)
+        for place, (label, colour) in enumerate(zip(models, (GREY, BLUE, GREEN), strict=False)):
             values = [100 * shares[name][place] for name in names]
-            bars = axes.barh([row + offset for row in rows], values, height=0.34, color=colour, label=label)
+            offset = (place - (len(models) - 1) / 2) * step
+            bars = axes.barh([row + offset for row in rows], values, height=step - 0.02, color=colour, label=label)
             axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
         axes.set_yticks(list(rows), names)
         axes.invert_yaxis()
         axes.set_xlim(0, 108)
         axes.set_xlabel("held-out questions answered right, %")
-        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(models))
     return drawn.getvalue()
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from math import isfinite
@@ -360,7 +361,7 @@ class _Run:
 
     def resume(self) -> None:
         """Go on from the last whole checkpoint; without one, from the start."""
-        found = checkpoint.latest(self.checkpoints, self.world.heartbeat) if self.world.is_main else None
+        found = checkpoint.latest(self.checkpoints, self.world.heartbeat, _progress) if self.world.is_main else None
         state, tensors = self.world.broadcast(found and found.state), found.tensors if found else {}
         if state is None:
             self.log.cut_after(-1)
@@ -374,11 +375,21 @@ class _Run:
         set_moments(self.optimizer, self.model, self.parallel.scatter_state(tensors.get("optimizer", {})))
         self.best = dict(tensors.get("best", {}))
         self.ema.load(self.parallel.scatter_state(tensors.get("ema", {})))
-        self.progress = Progress(**state["progress"])
-        self.pending, self.kept = state["pending"], self.progress.step
+        self.progress, self.pending = _progress(state)
+        self.kept = self.progress.step
         if (otherwise := strayed(state.get("way", {}), self.way())) and self.world.is_main:
             log.warning("train.resume: goes on otherwise than it began, so its last digits may differ: %s", otherwise)
         self.log.cut_after(self.kept - (self.pending is not None))
+
+
+def _progress(state: Mapping[str, Any]) -> tuple[Progress, Any]:
+    """Return how far a checkpoint is, and the entry of the log that is still to come.
+
+    Raises:
+        KeyError, TypeError: If other code wrote it.
+    """
+    Settings(**state["settings"])
+    return Progress(**state["progress"]), state["pending"]
 
 
 def _seed(seed: int, step: int, rank: int) -> int:

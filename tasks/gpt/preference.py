@@ -92,15 +92,22 @@ def reply_logps(
 
 @torch.no_grad()
 def all_logps(
-    model: GPT2LMHeadModel, split: Split, replies: Replies, at_once: int, device: torch.device, half: bool = False
+    model: GPT2LMHeadModel,
+    split: Split,
+    replies: Replies,
+    at_once: int,
+    device: torch.device,
+    *,
+    half: bool = False,
+    label: str = "refer",
 ) -> Floats:
     """Return how likely the model finds each reply of a split: (R,) nats, by sequence and start.
 
-    `half`: products in bfloat16.
+    `half`: products in bfloat16; `label`: name of the progress bar.
     """
     model.eval()
     found = [np.zeros(0, np.float32)]
-    for first in track(range(0, len(split), at_once), "refer", -(-len(split) // at_once), "batches"):
+    for first in track(range(0, len(split), at_once), label, -(-len(split) // at_once), "batches"):
         rows = np.arange(first, min(first + at_once, len(split)))
         numbers = replies.of(rows)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
@@ -222,7 +229,8 @@ class EachPair:
         sums = torch.zeros(len(names), dtype=torch.float64)
         for rows, count in world.shard(np.arange(len(self.val)), at_once):
             found = self.held.judge(model, rows, self.beta, device, trunk)
-            right, ones = (found.margin > 0).float(), torch.ones_like(found.loss)
+            ones = torch.ones_like(found.loss)
+            right = (found.margin.sign() + ones) / 2  # a tie, as all pairs are at the start, is half right
             parts = (found.loss, right, found.margin, found.chosen, ones)
             sums += torch.stack([part.sum().cpu().double() for part in parts]) * count
         *totals, pairs = world.sum(sums).tolist()

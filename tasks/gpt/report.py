@@ -1,25 +1,28 @@
-"""The report: figures of two models, the base and the tuned, from what each made of one and the same exam."""
+"""The report: figures of some models, the base first, from what each made of one and the same exam."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, get_args
+
+import numpy as np
 
 from tasks.gpt.batches import Split
 from tasks.gpt.metrics import bits_per_byte, nll, perplexity, share
-from tasks.gpt.sample import Reply
+from tasks.gpt.preference import Floats, Replies
+from tasks.gpt.sample import End, Reply
 from tasks.oasst.facts import Question, is_right
 from tasks.text.chat import Dialect
 
-BOTH = ("base", "tuned")
+RATES: Mapping[End, str] = {"stopped": "stop_rate", "looping": "loop_rate", "cut": "cut_rate"}
 WRONG = 20  # wrong answers that a report shows
 
 
 @dataclass(frozen=True)
 class Exam:
-    """What both models are put to.
+    """What all models are put to.
 
     Attributes:
         dialect: How texts become ids, and ids texts.
@@ -28,6 +31,7 @@ class Exam:
         questions: Facts asked, one greedy answer each.
         panel: Prompts replied to by drawing.
         seeds: One for each reply to a prompt; the same for every prompt, so that adding one changes no other.
+        ranked: Replies that people put in an order, and the sequences that they lie in; None where there are none.
     """
 
     dialect: Dialect
@@ -36,6 +40,7 @@ class Exam:
     questions: Sequence[Question]
     panel: Sequence[str]
     seeds: Sequence[int]
+    ranked: tuple[Split, Replies] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,13 @@ class Result:
         nats: Loss summed over the split's supervised tokens; None without a split.
         answers: One a question.
         replies: For each prompt of the panel, one a seed.
+        logps: (R,) log-probability of each ranked reply, nats; None where there are none.
     """
 
     nats: float | None
     answers: Sequence[Reply]
     replies: Sequence[Sequence[Reply]]
+    logps: Floats | None = None
 
     @property
     def said(self) -> list[Reply]:
@@ -58,14 +65,16 @@ class Result:
         return [*self.answers, *(reply for group in self.replies for reply in group)]
 
 
-Results = Mapping[str, Result]  # by the names of BOTH
+Results = Mapping[str, Result]  # by the names of the models: base, tuned and, where people ranked replies, preferred
 
 
 def figures(results: Results, exam: Exam) -> dict[str, Any]:
     """Return the measured part of report.json, null where there was nothing to measure."""
     return {
+        "models": [*results],
         **losses(results, exam),
-        "stop_rate": {which: stop_rate(results[which]) for which in BOTH},
+        **endings(results),
+        **preferences(results, exam),
         "replies": {"facts": len(exam.questions), "panel": len(exam.panel) * len(exam.seeds)},
         "facts": facts(results, exam) if exam.questions else None,
         "panel": [panel(results, exam, at) for at in range(len(exam.panel))],
@@ -73,11 +82,11 @@ def figures(results: Results, exam: Exam) -> dict[str, Any]:
 
 
 def losses(results: Results, exam: Exam) -> dict[str, Any]:
-    """Return loss, perplexity and bits per byte of both models; null also for a perplexity beyond floats."""
+    """Return loss, perplexity and bits per byte of each model; null also for a perplexity beyond floats."""
     tokens, size = exam.split.supervised() if exam.split else 0, exam.utf8_bytes
 
     def each(measure: Callable[[float], float], over: int) -> dict[str, float | None]:
-        nats = {which: results[which].nats for which in BOTH}
+        nats = {which: result.nats for which, result in results.items()}
         values = {which: measure(found) if found is not None and over else None for which, found in nats.items()}
         return {which: value if value is not None and isfinite(value) else None for which, value in values.items()}
 
@@ -91,9 +100,34 @@ def losses(results: Results, exam: Exam) -> dict[str, Any]:
     }
 
 
-def stop_rate(result: Result) -> float | None:
-    """Return the share of all replies, to questions and to the panel, that ended by themselves; None without any."""
-    return share(sum(reply.stopped for reply in result.said), len(result.said)) if result.said else None
+def endings(results: Results) -> dict[str, dict[str, float | None]]:
+    """Return the shares of all replies, to questions and to the panel, by how they ended; null without any."""
+
+    def rate(result: Result, end: End) -> float | None:
+        return share(sum(reply.end == end for reply in result.said), len(result.said)) if result.said else None
+
+    return {RATES[end]: {which: rate(result, end) for which, result in results.items()} for end in get_args(End)}
+
+
+def preferences(results: Results, exam: Exam) -> dict[str, Any]:
+    """Return what each model makes of the pairs of a better and a worse reply; null where nobody ranked any.
+
+    accuracy: Share of the pairs whose better reply it finds likelier; a tie is half right.
+    margin: How much likelier than the worse one, mean over the pairs, nats.
+    chosen: Log-probability of the better reply, mean over the pairs, nats.
+    """
+    replies = exam.ranked[1] if exam.ranked else None
+    better, worse = replies.pairs(np.arange(len(replies.rank))) if replies else ((), ())
+    if not len(better):
+        return {"pairs": 0, "accuracy": None, "margin": None, "chosen": None}
+    logps = {which: result.logps.astype(np.float64) for which, result in results.items() if result.logps is not None}
+    margins = {which: found[better] - found[worse] for which, found in logps.items()}
+    return {
+        "pairs": len(better),
+        "accuracy": {which: float((1 + np.sign(margin)).mean() / 2) for which, margin in margins.items()},
+        "margin": {which: float(margin.mean()) for which, margin in margins.items()},
+        "chosen": {which: float(found[better].mean()) for which, found in logps.items()},
+    }
 
 
 def is_answer(question: Question, reply: Reply, dialect: Dialect) -> bool:
@@ -102,40 +136,40 @@ def is_answer(question: Question, reply: Reply, dialect: Dialect) -> bool:
 
 
 def facts(results: Results, exam: Exam) -> dict[str, Any]:
-    """Return the shares answered right, in all, by region and by family, and what the tuned model got wrong first."""
+    """Return the shares answered right, in all, by region and by family, and what the last model got wrong first."""
     questions, dialect = exam.questions, exam.dialect
     right = {
-        which: [is_answer(*pair, dialect) for pair in zip(questions, results[which].answers, strict=True)]
-        for which in BOTH
+        which: [is_answer(*pair, dialect) for pair in zip(questions, result.answers, strict=True)]
+        for which, result in results.items()
     }
+    *_, last = results
 
     def shares(rows: Sequence[int]) -> dict[str, Any]:
-        return {**{which: share(sum(right[which][row] for row in rows), len(rows)) for which in BOTH}, "n": len(rows)}
+        return {**{which: share(sum(right[which][row] for row in rows), len(rows)) for which in right}, "n": len(rows)}
 
     def by(names: Sequence[str]) -> dict[str, Any]:
         return {
             name: shares([row for row, found in enumerate(names) if found == name]) for name in sorted({*names} - {""})
         }
 
-    wrong = [row for row, found in enumerate(right["tuned"]) if not found][:WRONG]
+    wrong = [row for row, found in enumerate(right[last]) if not found][:WRONG]
     return {
         **shares(range(len(questions))),
         "by_region": by([question.fact.region for question in questions]),
         "by_family": by([question.fact.family for question in questions]),
-        "wrong": [{**asked(questions[row]), **said(results["tuned"].answers[row], dialect)} for row in wrong],
+        "wrong": [{**asked(questions[row]), **said(results[last].answers[row], dialect)} for row in wrong],
     }
 
 
 def panel(results: Results, exam: Exam, at: int) -> dict[str, Any]:
-    """Return the replies of both models to one prompt, side by side."""
-    replies = {which: [said(reply, exam.dialect) for reply in results[which].replies[at]] for which in BOTH}
+    """Return the replies of all models to one prompt, side by side."""
+    replies = {which: [said(reply, exam.dialect) for reply in result.replies[at]] for which, result in results.items()}
     return {"prompt": exam.panel[at], "seeds": list(exam.seeds), **replies}
 
 
 def samples(results: Results, exam: Exam) -> Iterator[dict[str, Any]]:
-    """Yield every answer and reply of both models: the lines of samples.jsonl."""
-    for which in BOTH:
-        result = results[which]
+    """Yield every answer and reply of all models: the lines of samples.jsonl."""
+    for which, result in results.items():
         for question, reply in zip(exam.questions, result.answers, strict=True):
             right = is_answer(question, reply, exam.dialect)
             yield {"model": which, "set": "facts", **asked(question), **said(reply, exam.dialect), "right": right}
@@ -152,4 +186,4 @@ def asked(question: Question) -> dict[str, str]:
 
 def said(reply: Reply, dialect: Dialect) -> dict[str, Any]:
     """Return a reply as JSON values; `tokens` leaves out the end of turn."""
-    return {"text": dialect.decode(reply.ids), "stopped": reply.stopped, "tokens": len(reply.ids)}
+    return {"text": dialect.decode(reply.ids), "end": reply.end, "tokens": len(reply.ids)}

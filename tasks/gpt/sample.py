@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from transformers import GPT2LMHeadModel
 
 from tasks.errors import ParameterError
 from tasks.gpt.cache import Cache
+from tasks.gpt.loops import looping
 from tasks.gpt.trunk import hidden_states
 from tasks.progress import bar
 
@@ -21,19 +23,27 @@ from tasks.progress import bar
 Chooser = Callable[[Tensor, Tensor, int], Tensor]
 
 
+End = Literal["stopped", "looping", "cut"]  # by itself, for it had got stuck (see `loops`), or by a limit
+
+
 @dataclass(frozen=True)
 class Reply:
-    """What a model said: token ids without the stop token, and whether it stopped by itself."""
+    """What a model said: token ids without the stop token, and how it ended."""
 
     ids: tuple[int, ...]
-    stopped: bool
+    end: End
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it ended by itself."""
+        return self.end == "stopped"
 
 
 def generate(
     model: GPT2LMHeadModel,
     prompts: Sequence[Sequence[int]],
     stop: int,
-    max_new: int,
+    max_new: int | None = None,
     temperature: float = 0.0,
     *,
     top_k: int | None = None,
@@ -43,7 +53,7 @@ def generate(
     vocab: int | None = None,
     label: str = "sample",
 ) -> list[Reply]:
-    """Let the model reply to every prompt, up to the stop token.
+    """Let the model reply to every prompt, up to the stop token, or until it says the same again and again.
 
     A row's random numbers come from its own seed, so what it says depends on neither its batch nor its neighbours, but
     for the last bits of float sums that a batch's shape moves.
@@ -52,7 +62,8 @@ def generate(
         model: In eval mode; prompts go to its device.
         prompts: Token ids, at least one a prompt and fewer than the model has positions.
         stop: Id that ends a reply.
-        max_new: Most tokens of a reply, the stop token included; fewer where the model's positions end sooner.
+        max_new: Most tokens of a reply, the stop token included; fewer where the model's positions end sooner. None:
+            as many as these leave room for.
         temperature: 0 takes the most likely token; above, logits are divided by it and a token is drawn.
         top_k: Draw among this many most likely tokens; None: all.
         top_p: Draw among the fewest tokens that hold this probability together, in (0, 1]; None: all.
@@ -70,6 +81,7 @@ def generate(
     taste = _Taste(temperature, top_k, top_p)
     if temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
         raise ParameterError("sampling above temperature 0 needs one seed for each prompt", "seeds", "pass them")
+    max_new = int(model.config.n_positions) if max_new is None else max_new
     _check(model, prompts, max_new)
     said: list[list[int]] = [[] for _ in prompts]
     with bar(label, len(prompts), "replies") as shown:
@@ -93,7 +105,7 @@ def stream(
     seed: int = 0,
     vocab: int | None = None,
 ) -> Iterator[int]:
-    """Yield the tokens of one reply as they come, without the stop token.
+    """Yield the tokens of one reply as they come, without the stop token; it ends as those of `generate` do.
 
     Raises:
         ParameterError: As `generate` does.
@@ -107,8 +119,9 @@ def stream(
 
 
 def _reply(ids: list[int], stop: int) -> Reply:
-    stopped = bool(ids) and ids[-1] == stop
-    return Reply(tuple(ids[:-1] if stopped else ids), stopped)
+    if ids and ids[-1] == stop:
+        return Reply(tuple(ids[:-1]), "stopped")
+    return Reply(tuple(ids), "looping" if looping(ids) else "cut")
 
 
 def _check(model: GPT2LMHeadModel, prompts: Sequence[Sequence[int]], max_new: int) -> None:
@@ -190,21 +203,27 @@ def _decode(
     *,
     vocab: int | None,
 ) -> Iterator[tuple[int, int]]:
-    """Yield (row, token) until every row has said `stop` or has no room; a row that ended leaves the batch."""
+    """Yield (row, token) until every row has said `stop`, loops, or has no room; a row that ended leaves the batch."""
     ids, seen = (made.to(model.device) for made in _left_padded(prompts))  # (B, L)
     rooms = [min(max_new, model.config.n_positions - len(prompt)) for prompt in prompts]
-    room = torch.tensor(rooms, device=model.device)  # (B,)
-    rows = torch.arange(len(prompts), device=model.device)  # (B,)
+    said: list[list[int]] = [[] for _ in prompts]
+    places = list(range(len(prompts)))  # of the rows that go on, B of them
+    rows = torch.arange(len(prompts), device=model.device)  # (B,) the same
     cache = Cache(model, seen, max(rooms))
     for step in range(max_new):
         tokens = choose(_next_logits(model, ids, cache, vocab), rows, step)  # (B,)
-        yield from zip(rows.tolist(), tokens.tolist(), strict=True)
-        going = ((tokens != stop) & (step + 1 < room[rows])).nonzero()[:, 0]
-        if len(going) == 0:
+        going = []
+        for at, (row, token) in enumerate(zip(places, tokens.tolist(), strict=True)):
+            yield row, token
+            said[row].append(token)
+            if token != stop and step + 1 < rooms[row] and not looping(said[row]):
+                going.append(at)
+        if not going:
             return
-        if len(going) < len(rows):
-            rows, tokens = rows[going], tokens[going]
-            cache.keep(going)
+        if len(going) < len(places):
+            kept = torch.tensor(going, device=model.device)
+            rows, tokens, places = rows[kept], tokens[kept], [places[at] for at in going]
+            cache.keep(kept)
         ids = tokens[:, None]  # (B, 1)
 
 

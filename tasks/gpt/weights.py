@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging
 
-from tasks.errors import InputError, ParameterError
+from tasks.errors import ParameterError
 from tasks.gpt.checkpoint import disk_named
-from tasks.gpt.folder import CONFIG, WEIGHTS, digests, read_config
+from tasks.gpt.folder import WEIGHTS, digests, read_config
 
 # New rows stay close to the mean of the old: at the mean their logit is bounded by what the model already gives, so
 # they take next to nothing from the known words. Source: John Hewitt 2021, "Initializing New Word Embeddings".
 SPREAD = 1e-5
+# What `generate` does with an exported model where nothing else is asked for: as the panel of an evaluation is drawn.
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95}
 
 
 def scratch_spec(*, layers: int, heads: int, width: int, positions: int, vocab_size: int, seed: int) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def folder_spec(
     Raises:
         InputError: If the folder is unsafe or not a GPT-2, as `read_config` finds.
     """
-    config = {**GPT2Config().to_dict(), **read_config(folder)}
+    config = read_config(folder)
     names = {"layers": "n_layer", "heads": "n_head", "width": "n_embd", "positions": "n_positions"}
     shape = {name: config[theirs] for name, theirs in names.items()}
     published = {"repo": repo, "revision": revision, **digests(folder)}
@@ -116,32 +118,13 @@ def load_model(folder: Path) -> GPT2LMHeadModel:
     Raises:
         InputError: If the folder is unsafe, not a GPT-2, or its weights do not fit its config.
     """
-    read_config(folder)
+    config = GPT2Config(**read_config(folder))
     logging.disable_progress_bar()  # ours says what is under way
-    try:
-        model, found = GPT2LMHeadModel.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to be told which, below, instead of a wall of text
-        )
-    except SafetensorError as error:
-        raise InputError(
-            f"{WEIGHTS} cannot be read: {error}", str(folder), "Fetch it again", code="model.weights"
-        ) from error
-    for fault in ("missing_keys", "mismatched_keys"):
-        if found[fault]:
-            names = ", ".join(str(key) for key in sorted(found[fault], key=str)[:3])
-            raise InputError(
-                f"{WEIGHTS} has {fault.split('_')[0]} weights: {names}",
-                str(folder),
-                f"Fetch {WEIGHTS} and {CONFIG} of one and the same model",
-                code="model.weights",
-            )
+    # A copy: a file that is mapped and cut later ends the process.
+    weights = {name: weight.to(torch.float32, copy=True) for name, weight in load_file(folder / WEIGHTS).items()}
+    model: GPT2LMHeadModel = GPT2LMHeadModel.from_pretrained(  # of the folder it reads nothing by itself
+        None, config=config, state_dict=weights, dtype=torch.float32, attn_implementation="sdpa"
+    )
     return _fused(model.eval())
 
 
@@ -225,18 +208,23 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def export(model: GPT2LMHeadModel, folder: Path, *, stop: int, pad: int) -> None:
+def export(model: GPT2LMHeadModel, folder: Path, *, stop: int, pad: int, used: int | None = None) -> None:
     """Write config.json, generation_config.json and model.safetensors, so that `AutoModelForCausalLM` opens the folder.
+
+    Its `generate` then says what `sample.generate` says: it ends where that ends, and draws from the same ids.
 
     Args:
         model: What to write; its config is given the two ids.
         folder: Where to; it exists.
         stop: Id of the end-of-turn token; generation ends at it.
-        pad: Id that fills sequences.
+        pad: Id that fills sequences; in no prompt, since transformers hides it there.
+        used: Ids that stand for something; those from here on are never generated. None: all do.
     """
     ids = {"bos_token_id": None, "eos_token_id": stop, "pad_token_id": pad}
     model.config.update(ids)
-    model.generation_config = GenerationConfig(**ids)
+    rows, room = model.config.vocab_size, model.config.n_positions
+    unused = [*range(rows if used is None else used, rows)] or None
+    model.generation_config = GenerationConfig(**ids, **SAMPLING, max_length=room, suppress_tokens=unused)
     logging.disable_progress_bar()
     with disk_named(folder):
         model.save_pretrained(

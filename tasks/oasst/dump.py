@@ -6,31 +6,30 @@ was read (OASST2's 135,174 messages: about 0.6 GB), and their trees come then, i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from sys import intern
 from typing import Any, NamedTuple
 
 import orjson
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tasks.errors import InputError
-from tasks.oasst.fields import Fault, wrong
+from tasks.oasst.advice import as_messages, listed
+from tasks.oasst.fields import Fault, as_json, wrong
 from tasks.oasst.laid import Laid
 from tasks.oasst.lines import Limits, Line, Lines
-from tasks.oasst.tree import EXTRA, ID, TREE, Layout, Row, arrange, flat_tree_id, messages_in
-from tasks.oasst.typed import Arranged, arranged, read
+from tasks.oasst.parquet_rows import is_parquet, parquet_rows
+from tasks.oasst.tree import TREE, Layout, arrange, flat_tree_id, messages_in
+from tasks.oasst.typed import Arranged, Message, Rest, arrange_flat, arranged, message_of, read, read_flat, rest_of
 
 Form = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # a row of another dataset -> a nested tree; may raise Fault
 # Lines -> id and messages of each good nested tree; None where the careful reader must look.
 Quick = Callable[[Sequence[bytes | memoryview]], Sequence[tuple[str, Arranged | Laid] | None]]
 
-PARQUET = b"PAR1"
 TOGETHER = 1 << 18  # bytes of lines that are looked at together: some 15 trees, whose objects stay in a cache
+ALONE = 1_000  # flat messages that are looked at together
 MANY = 1 << 24  # of them, where trees are remembered: to look one up alone costs more than to read it
-BATCH = 1_000  # Parquet rows turned into Python objects at a time
-NEEDED = ("message_id", "text", "role")  # columns that a flat table must have
 
 
 class Place(NamedTuple):
@@ -62,6 +61,7 @@ class Bad(NamedTuple):
         trees: Trees lost with it.
         messages: Messages lost with it, as far as they could be counted.
         raw: The line; None: `Dump.recall` finds it.
+        do: What makes it one that can be taken, where that is known.
     """
 
     place: Place
@@ -71,17 +71,29 @@ class Bad(NamedTuple):
     trees: int
     messages: int
     raw: bytes | None = None
+    do: str = ""
 
 
 @dataclass
 class _Group:
-    """The rows of one tree of a flat dump."""
+    """The messages of one tree of a flat dump."""
 
+    tree_id: str
     place: Place
-    rows: list[Row] = field(default_factory=list)
-    files: list[int] = field(default_factory=list)  # of each row
+    kept: list[Message] = field(default_factory=list)
+    rest: dict[int, Rest] = field(default_factory=dict)  # what few of them have, by place in `kept`
+    files: list[int] = field(default_factory=list)  # of each
     messages: int = 0
     fault: tuple[Place, Fault] | None = None
+
+    def keep(self, message: Message, rest: Rest | None, file: int) -> None:
+        """Keep a message; the ids are kept once, however often they are named."""
+        message.message_tree_id, message.message_id = self.tree_id, intern(message.message_id)
+        message.parent_id = message.parent_id and intern(message.parent_id)
+        if rest:
+            self.rest[len(self.kept)] = rest
+        self.kept.append(message)
+        self.files.append(file)
 
 
 class Dump:
@@ -124,24 +136,48 @@ class Dump:
         for index, path in enumerate(self._files):
             yield from self._of_parquet(index, path) if is_parquet(path) else self._of_jsonl(index, path)
         while self._groups:
-            tree_id = next(iter(self._groups))
-            yield _gathered(tree_id, self._groups.pop(tree_id))
+            yield _gathered(self._groups.pop(next(iter(self._groups))))
 
     def _of_jsonl(self, index: int, path: Path) -> Iterator[Found | Bad]:
         lines, before = Lines(path, self._limits, self._advance), self.bytes
         flat = False  # so far in this file
         for some in _batches(lines, self._together):
-            quick = [None] * len(some) if flat else self._quick([line.raw for line in some])
-            for line, good in zip(some, quick, strict=True):
-                self.lines, self.bytes = self.lines + 1, before + lines.bytes
-                place = Place(index, line.number, line.offset)
-                if good and not flat:
-                    yield Found(place, *good, 0)
-                elif found := self._carefully(place, bytes(line.raw), flat):
-                    yield found
-                else:
-                    flat = True
+            self.bytes = before + lines.bytes
+            left = some if flat else (yield from self._of_trees(index, some))
+            flat = flat or left is not None
+            for first in range(0, len(left or ()), ALONE):
+                yield from self._of_messages(index, (left or [])[first : first + ALONE])
         self.bytes = before + lines.bytes
+
+    def _of_trees(self, index: int, lines: Sequence[Line]) -> Generator[Found | Bad, None, Sequence[Line] | None]:
+        """Read lines of nested trees; return those after the first flat message, None if there is none."""
+        for number, (line, good) in enumerate(zip(lines, self._quick([line.raw for line in lines]), strict=True), 1):
+            self.lines += 1
+            place = Place(index, line.number, line.offset)
+            if good:
+                yield Found(place, *good, 0)
+            elif found := self._carefully(place, bytes(line.raw), flat=False):
+                yield found
+            else:
+                return lines[number:]
+        return None
+
+    def _of_messages(self, index: int, lines: Sequence[Line]) -> Iterator[Found | Bad]:
+        """Read lines of flat messages."""
+        for line, good in zip(lines, read_flat([line.raw for line in lines], self._layout.max_text), strict=True):
+            self.lines += 1
+            place = Place(index, line.number, line.offset)
+            if good and good.message_tree_id:
+                group = self._group(good.message_tree_id, place)
+                group.keep(good, None, index)
+            elif found := self._carefully(place, bytes(line.raw), flat=True):
+                yield found
+
+    def _group(self, tree_id: str, place: Place) -> _Group:
+        """Return the group of a tree, with one message more."""
+        group = self._groups.get(tree_id) or self._groups.setdefault(tree_id, _Group(tree_id, place))
+        group.messages += 1
+        return group
 
     def _read(self, raws: Sequence[bytes | memoryview]) -> Sequence[tuple[str, Arranged] | None]:
         return read(raws, self._layout.max_text)
@@ -153,7 +189,7 @@ class Dump:
         except Fault as fault:
             self.unreadable += 1
             # a published file holds one tree a line; among flat messages nobody knows whose line this was
-            return Bad(place, fault.code, fault.message, None, 0 if flat else 1, 0, raw)
+            return Bad(place, fault.code, fault.message, None, 0 if flat else 1, 0, raw, fault.do)
         key = next((key for key in self._forms if key in value), None)
         # rows of another dataset may have a `prompt`, too, of their own kind
         if "prompt" in value and not (key and type(value["prompt"]) is not dict and type(value[key]) is list):
@@ -167,16 +203,17 @@ class Dump:
         except Fault as fault:
             lost = row[key]
             return Bad(place, fault.code, fault.message, None, 1, len(lost) if type(lost) is list else 0, raw)
-        return self._nested(place, tree, raw)
+        return self._nested(place, tree, raw, foreign=True)
 
-    def _nested(self, place: Place, tree: Mapping[str, Any], raw: bytes | None) -> Found | Bad:
+    def _nested(self, place: Place, tree: Mapping[str, Any], raw: bytes | None, foreign: bool = False) -> Found | Bad:
         try:
-            rows = self._layout.rows_of(tree)
+            rows = self._layout.rows_of(tree, foreign)
             in_order = arrange(rows)
         except Fault as fault:
             tree_id = tree.get("message_tree_id")
             named = tree_id if type(tree_id) is str else None
-            return Bad(place, fault.code, fault.message, named, 1, messages_in(tree), raw)
+            do = as_messages(tree) if fault.code == "schema.prompt" and not foreign else ""
+            return Bad(place, fault.code, fault.message, named, 1, messages_in(tree), raw, do)
         return Found(place, rows[0][TREE], arranged(in_order), len(rows) - len(in_order))
 
     def _gather(self, place: Place, message: Mapping[str, Any], raw: bytes | None) -> Bad | None:
@@ -186,17 +223,16 @@ class Dump:
         except Fault as fault:
             self.unreadable += 1
             return Bad(place, fault.code, fault.message, None, 0, 1, raw)
-        group = self._groups.setdefault(tree_id, _Group(place))
-        group.messages += 1
+        group = self._group(tree_id, place)
         try:
-            group.rows.append(self._layout.row_of(message))
-            group.files.append(place.file)
+            row = self._layout.row_of(message)
+            group.keep(message_of(row), rest_of(row), place.file)
         except Fault as fault:
             group.fault = group.fault or (place, fault)
         return None
 
     def _of_parquet(self, index: int, path: Path) -> Iterator[Found | Bad]:
-        for number, row in parquet_rows(path, self._forms):
+        for number, row in parquet_rows(path, self._forms, self._limits):
             self.lines += 1
             place = Place(index, number, -1)
             key = next((key for key in self._forms if key in row), None)
@@ -231,27 +267,35 @@ def _batches(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
     yield some
 
 
-def _gathered(tree_id: str, group: _Group) -> Found | Bad:
+def _gathered(group: _Group) -> Found | Bad:
     place, fault = group.fault or (group.place, None)
     try:
         if fault:
             raise fault
-        rows, conflicts = _latest(group)
-        in_order = arrange(rows)
+        kept, rest, conflicts = _latest(group)
+        content = arrange_flat(kept, rest)
     except Fault as found:
-        return Bad(place, found.code, found.message, tree_id, 1, group.messages)
-    return Found(place, tree_id, arranged(in_order), len(group.rows) - len(in_order) - conflicts, conflicts)
+        return Bad(place, found.code, found.message, group.tree_id, 1, group.messages)
+    return Found(place, group.tree_id, content, len(group.kept) - content.size - conflicts, conflicts)
 
 
-def _latest(group: _Group) -> tuple[list[Row], int]:
-    """Return a tree's rows without those that a later file says again, and of how many it says something else."""
-    latest = {row[ID]: file for row, file in zip(group.rows, group.files, strict=True)}
-    rows = [row for row, file in zip(group.rows, group.files, strict=True) if latest[row[ID]] == file]
-    if len(rows) == len(group.rows):
-        return rows, 0
-    told = {row[ID]: row[:EXTRA] for row in rows}
-    earlier = [row for row, file in zip(group.rows, group.files, strict=True) if latest[row[ID]] != file]
-    return rows, sum(row[:EXTRA] != told[row[ID]] for row in earlier)
+def _latest(group: _Group) -> tuple[list[Message], dict[int, Rest], int]:
+    """Return a tree's messages without those that a later file says again, and of how many it says something else."""
+    latest = {message.message_id: file for message, file in zip(group.kept, group.files, strict=True)}
+    stays = [latest[message.message_id] == file for message, file in zip(group.kept, group.files, strict=True)]
+    if all(stays):
+        return group.kept, group.rest, 0
+
+    def said(place: int) -> tuple[Message, str | None, str | None]:
+        rest = group.rest.get(place)
+        return group.kept[place], rest and rest.events, rest and rest.origin
+
+    places = [place for place, stay in enumerate(stays) if stay]
+    told = {group.kept[place].message_id: said(place) for place in places}
+    earlier = [place for place, stay in enumerate(stays) if not stay]
+    conflicts = sum(said(place) != told[group.kept[place].message_id] for place in earlier)
+    rest = {new: group.rest[old] for new, old in enumerate(places) if old in group.rest}
+    return [group.kept[place] for place in places], rest, conflicts
 
 
 def loads(raw: bytes, forms: Collection[str] = ()) -> dict[str, Any]:
@@ -270,7 +314,8 @@ def loads(raw: bytes, forms: Collection[str] = ()) -> dict[str, Any]:
         raise wrong("line", "object", value)
     if "prompt" not in value and "message_id" not in value and not any(key in value for key in forms):
         others = "".join(f" or a row with `{key}`" for key in forms)
-        raise Fault("schema.line", f"expected a tree with `prompt` or a message with `message_id`{others}, got neither")
+        expected = f"expected a tree with `prompt` or a message with `message_id`{others}"
+        raise Fault("schema.line", f"{expected}, got {listed(value) or 'no field'}", as_messages(value))
     return value
 
 
@@ -284,41 +329,10 @@ def _unreadable(raw: bytes, error: orjson.JSONDecodeError) -> Fault:
     return Fault(code, f"column {error.colno}: {error.msg}")
 
 
-def is_parquet(path: Path) -> bool:
-    """Tell a Parquet file by its first bytes."""
-    with path.open("rb") as file:
-        return file.read(len(PARQUET)) == PARQUET
-
-
-def parquet_rows(path: Path, forms: Collection[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the rows of a flat Parquet file, or of one that has a column of `forms`, numbered from 1.
-
-    Raises:
-        InputError: If the file is corrupt, empty or lacks a column.
-    """
-    number = 0
-    try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
-        missing = [column for column in NEEDED if column not in file.schema_arrow.names]
-        if missing and not any(key in file.schema_arrow.names for key in forms):
-            raise InputError(f"{path.name} has no column {', '.join(missing)}", code="parquet.schema")
-        for batch in file.iter_batches(BATCH):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path.name} is not a whole Parquet file ({error})", f"Seen after {number:,} rows",
-            "Copy or download it again", "parquet.corrupt",
-        ) from error  # fmt: skip
-    if not number:
-        raise InputError(f"{path.name} has no rows", code="input.empty")
-
-
 def _raw_lines(index: int, path: Path, limits: Limits | None, forms: Collection[str]) -> Iterator[tuple[Place, bytes]]:
     if is_parquet(path):
-        for number, row in parquet_rows(path, forms):
-            yield Place(index, number, -1), orjson.dumps(row, default=str)
+        for number, row in parquet_rows(path, forms, limits):
+            yield Place(index, number, -1), (as_json(row) or "").encode()
     else:
         for line in Lines(path, limits):
             yield Place(index, line.number, line.offset), bytes(line.raw)

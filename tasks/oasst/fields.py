@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import orjson
@@ -14,7 +15,9 @@ ROLES = ("prompter", "assistant")
 SYSTEM_CHARS = "system_chars"
 LARGEST = 2**31 - 1  # the columns are int32
 # datetime.fromisoformat also takes week dates, days alone and any letter for the T: too much for a published instant.
-INSTANT = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)", re.ASCII)
+INSTANT = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)?", re.ASCII)
+OFFSET = re.compile(r"(Z|[+-]\d\d:\d\d)$", re.ASCII)
+TOO_DEEP = "(nested too deep to be kept)"  # orjson reads 1,024 levels, and writes 254
 NAMES = {
     type(None): "null", bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object",
 }  # fmt: skip
@@ -26,11 +29,12 @@ class Fault(Exception):
     Args:
         code: A dotted name for machines, such as `schema.text`.
         message: Expected and found, in words.
+        do: What makes it one that can be taken.
     """
 
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(code, message)
-        self.code, self.message = code, message
+    def __init__(self, code: str, message: str, do: str = "") -> None:
+        super().__init__(code, message, do)
+        self.code, self.message, self.do = code, message, do
 
 
 def wrong(field: str, expected: str, found: Any) -> Fault:
@@ -75,7 +79,9 @@ def flag(field: str, value: Any) -> bool:
 
 
 def count(field: str, value: Any) -> int:
-    """Take an integer from 0 that an int32 holds."""
+    """Take an integer from 0 that an int32 holds; 3.0 is one, as tables with gaps write it."""
+    if type(value) is float and value.is_integer():
+        value = int(value)
     if type(value) is not int or not 0 <= value <= LARGEST:
         raise wrong(field, f"integer from 0 to {LARGEST}", value)
     return value
@@ -89,23 +95,45 @@ def share(field: str, value: Any) -> float:
 
 
 def instant(field: str, value: Any) -> datetime:
-    """Take an ISO 8601 date, time and offset, or a datetime with a zone (Parquet), and return it in UTC."""
+    """Take an ISO 8601 date, time and offset, or a datetime (Parquet), and return it in UTC; naive ones are in UTC."""
     try:
         if type(value) is str and INSTANT.fullmatch(value):
             value = datetime.fromisoformat(value)
-        if isinstance(value, datetime) and value.tzinfo is not None:
-            return value.astimezone(UTC)
+        if isinstance(value, datetime):
+            return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
     except (ValueError, OverflowError):  # 30 February; an hour before the year 1
         pass
     raise wrong(field, "ISO 8601 date, time and offset", value)
 
 
-def as_json(field: str, value: Any) -> str | None:
-    """Return a value as JSON text, or None for null."""
+def is_naive(value: Any) -> bool:
+    """Tell an instant without an offset or zone."""
+    return not value.tzinfo if isinstance(value, datetime) else not OFFSET.search(value)
+
+
+def as_json(value: Any) -> str | None:
+    """Return a value as JSON text, or None for null: bytes in base64, a duration in seconds, a decimal as text."""
+    if value is None:
+        return None
     try:
-        return None if value is None else orjson.dumps(value).decode()
-    except TypeError as error:  # orjson writes 254 levels, but reads 1,024
-        raise Fault("json.depth", f"{field} is nested too deep to be kept") from error
+        return orjson.dumps(value, default=_as_text).decode()
+    except TypeError:
+        if type(value) is not dict:
+            return f'"{TOO_DEEP}"'
+    return orjson.dumps({name: _fragment(part) for name, part in value.items()}).decode()
+
+
+def _fragment(part: Any) -> orjson.Fragment:
+    try:
+        return orjson.Fragment(orjson.dumps(part, default=_as_text))
+    except TypeError:
+        return orjson.Fragment(f'"{TOO_DEEP}"')
+
+
+def _as_text(value: Any) -> str | float:
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    return b64encode(value).decode() if type(value) is bytes else str(value)
 
 
 def by_name(field: str, value: Any, columns: Iterable[str]) -> Mapping[str, Any]:

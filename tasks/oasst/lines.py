@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tarfile import HeaderError, TarInfo
 from typing import BinaryIO, NamedTuple, NoReturn
 
 from isal import isal_zlib
 
 from tasks.errors import InputError
+from tasks.oasst.advice import ARROW_AS_LINES, AS_LINES
 
 GZIP = b"\x1f\x8b"
 UTF8_MARK = b"\xef\xbb\xbf"
@@ -23,7 +25,26 @@ RATIO_COUNTS_FROM = 16 << 20  # decompressed bytes; below it a high ratio is har
 GZIP_WINDOW = 31  # zlib's word for "a gzip header, and check CRC and size at the end"
 CORRUPT: type[Exception] = isal_zlib.error  # type: ignore[assignment]  # its stub says an instance
 BLANK = b" \t\r"  # what JSON calls white space; a form feed is not
-AS_LINES = "jq -c '.[]' FILE > FILE.jsonl"  # makes JSON Lines of a JSON array
+HEAD = 512  # bytes by which a file is known: the header of a tar archive
+# First bytes of files that are no text -> what they are, and what makes lines of them.
+KINDS = {
+    b"PK\3\4": ("a zip archive", "Unpack it: unzip FILE"),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", "Unpack it: unzstd FILE"),
+    b"BZh": ("compressed by bzip2", "Unpack it: bunzip2 FILE"),
+    b"\xfd7zXZ\0": ("compressed by xz", "Unpack it: unxz FILE"),
+    b"\x04\x22\x4d\x18": ("compressed by lz4", "Unpack it: unlz4 FILE"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "Unpack it: 7z x FILE"),
+    b"Rar!": ("a rar archive", "Unpack it: unrar x FILE"),
+    b"ARROW1": ("an Arrow (Feather) file", ARROW_AS_LINES),
+    b"FEA1": ("a Feather file", ARROW_AS_LINES),
+    b"\xff\xff\xff\xff": ("a stream of Arrow", ARROW_AS_LINES.replace("read_ipc", "read_ipc_stream")),
+    b"PAR1": ("a Parquet file within a gzip file", "Unpack it: gunzip FILE"),
+    b"PARE": ("an encrypted Parquet file", "Write it without a key"),
+    b"Obj\1": ("an Avro file", "Write its rows as JSON, one a line"),
+    b"\x89HDF": ("an HDF5 file", "Write its rows as JSON, one a line"),
+    b"SQLite format 3": ("a SQLite database", "Write its rows as JSON, one a line"),
+    b"%PDF": ("a PDF", "Write its content as rows of JSON, one a line"),
+}
 
 
 class Line(NamedTuple):
@@ -48,6 +69,14 @@ class Limits:
 
     line: int = 64 << 20
     ratio: float = 200.0
+
+
+def _is_tar(head: bytes) -> bool:
+    """Tell a tar archive by the checksum of its first header: old ones have no magic bytes."""
+    try:
+        return bool(TarInfo.frombuf(head[:HEAD], "utf-8", "surrogateescape"))
+    except HeaderError:
+        return False
 
 
 class Lines:
@@ -107,7 +136,7 @@ class Lines:
         head = b""
         for chunk in chunks:
             head += chunk
-            if len(head) >= 4:  # enough to know an encoding by
+            if len(head) >= HEAD:
                 break
         self._refuse_disguise(head)
         self.mark = len(UTF8_MARK) if head.startswith(UTF8_MARK) else 0
@@ -121,6 +150,11 @@ class Lines:
             self._fail("input.utf16", "is UTF-16 text, expected UTF-8", "Convert it: iconv -f UTF-16 -t UTF-8")
         if self._gzipped and head.startswith(GZIP):
             self._fail("gzip.nested", "is a gzip file within a gzip file", "Unpack it once")
+        if _is_tar(head):
+            self._fail("input.kind", "is a tar archive", "Unpack it: tar xf FILE, and name the file that was in it")
+        for magic, (what, do) in KINDS.items():
+            if head.startswith(magic):
+                self._fail("input.kind", f"is {what}", do)
 
     def _decoded(self) -> Iterator[bytes]:
         with self._path.open("rb") as file:

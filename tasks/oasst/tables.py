@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, chain
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +36,18 @@ class Table(ABC):
         self._pieces: list[pa.Table] = []
         self._held = 0  # rows of the pieces
         self.rows = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the table; after an error, write no more of it."""
+        if error is None:
+            self.close()
+        else:
+            self._writer.__exit__(kind, error, trace)
 
     def close(self) -> None:
         """Write what waits, and the end of the file; a second call does nothing."""
@@ -80,9 +93,10 @@ class MessageTable(Table):
             return
         if self._laid:
             self._turn()
-        self._waiting.append(tree)
-        if self._waiting.size >= PIECE:
-            self._turn()
+        for part in tree.parts(PIECE):
+            self._waiting.append(part)
+            if self._waiting.size >= PIECE:
+                self._turn()
 
     def _join(self, tree: Laid) -> None:
         if self._laid and (joined := self._laid.followed_by(tree)):

@@ -7,7 +7,8 @@ is: half a conversation is not what people wrote.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import orjson
@@ -33,6 +34,8 @@ FIELDS: Mapping[str, Reader] = {
     "model_name": fields.string,
 }
 REQUIRED = frozenset({"text", "role"})  # of FIELDS; a message_id is asked for, too
+OURS = REQUIRED | {"lang"}  # of FIELDS; these mean the same in a row of another dataset
+CREATED = len(PLACE) + list(FIELDS).index("created_date")
 END = ("events", "origin", "extra")
 ORIGIN, EXTRA = -2, -1  # places of the last two columns
 KNOWN = dict.fromkeys((*PLACE[:4], *FIELDS, "emojis", "labels", "detoxify", "events", "origin", "replies"))
@@ -48,6 +51,7 @@ class Layout:
         columns: Names of the columns, in the order of a row.
         max_text: Bytes of UTF-8 that a text may have.
         unknown: How often a field was met that this program does not know; its value is kept in column `extra`.
+        naive_dates: Instants so far that named no zone, and were read as UTC.
     """
 
     def __init__(self, labels: Collection[str], detoxify: Collection[str], max_text: int = 1 << 20) -> None:
@@ -58,9 +62,15 @@ class Layout:
             *(f"label_{label}_count" for label in labels), *(f"detoxify_{score}" for score in detoxify), *END,
         )  # fmt: skip
         self.unknown: Counter[str] = Counter()
+        self.naive_dates = 0
 
-    def rows_of(self, tree: Mapping[str, Any]) -> list[Row]:
+    def rows_of(self, tree: Mapping[str, Any], foreign: bool = False) -> list[Row]:
         """Return a nested tree's messages, depth first, not yet arranged.
+
+        Args:
+            tree: As published.
+            foreign: Whether it was made of a row of another dataset, whose fields may have the names of ours for
+                something else: these are kept as unknown ones are.
 
         Raises:
             Fault: If the tree or one of its messages is not of the published form.
@@ -71,7 +81,7 @@ class Layout:
         while stack:
             node, parent = stack.pop()
             _check_place(node, tree_id, parent)
-            row = self.row(node, tree_id, state, parent)
+            row = self.row(node, tree_id, state, parent, foreign)
             rows.append(row)
             stack.extend((reply, row[ID]) for reply in reversed(_replies(node)))
         self._keep_of_tree(rows[0], tree)
@@ -89,10 +99,12 @@ class Layout:
         if parent is not None:
             fields.name("parent_id", parent)
         row = self.row(message, flat_tree_id(message), None, parent)
-        row[ORIGIN] = as_json("origin", message.get("origin"))
+        row[ORIGIN] = as_json(message.get("origin"))
         return row
 
-    def row(self, message: Mapping[str, Any], tree_id: str, state: Any, parent: str | None) -> Row:
+    def row(
+        self, message: Mapping[str, Any], tree_id: str, state: Any, parent: str | None, foreign: bool = False
+    ) -> Row:
         """Return one message's row; depth and sibling are 0 until the tree is arranged.
 
         Args:
@@ -100,45 +112,64 @@ class Layout:
             tree_id: The tree that it belongs to.
             state: The tree's state, where the message does not say it.
             parent: The message that it replies to; None for the root.
+            foreign: As in `rows_of`.
 
         Raises:
             Fault: If a field does not hold what it should; the message is named.
         """
         get = message.get
         try:
+            extra = self._strange("", message, KNOWN)
+            aside = extra if foreign else None
             message_id = fields.name("message_id", get("message_id"))
             own = get("tree_state")
             state = state if own is None else own
             row: Row = [tree_id, message_id, parent, None, 0, 0]
             if state is not None:
-                row[STATE] = fields.string("tree_state", state)
+                row[STATE] = self._or_aside("tree_state", state, fields.string, aside)
             for field, read in FIELDS.items():
                 value = get(field)
-                row.append(None if value is None and field not in REQUIRED else read(field, value))
+                if aside is not None and field not in OURS:
+                    row.append(None if value is None else self._or_aside(field, value, read, aside))
+                else:
+                    row.append(None if value is None and field not in REQUIRED else read(field, value))
             self._limit_text(message["text"])
-            extra = self._strange("", message, KNOWN)
-            row.append(self._emojis(get("emojis")))
-            row.extend(self._votes(get("labels"), extra))
-            row.extend(self._scores(get("detoxify"), extra))
-            row += (as_json("events", get("events")), None, as_json("extra", extra or None))
+            if row[CREATED] is not None and fields.is_naive(get("created_date")):
+                self.naive_dates += 1
+            row.append(self._or_aside("emojis", get("emojis"), self._emojis, aside))
+            votes = self._or_aside("labels", get("labels"), partial(self._votes, extra), aside)
+            row.extend(votes or [None] * (2 * len(self._labels)))
+            scores = self._or_aside("detoxify", get("detoxify"), partial(self._scores, extra), aside)
+            row.extend(scores or [None] * len(self._scored))
+            row += (as_json(get("events")), None, as_json(extra or None))
         except Fault as fault:
             raise Fault(fault.code, f"{fault.message}, in message {shown(get('message_id'))}") from None
         return row
+
+    def _or_aside(self, name: str, value: Any, read: Reader, extra: dict[str, Any] | None) -> Any:
+        """Read a field; one that holds something else goes to `extra`, if there is one, under another name."""
+        try:
+            return read(name, value)
+        except Fault:
+            if extra is None:
+                raise
+        extra.update(self._strange("", {f"message.{name}": value}, KNOWN))
+        return None
 
     def _limit_text(self, text: str) -> None:
         # a character has at most 4 bytes: most texts need not be encoded to know
         if len(text) * 4 > self.max_text and (size := len(text.encode())) > self.max_text:
             raise Fault("text.too_long", f"expected at most {self.max_text:,} bytes of text, got {size:,}")
 
-    def _emojis(self, found: Any) -> list[tuple[str, int]] | None:
+    def _emojis(self, _: str, found: Any) -> list[tuple[str, int]] | None:
         if found is None:
             return None
         return [(emoji, fields.count("emojis", n)) for emoji, n in by_name("emojis", found, ("count",)).items()]
 
-    def _votes(self, found: Any, extra: dict[str, Any]) -> list[Any]:
+    def _votes(self, extra: dict[str, Any], _: str, found: Any) -> list[Any] | None:
         """Return each label's mean, then each label's count of votes."""
         if found is None:
-            return [None] * (2 * len(self._labels))
+            return None
         labels = by_name("labels", found, ("value", "count"))
         strange = self._strange("labels.", labels, self._labels)
         means: list[float | None] = []
@@ -160,9 +191,9 @@ class Layout:
             extra["labels"] = strange
         return [*means, *counts]
 
-    def _scores(self, found: Any, extra: dict[str, Any]) -> list[float | None]:
+    def _scores(self, extra: dict[str, Any], _: str, found: Any) -> list[float | None] | None:
         if found is None:
-            return [None] * len(self._scored)
+            return None
         scores = by_name("detoxify", found, ("value",))
         if strange := self._strange("detoxify.", scores, self._scored):
             extra["detoxify"] = strange
@@ -173,10 +204,10 @@ class Layout:
         """Keep on the root what is said of the whole tree."""
         prompt = tree["prompt"]
         origin = tree.get("origin")
-        root[ORIGIN] = as_json("origin", prompt.get("origin") if origin is None else origin)
+        root[ORIGIN] = as_json(prompt.get("origin") if origin is None else origin)
         if strange := self._strange("tree.", tree, KNOWN_OF_TREE):
             own = {} if root[EXTRA] is None else orjson.loads(root[EXTRA])
-            root[EXTRA] = as_json("extra", {**own, **{f"tree.{field}": value for field, value in strange.items()}})
+            root[EXTRA] = as_json({**own, **{f"tree.{field}": value for field, value in strange.items()}})
 
     def _strange(self, prefix: str, found: Mapping[str, Any], known: Mapping[str, None]) -> dict[str, Any]:
         """Return and count the fields that this program does not know."""
@@ -241,48 +272,72 @@ def messages_in(tree: Mapping[str, Any]) -> int:
 
 
 def arrange(rows: list[Row]) -> list[Row]:
-    """Return a tree's rows depth first, parents before replies, replies in the order given; fills depth and sibling.
+    """Return a tree's rows in the order of `order`; fills depth and sibling.
 
-    A row that is there twice, equal in every field, is taken once.
+    Raises:
+        Fault: As `order` does.
+    """
+    places = order(
+        [row[ID] for row in rows], [row[PARENT] for row in rows], lambda one, other: rows[one] == rows[other]
+    )
+    for place, depth, sibling in zip(*places, strict=True):
+        rows[place][DEPTH], rows[place][SIBLING] = depth, sibling
+    return [rows[place] for place in places[0]]
+
+
+def order(
+    ids: Sequence[str], parents: Sequence[str | None], equal: Callable[[int, int], bool]
+) -> tuple[list[int], list[int], list[int]]:
+    """Order a tree's messages depth first, parents before replies, replies in the order given.
+
+    A message that is there twice, equal in every field, is taken once.
+
+    Args:
+        ids: (N,) of each message.
+        parents: (N,) what each replies to; None for the root.
+        equal: Tells whether the messages of two places are equal.
+
+    Returns:
+        (M,) each: place of a message, its depth, its place among the replies to one message.
 
     Raises:
         Fault: `id.duplicate`, `tree.orphan`, `tree.root` or `tree.cycle`, naming the message.
     """
-    by_id: dict[str, Row] = {}
-    replies: dict[str | None, list[Row]] = {}
-    for row in rows:
-        first = by_id.setdefault(row[ID], row)
-        if first is row:
-            replies.setdefault(row[PARENT], []).append(row)
-        elif first != row:
-            raise Fault("id.duplicate", f"expected each message once, got two that differ as {shown(row[ID])}")
-    _check_links(by_id, replies)
-    arranged: list[Row] = []
-    stack = replies[None][::-1]
+    by_id: dict[str, int] = {}
+    replies: dict[str | None, list[int]] = {}
+    for place, (name, parent) in enumerate(zip(ids, parents, strict=True)):
+        first = by_id.setdefault(name, place)
+        if first == place:
+            replies.setdefault(parent, []).append(place)
+        elif not equal(first, place):
+            raise Fault("id.duplicate", f"expected each message once, got two that differ as {shown(name)}")
+    _check_links(ids, by_id, replies)
+    places, depths, siblings = list[int](), list[int](), list[int]()
+    stack = [(replies[None][0], 0, 0)]
     while stack:
-        row = stack.pop()
-        arranged.append(row)
-        below = replies.get(row[ID], ())
-        for sibling, reply in enumerate(below):
-            reply[DEPTH], reply[SIBLING] = row[DEPTH] + 1, sibling
-        stack.extend(reversed(below))
-    if len(arranged) < len(by_id):
-        reached = {row[ID] for row in arranged}
-        raise _cycle(next(row for row in by_id.values() if row[ID] not in reached))
-    return arranged
+        place, depth, sibling = stack.pop()
+        places.append(place)
+        depths.append(depth)
+        siblings.append(sibling)
+        if below := replies.get(ids[place]):
+            stack.extend((below[number], depth + 1, number) for number in range(len(below) - 1, -1, -1))
+    if len(places) < len(by_id):
+        reached = {*places}
+        raise _cycle(next(name for name, place in by_id.items() if place not in reached))
+    return places, depths, siblings
 
 
-def _check_links(by_id: Mapping[str, Row], replies: Mapping[str | None, list[Row]]) -> None:
+def _check_links(ids: Sequence[str], by_id: Mapping[str, int], replies: Mapping[str | None, list[int]]) -> None:
     for parent, below in replies.items():
         if parent is not None and parent not in by_id:
-            reply = shown(below[0][ID])
+            reply = shown(ids[below[0]])
             raise Fault("tree.orphan", f"expected a parent in this tree, got {shown(parent)} as that of {reply}")
     roots = replies.get(None, [])
     if len(roots) > 1:
         raise Fault("tree.root", f"expected one message without a parent, got {len(roots):,}")
     if not roots:  # each message has a parent that is there: somewhere they go round
-        raise _cycle(next(iter(by_id.values())))
+        raise _cycle(next(iter(by_id)))
 
 
-def _cycle(row: Row) -> Fault:
-    return Fault("tree.cycle", f"expected a way to the root, got parents that go round from {shown(row[ID])}")
+def _cycle(name: str) -> Fault:
+    return Fault("tree.cycle", f"expected a way to the root, got parents that go round from {shown(name)}")

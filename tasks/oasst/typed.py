@@ -7,7 +7,7 @@ in the `Message` of this module: it is what a table is made of.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 from msgspec import DecodeError, Meta, Struct
@@ -15,7 +15,7 @@ from msgspec.json import Decoder
 
 from tasks.oasst.fields import LARGEST
 from tasks.oasst.instants import microseconds, since_1970
-from tasks.oasst.tree import DEPTH, FIELDS, PLACE, SIBLING, Row
+from tasks.oasst.tree import DEPTH, FIELDS, PLACE, SIBLING, Row, order
 
 Name = Annotated[str, Meta(min_length=1)]
 Count = Annotated[int, Meta(ge=0, le=LARGEST)]
@@ -145,6 +145,16 @@ class Arranged(NamedTuple):
         """(M,) id of each message."""
         return [message.message_id for message in self.messages]
 
+    def parts(self, size: int) -> Iterator[Arranged]:
+        """Yield these messages, at most so many at a time."""
+        if self.size <= size:
+            yield self
+            return
+        for first in range(0, self.size, size):
+            held = slice(first, first + size)
+            rest = {place: found for place in range(size) if (found := self.rest.get(first + place))}
+            yield Arranged(self.messages[held], self.depths[held], self.siblings[held], rest)
+
     def append(self, other: Arranged) -> None:
         """Put the messages of another tree behind these."""
         if other.rest:
@@ -155,7 +165,7 @@ class Arranged(NamedTuple):
         self.siblings.extend(other.siblings)
 
 
-_decode = Decoder(Tree).decode
+_decode, _decode_message = Decoder(Tree).decode, Decoder(Message).decode
 
 
 class _Odd(Exception):
@@ -170,12 +180,36 @@ def read(raws: Sequence[bytes | memoryview], max_text: int) -> list[tuple[str, A
         max_text: Bytes of UTF-8 that a text may have.
     """
     found = [_read(raw, max_text) for raw in raws]
-    return found if _dated(found) else [one if _dated([one]) else None for one in found]
+    if _dated([message for one in found if one for message in one[1].messages]):
+        return found
+    return [one if one and _dated(one[1].messages) else None for one in found]
 
 
-def _dated(found: Sequence[tuple[str, Arranged] | None]) -> bool:
+def read_flat(raws: Sequence[bytes | memoryview], max_text: int) -> list[Message | None]:
+    """Return each good message that stands alone on its line, and names its tree; as `read` does, in all else."""
+    found = [_read_flat(raw, max_text) for raw in raws]
+    if _dated([one for one in found if one]):
+        return found
+    return [one if one and _dated([one]) else None for one in found]
+
+
+def _read_flat(raw: bytes | memoryview, max_text: int) -> Message | None:
+    try:
+        message = _decode_message(raw)
+    except (DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    parent = message.parent_id
+    if message.message_tree_id is None and parent is None:
+        message.message_tree_id = message.message_id
+    if message.replies or not message.message_tree_id or parent == "" or len(message.text) > max_text // 4:
+        return None
+    _settle(message)
+    return message
+
+
+def _dated(messages: Sequence[Message]) -> bool:
     """Turn the dates of messages into microseconds; False if one is not in the usual form, and nothing is done."""
-    dated = [message for one in found if one for message in one[1].messages if message.created_date is not None]
+    dated = [message for message in messages if message.created_date is not None]
     instants = microseconds([message.created_date for message in dated])  # type: ignore[misc]  # None was left out
     if instants is None:
         return False
@@ -222,22 +256,53 @@ def _lay(
         message.message_tree_id = tree_id
         if message.tree_state is None:
             message.tree_state = state
-        if message.labels == NO_VOTES:
-            message.labels = None
-        if message.detoxify == NO_SCORES:
-            message.detoxify = None
         messages.append(message)
         depths.append(depth)
         siblings.append(sibling)
         if below := message.replies:
             _lay(below, message.message_id, depth + 1, tree_id, state, found)
-        message.replies = None
+        _settle(message)
+
+
+def _settle(message: Message) -> None:
+    """Let a placed message refer to no other, and say nothing in one way."""
+    if message.labels == NO_VOTES:
+        message.labels = None
+    if message.detoxify == NO_SCORES:
+        message.detoxify = None
+    message.replies = None
 
 
 def arranged(rows: Sequence[Row]) -> Arranged:
     """Return what the careful reader made of a tree, its rows arranged, in the form of this module."""
-    rest = {place: Rest(*row[_REST]) for place, row in enumerate(rows) if any(row[_REST])}
-    return Arranged([_message(row) for row in rows], [row[DEPTH] for row in rows], [row[SIBLING] for row in rows], rest)
+    rest = {place: found for place, row in enumerate(rows) if (found := rest_of(row))}
+    depths, siblings = [row[DEPTH] for row in rows], [row[SIBLING] for row in rows]
+    return Arranged([message_of(row) for row in rows], depths, siblings, rest)
+
+
+def arrange_flat(messages: Sequence[Message], rest: Mapping[int, Rest]) -> Arranged:
+    """Arrange the messages of a tree, as `tree.order` does.
+
+    Args:
+        messages: (N,) in any order, each with its parent.
+        rest: What few of them have, by place in `messages`.
+
+    Raises:
+        Fault: As `tree.order` does.
+    """
+
+    def equal(one: int, other: int) -> bool:
+        return messages[one] == messages[other] and rest.get(one) == rest.get(other)
+
+    ids, parents = [message.message_id for message in messages], [message.parent_id for message in messages]
+    places, depths, siblings = order(ids, parents, equal)
+    moved = {new: rest[old] for new, old in enumerate(places) if old in rest} if rest else {}
+    return Arranged([messages[place] for place in places], depths, siblings, moved)
+
+
+def rest_of(row: Row) -> Rest | None:
+    """Return what of a careful reader's row hardly any has."""
+    return Rest(*row[_REST]) if any(row[_REST]) else None
 
 
 _FIRST, _EMOJIS = len(PLACE), len(PLACE) + len(FIELDS)  # places in a careful reader's row
@@ -248,7 +313,8 @@ _REST = slice(_SCORES.stop, None)
 _CREATED = _FIRST + list(FIELDS).index("created_date")
 
 
-def _message(row: Row) -> Message:
+def message_of(row: Row) -> Message:
+    """Return a careful reader's row in the form of this module, all but its `rest_of`."""
     means, scored = ([MISSING if share is None else share for share in row[part]] for part in (_MEANS, _SCORES))
     counts = [int(MISSING) if count is None else count for count in row[_COUNTS]]
     votes, scores = Votes(*map(Vote, means, counts)), Scores(*scored)

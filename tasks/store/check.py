@@ -2,20 +2,26 @@
 
 No file format of the chain protects itself: one flipped bit is read back silently in most cases. So SHA-256 is checked
 before an artifact is used. A file whose identity (inode, size, mtime, ctime) has not changed since it was hashed is not
-hashed again; `verify` ignores that memory.
+hashed again, so what changes below the file system is not seen; `verify` ignores that memory, and so does every use
+where `TREELINE_REHASH` is set.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tasks.jsonfile import read_json
 from tasks.store.canonical import sha256_file
+from tasks.store.disk import write_whole
 from tasks.store.manifest import NAME, Manifest, UnreadableManifest, read_manifest
-from tasks.store.owner import mark
+
+log = logging.getLogger("treeline.store")
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,10 @@ Identity = list[int]  # inode, size in bytes, mtime and ctime in ns
 
 def identity(path: Path) -> Identity:
     """Return what changes whenever a file's content may have changed."""
-    found = path.lstat()
+    return _identity(path.lstat())
+
+
+def _identity(found: os.stat_result) -> Identity:
     return [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
@@ -49,17 +58,26 @@ def examine(folder: Path, memory: Path | None = None) -> Manifest | Fault:
         manifest = read_manifest(folder)
     except UnreadableManifest as error:
         return Fault(NAME, str(error).removeprefix("manifest "))
-    known = recall(memory) if memory else {}
+    known, seen = recall(memory) if memory else {}, dict[str, tuple[str, Identity]]()
     for name, entry in manifest.files.items():
-        what = _wrong(folder / name, entry.bytes, entry.sha256, known.get(name))
+        what = _wrong(folder / name, entry.bytes, entry.sha256, known.get(name), seen)
         if what:
             return Fault(name, what)
     if memory:
-        remember(memory, folder, manifest)
+        remember_files(memory, seen)
     return manifest
 
 
-def _wrong(path: Path, size: int, sha256: str, known: tuple[str, Identity] | None) -> str | None:
+def added(folder: Path, manifest: Manifest) -> list[str]:
+    """Name what lies in a folder though it was not published; hidden files, as systems leave them, are passed over."""
+    found = (path.name for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted({*found} - {NAME, *manifest.files})
+
+
+def _wrong(
+    path: Path, size: int, sha256: str, known: tuple[str, Identity] | None, seen: dict[str, tuple[str, Identity]]
+) -> str | None:
+    """Say what is wrong with a file; its identity, of before it was hashed, is put among those that were seen."""
     try:
         found = path.lstat()
     except OSError:
@@ -68,7 +86,8 @@ def _wrong(path: Path, size: int, sha256: str, known: tuple[str, Identity] | Non
         return "is not a regular file"
     if found.st_size != size:
         return f"has {found.st_size:,} bytes, not {size:,}"
-    if known == (sha256, identity(path)):
+    seen[path.name] = sha256, _identity(found)
+    if known == seen[path.name]:
         return None
     try:
         digest = sha256_file(path)
@@ -78,12 +97,22 @@ def _wrong(path: Path, size: int, sha256: str, known: tuple[str, Identity] | Non
 
 
 def recall(memory: Path) -> dict[str, tuple[str, Identity]]:
-    """Read which file identities were hashed before; nothing, where the memory is missing or broken."""
+    """Read which file identities were hashed before; nothing where that is missing or broken, or is not to be used."""
+    if os.environ.get("TREELINE_REHASH", "") not in {"", "0"}:
+        return {}
     try:
-        found = json.loads(memory.read_bytes())
+        found = read_json(memory)
         return {str(name): (str(sha256), list(seen)) for name, (sha256, seen) in found.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
+
+
+def forget(memory: Path) -> None:
+    """Let the files be hashed at their next use; say so where that cannot be written down."""
+    try:
+        memory.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("store.verify: %s stays: %s; set TREELINE_REHASH=1, or the next use trusts it", memory, error)
 
 
 def remember(memory: Path, folder: Path, manifest: Manifest) -> None:
@@ -96,7 +125,4 @@ def remember_files(memory: Path, seen: dict[str, tuple[str, Identity]]) -> None:
     if recall(memory) == seen:
         return
     with suppress(OSError):
-        memory.parent.mkdir(exist_ok=True)
-        new = memory.with_name(f"{memory.name}.{mark()}")
-        new.write_text(json.dumps(seen), encoding="utf-8")
-        new.replace(memory)
+        write_whole(memory, json.dumps(seen).encode())

@@ -4,82 +4,68 @@ Kept are the artifacts of the last run of each recipe, those that a running prog
 these were made from, what is remembered of texts and was asked for these, and whatever was made or used within the
 grace time. The rest is garbage, as are what was moved aside and the scratch folders of dead processes; one that a next
 try could go on with (a checkpoint) is kept for a week after its last change, with all that it was begun with, unless
-what it was to become is finished by now.
+what it was to become is finished by now. With them go the leases of dead processes and what is left over in the store's
+own folders: drafts of files, locks that nobody holds, and what was noted of artifacts that are gone.
+
+Times are the file system's own, so no machine's clock matters.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tasks.errors import StoreError
-from tasks.store.disk import write_whole, writing
+from tasks.jsonfile import read_json
+from tasks.store import lease
+from tasks.store.disk import clock, mark, writing
 from tasks.store.folders import CHECKPOINTS, RECIPE, RESUMABLE, Store
-from tasks.store.manifest import Manifest, UnreadableManifest, read_manifest
-from tasks.store.owner import is_alive, mark
-from tasks.store.parts import ABOUT, memos
+from tasks.store.lock import try_lock
+from tasks.store.manifest import Manifest, Relied, UnreadableManifest, read_manifest
+from tasks.store.parts import ABOUT, FOLDER, memos
 
 RESUME_TIME = 7 * 86_400.0  # seconds that an unfinished, resumable build is kept
-
-
-class Lease:
-    """The artifacts that a running program has resolved, on disk, so that a concurrent `gc` keeps them."""
-
-    def __init__(self, store: Store) -> None:
-        self.path = store.root / ".leases" / f"{mark()}.json"
-        self.ids: list[str] = []
-
-    def hold(self, artifact_id: str) -> None:
-        """Add an artifact; a store that cannot be written is not collected either."""
-        if artifact_id not in self.ids:
-            self.ids.append(artifact_id)
-            with suppress(OSError):
-                write_whole(self.path, json.dumps(self.ids).encode())
-
-
-@contextmanager
-def lease(store: Store) -> Iterator[Lease]:
-    """Keep what the block resolves from being collected while it runs."""
-    held = Lease(store)
-    try:
-        yield held
-    finally:
-        with suppress(OSError):  # on a store that cannot be written there is none
-            held.path.unlink()
+STOPPED = 86_400.0  # seconds that a process of another host may be stopped, or take to finish a draft
 
 
 def garbage(
     store: Store, grace: float, now: float | None = None, forgotten: Collection[str] = frozenset()
 ) -> list[Path]:
-    """Decide what to remove: folders, in a fixed order. Removes nothing.
+    """Decide what to remove: folders and files, in a fixed order. Removes nothing.
 
     Args:
         store: The store.
         grace: Seconds; whatever changed since then is kept.
-        now: Seconds since the epoch; None: the clock's.
+        now: Seconds since the epoch; None: the time of the store's file system.
         forgotten: Recipes whose last run keeps nothing.
 
     Raises:
         StoreError: If a file of roots cannot be read: not knowing what is needed, nothing may be removed.
     """
-    now = time.time() if now is None else now
+    now = clock(store.root) if now is None else now
+    # Leases are looked at last: whoever made something of this, or uses it, had one by then.
     manifests, scratch = store.manifests(), sorted((store.root / ".scratch").glob("*"))
+    leases = lease.leases(store.root)
+    ended = lease.given_up(leases, STOPPED)
+    alive = [path for path in leases if path not in ended]
     finished = {_id(folder) for folder, _ in manifests}
-    wanted = [path for path in scratch if _wanted(path, finished, now)]
+    wanted = [path for path in scratch if _wanted(path, finished, now, {path.name for path in alive})]
     begun_with = {digest for path in wanted for digest in _digests(_recipe(path))}
-    needed = lineage(manifests, {*_roots(store, forgotten), *_made(manifests, begun_with)})
+    needed = lineage(manifests, {*_roots(store, forgotten), *_in_use(alive), *_made(manifests, begun_with)})
     needed |= {name for folder, made in manifests if _id(folder) in needed for name in made.origin.get("texts", {})}
     unused = [
         folder for folder in [*(folder for folder, _ in manifests), *memos(store.root)] if _id(folder) not in needed
     ]
     aside = sorted((store.root / ".aside").glob("*"))
     dead = [path for path in scratch if path not in wanted]
-    return [path for path in [*unused, *aside, *dead] if _newest(path) < now - grace]
+    return [
+        path
+        for path in [*unused, *aside, *dead, *sorted(ended), *_left_over(store.root, now)]
+        if _newest(path) < now - grace
+    ]
 
 
 def _id(folder: Path) -> str:
@@ -87,15 +73,21 @@ def _id(folder: Path) -> str:
 
 
 def remove(paths: Sequence[Path], store: Store) -> None:
-    """Remove folders; each vanishes from sight by one rename first, so that none is ever seen half empty."""
+    """Remove folders and files; each vanishes from sight by one rename first, so that none is ever seen half empty.
+
+    What a program has taken hold of since it was found to be garbage stays.
+    """
     if not paths:
         return
+    in_use = {*_in_use([path for path in lease.leases(store.root) if path not in paths])}
     with writing(store.root):
         bin_ = store.root / ".aside" / f"removed.{mark()}"
         bin_.mkdir(parents=True, exist_ok=True)
-        for number, path in enumerate(paths):
+        for number, path in enumerate(path for path in paths if _id(path) not in in_use):
             with suppress(FileNotFoundError):
                 path.rename(bin_ / str(number))
+                hashes = store.root / ".verified" / f"{path.parent.name.removeprefix('.')}-{path.name}.json"
+                hashes.unlink(missing_ok=True)
         shutil.rmtree(bin_, ignore_errors=True)
 
 
@@ -134,10 +126,12 @@ def _recipe(scratch: Path) -> dict[str, Any]:
     with suppress(UnreadableManifest):  # all is built, and the checkpoints, with the note among them, may be gone
         return read_manifest(scratch).recipe
     path = scratch / CHECKPOINTS / RECIPE
-    found = _load(path) or {}
-    if not isinstance(found, dict):
-        raise StoreError("expected a recipe", str(path), "delete that folder; nothing was removed", code="store.roots")
-    return found
+    found: Any = _load(path) or {}
+    try:
+        Relied.model_validate(found)
+    except ValueError as error:
+        raise _unknown(path, error) from error
+    return dict(found)
 
 
 def _roots(store: Store, forgotten: Collection[str]) -> Iterator[str]:
@@ -146,24 +140,30 @@ def _roots(store: Store, forgotten: Collection[str]) -> Iterator[str]:
             continue
         found = _load(path)
         yield from _ids(path, list(found.values()) if isinstance(found, dict) else found)
-    for path in sorted((store.root / ".leases").glob("*.json")):
-        if is_alive(path.stem, path):
-            yield from _ids(path, _load(path))
+
+
+def _in_use(alive: Collection[Path]) -> Iterator[str]:
+    """Yield what running programs have taken hold of."""
+    for path in alive:
+        try:
+            yield from lease.held(path)
+        except (OSError, ValueError) as error:
+            raise _unknown(path, error) from error
 
 
 def _load(path: Path) -> object:
     try:
-        found: object = json.loads(path.read_bytes())
+        found: object = read_json(path)
     except FileNotFoundError:
-        return []  # a lease that ended meanwhile
+        return []  # it was forgotten meanwhile
     except (OSError, ValueError) as error:
-        raise StoreError(
-            f"what is still needed cannot be read: {error}",
-            str(path),
-            "mend or delete that file; nothing was removed",
-            code="store.roots",
-        ) from error
+        raise _unknown(path, error) from error
     return found
+
+
+def _unknown(path: Path, error: Exception) -> StoreError:
+    what = f"what is still needed cannot be read: {error}"
+    return StoreError(what, str(path), "mend or delete that file; nothing was removed", code="store.roots")
 
 
 def _ids(path: Path, found: object) -> list[str]:
@@ -174,13 +174,34 @@ def _ids(path: Path, found: object) -> list[str]:
     )
 
 
-def _wanted(path: Path, finished: Collection[str], now: float) -> bool:
+def _left_over(root: Path, now: float) -> Iterator[Path]:
+    """Yield drafts that nobody will finish, free locks, and what was noted of artifacts and memos that are gone."""
+    places = [root / ".refs", root / ".verified", root / lease.FOLDER, *memos(root)]
+    drafts = [path for place in places for path in sorted(place.glob(".*"))]
+    yield from (path for path in [*drafts, *sorted(root.glob(".clock.*"))] if _newest(path) < now - STOPPED)
+    yield from (path for path in sorted((root / ".locks").glob("*.lock")) if _free(path))
+    for path in sorted((root / ".verified").glob("[!.]*")):
+        memo = path.stem.removeprefix("memo-")
+        noted = root / FOLDER / memo if memo != path.stem else root / path.stem.replace("-", "/", 1)
+        if not noted.exists():
+            yield path
+
+
+def _free(lock: Path) -> bool:
+    try:
+        with lock.open("rb") as file:
+            return try_lock(file.fileno(), shared=True) is True
+    except OSError:
+        return False
+
+
+def _wanted(path: Path, finished: Collection[str], now: float, alive: Collection[str]) -> bool:
     """Tell whether a scratch folder is in use, or holds a checkpoint that may still be gone on with."""
     build, _, holder = path.name.partition(".")
     resumable = build.startswith(RESUMABLE) and now - _newest(path) < RESUME_TIME
     # Not even a forced build goes on with what was left of a finished artifact: it starts anew.
     goes_on = resumable and build.removeprefix(RESUMABLE).replace("-", "/") not in finished
-    return goes_on or is_alive(holder, path)
+    return goes_on or holder in alive
 
 
 def _newest(path: Path) -> float:

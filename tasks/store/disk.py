@@ -4,13 +4,36 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tasks.errors import PermissionRefused, StoreError
-from tasks.store.owner import mark
+from tasks.errors import PermissionRefused, StoreError, TreelineError
+
+
+def mark() -> str:
+    """Return a name that nothing else has, on any machine."""
+    return secrets.token_hex(8)
+
+
+def clock(folder: Path) -> float:
+    """Return the time by which the file system of a folder dates files, in seconds since the epoch.
+
+    On a disk that is shared it is the disk's, not this machine's. Where nothing can be written, it is this machine's.
+    """
+    probe = folder / f".clock.{mark()}"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:
+        return time.time()
+    finally:
+        with suppress(OSError):
+            probe.unlink()
 
 
 def sync(path: Path) -> None:
@@ -33,6 +56,28 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError:
         new.unlink(missing_ok=True)
         raise
+
+
+# What the system says when it is the disk, not the program, that is at fault.
+_NAMES = ("ENOSPC", "EDQUOT", "EROFS", "EIO", "EFBIG", "EMFILE", "EACCES", "EPERM")
+_DISK = {getattr(errno, name) for name in _NAMES if hasattr(errno, name)}
+# Libraries written in Rust or C++ hide which of their errors are the system's, but quote it.
+_QUOTED = re.compile(r"(?:os error|errno) (\d+)", re.IGNORECASE)
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """Find what the system said of the disk in an error, or in what led to it; None where it said nothing.
+
+    An error that we raise on purpose says what it means, whatever led to it.
+    """
+    while error is not None and not isinstance(error, TreelineError):
+        if isinstance(error, OSError) and error.errno in _DISK:
+            return error
+        quoted = [int(number) for number in _QUOTED.findall(str(error))]
+        if found := [number for number in quoted if number in _DISK]:
+            return OSError(found[0], os.strerror(found[0]))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextmanager

@@ -1,10 +1,10 @@
 """The store: finished folders named by kind and key, each written once, published whole, checked before use.
 
 <root>/<kind>/<12 hex of the key>/      a finished artifact: manifest.json and files
-<root>/.scratch/<kind>-<12 hex>.<mark>  being built; `<8 hex>.left` in place of the mark: left for the next try
+<root>/.scratch/<kind>-<12 hex>.<16 hex>  being built, by whom a lease of that name tells; `.left`: for the next try
 <root>/.aside/                          what was found broken or was replaced
 <root>/.memo/                           what is remembered of texts, see `parts`
-<root>/.verified/, .locks/, .leases/    hashes remembered; waits spared; artifacts in use by running programs
+<root>/.verified/, .locks/, .leases/    hashes remembered; waits spared; who is alive, see `lease`
 <root>/.refs/<recipe>.json              the artifacts of the last run of each recipe
 """
 
@@ -16,17 +16,18 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tasks.errors import StoreError
+from tasks.jsonfile import read_json
+from tasks.store import lease
 from tasks.store.canonical import sha256_file
-from tasks.store.check import Fault, examine, remember
-from tasks.store.disk import sync, write_whole, writing
+from tasks.store.check import Fault, added, examine, forget, remember
+from tasks.store.disk import mark, sync, write_whole, writing
 from tasks.store.manifest import NAME, FileEntry, Manifest, UnreadableManifest, read_manifest, write_manifest
-from tasks.store.owner import is_alive, mark
 
 log = logging.getLogger("treeline.store")
 RESUMABLE = "resume-"  # begins the name of a scratch folder that the next try may go on with
@@ -55,7 +56,7 @@ class Store:
     def look(self, kind: str, key: str) -> Manifest | Fault | None:
         """Tell whether a key's artifact can be used: its manifest, what is wrong with it, or None. Changes nothing."""
         folder = self.folder(kind, key)
-        if not os.path.lexists(folder):
+        if not os.path.lexists(folder) or folder.parent.is_symlink():
             return None
         if folder.is_symlink():  # never followed: it could point anywhere
             return Fault(NAME, "lies behind a link")
@@ -63,6 +64,19 @@ class Store:
         if isinstance(found, Manifest) and found.key != key:
             return Fault(NAME, f"is of key {found.key[:SHORT]}…, not {key[:SHORT]}…")
         return found
+
+    def verify(self, folder: Path) -> list[Fault]:
+        """Hash an artifact's files again, and name what is wrong with it, and what was added.
+
+        What was noted of its hashes before is forgotten if anything is wrong: the next use hashes them, too.
+        """
+        found = examine(folder)
+        if isinstance(found, Manifest):
+            if f"{found.kind}/{found.key[:SHORT]}" == f"{folder.parent.name}/{folder.name}":
+                return [Fault(name, "was added; it is no part of what was published") for name in added(folder, found)]
+            found = Fault(NAME, f"is of {found.kind}/{found.key[:SHORT]}")
+        forget(self._memory(folder))
+        return [found]
 
     def set_aside(self, folder: Path, why: str) -> None:
         """Move a folder that cannot be used out of the way, and say so; nothing is deleted."""
@@ -78,60 +92,82 @@ class Store:
         self,
         kind: str,
         key: str,
-        resumable: bool = False,
+        inherits: Collection[str] = (),
         fresh: bool = False,
         recipe: Mapping[str, Any] | None = None,
     ) -> Iterator[Path]:
         """Give an empty folder to build in, on the store's file system; a failed build leaves nothing visible.
 
-        A resumable build gets back what an earlier try left, whether that try failed or was killed; of several, the one
-        that got furthest. A folder is claimed by one rename, so two processes never share one. `fresh` starts anew even
-        so, and removes what was left: no later try goes back to it. The recipe, the key's preimage, is noted in a
-        resumable build: `gc` keeps what it was begun with, as long as a next try may go on with it.
-        """
-        name = f"{RESUMABLE if resumable else ''}{kind}-{key[:SHORT]}"
-        folder = self.root / ".scratch" / f"{name}.{mark()}"
-        with writing(self.root):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            claimed = resumable and self._claim(name, folder)
-            while claimed and fresh:
-                shutil.rmtree(folder)
-                claimed = self._claim(name, folder)
-            if not claimed:
-                folder.mkdir()
-            if resumable and recipe:
-                write_whole(folder / CHECKPOINTS / RECIPE, json.dumps(recipe, indent=1).encode())
-        try:
-            yield folder
-        finally:
-            if folder.exists():  # it was not published
-                if resumable:
-                    with suppress(OSError):  # by a name of its own: what another try left may have got less far
-                        folder.rename(folder.with_name(f"{name}{folder.suffix}.left"))
-                shutil.rmtree(folder, ignore_errors=True)
+        A build that inherits gets back what an earlier try left of that, whether the try failed or was killed; of
+        several, the one that got furthest. A folder is claimed by one rename, so two processes never share one. `fresh`
+        starts anew even so, and removes what was left: no later try goes back to it. The recipe, the key's preimage, is
+        noted in such a build: `gc` keeps what it was begun with, as long as a next try may go on with it.
 
-    def _claim(self, name: str, folder: Path) -> bool:
+        Args:
+            kind: Of the artifact.
+            key: Of the artifact.
+            inherits: Names of what an earlier try may leave to this one; all else is removed. None: nothing is left.
+            fresh: Whether to inherit nothing even so.
+            recipe: The key's preimage.
+
+        Raises:
+            StoreError, PermissionRefused: If the store cannot be written.
+        """
+        if (self.root / kind).is_symlink():
+            what = "is a link, and an artifact must lie in the store itself"
+            raise StoreError(
+                f"{kind} {what}", str(self.root), "remove the link, or set TREELINE_ARTIFACTS to its target"
+            )
+        name = f"{RESUMABLE if inherits else ''}{kind}-{key[:SHORT]}"
+        with lease.lease(self.root) as mine:
+            folder = self.root / ".scratch" / f"{name}.{mine.name}"
+            with writing(self.root):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                claimed = bool(inherits) and self._claim(name, folder, fresh)
+                while claimed and fresh:
+                    shutil.rmtree(folder)
+                    claimed = self._claim(name, folder, fresh)
+                if not claimed:
+                    folder.mkdir()
+                elif not (folder / NAME).exists():  # else it may be `built`
+                    _leave_only(folder, inherits)
+                if inherits and recipe:
+                    write_whole(folder / CHECKPOINTS / RECIPE, json.dumps(recipe, indent=1).encode())
+            try:
+                yield folder
+            finally:
+                if folder.exists():  # it was not published
+                    if inherits:
+                        with suppress(OSError):  # by a name of its own: what another try left may have got less far
+                            folder.rename(folder.with_name(f"{folder.name}.left"))
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _claim(self, name: str, folder: Path, fresh: bool) -> bool:
         """Take over what a try left that failed, or whose process is gone: of several, the one that got furthest."""
-        found = folder.parent.glob(f"{name}.*")
-        left = [path for path in found if not is_alive(path.name.removeprefix(f"{name}."), path)]
+        found = [path for path in folder.parent.glob(f"{name}.*") if path.is_dir() and not path.is_symlink()]
+        holders = {path: self.root / lease.FOLDER / path.name.removeprefix(f"{name}.") for path in found}
+        ended = lease.given_up(holders.values())
+        left = [path for path, holder in holders.items() if holder in ended]
         for path in sorted(left, key=_got_to, reverse=True):
             with suppress(OSError):
                 path.rename(folder)
+                if (last := _got_to(folder)[1]) and not fresh:
+                    log.warning("store.resume: %s goes on from %s of an earlier try", name, last)
                 return True
         return False
 
-    def built(self, scratch: Path, key: str) -> Manifest | None:
-        """Return the manifest of a scratch folder that lacks nothing but its name; of any other, remove it.
+    def built(self, scratch: Path, key: str, inherits: Collection[str]) -> Manifest | None:
+        """Return the manifest of a scratch folder that lacks nothing but its name; of any other, leave the inheritance.
 
         A try that is killed while it publishes has built all, and may have no checkpoints any more. Its seal tells a
         whole manifest from one that was cut short, and every file is hashed.
         """
         found = examine(scratch)
-        if isinstance(found, Manifest) and found.key == key:
+        if isinstance(found, Manifest) and found.key == key and {*_names(scratch)} == {NAME, *found.files}:
             log.warning("store.built: %s/%s was whole when a try was cut off; published now", found.kind, key[:SHORT])
             return found
-        with writing(self.root):  # it is no file of what will be built
-            (scratch / NAME).unlink(missing_ok=True)
+        with writing(self.root):
+            _leave_only(scratch, inherits)
         return None
 
     def publish(self, scratch: Path, manifest: Manifest, replace: bool = False) -> tuple[Path, Manifest]:
@@ -192,12 +228,14 @@ class Store:
         raise StoreError("something keeps coming back in place of the artifact", str(folder))
 
     def manifests(self, kind: str | None = None) -> list[tuple[Path, Manifest]]:
-        """List the finished artifacts whose manifest can be read, oldest first; odd files are passed over."""
+        """List the finished artifacts whose manifest can be read, oldest first; what cannot be used is passed over."""
         found = []
         for folder in self.folders(kind):
-            with suppress(UnreadableManifest):
-                found.append((folder, read_manifest(folder)))
-        return sorted(found, key=lambda pair: (pair[1].created, pair[0].stat().st_mtime_ns))
+            with suppress(UnreadableManifest, OSError):  # moved aside meanwhile
+                made, time = read_manifest(folder), folder.stat().st_mtime_ns
+                if (made.kind, made.key[:SHORT]) == (folder.parent.name, folder.name):
+                    found.append((made.created, time, folder, made))
+        return [(folder, made) for _, _, folder, made in sorted(found, key=lambda one: one[:2])]
 
     def comparable(self, kind: str, recipe: str, step: str) -> list[Manifest]:
         """List the manifests to explain a miss by: that of the recipe's last run or, without one, all of the kind."""
@@ -210,14 +248,27 @@ class Store:
         return {made.digest: f"{made.kind}/{made.key[:SHORT]}" for _, made in self.manifests()}
 
     def folders(self, kind: str | None = None) -> list[Path]:
-        """List every folder that is named like an artifact, readable or not."""
+        """List every folder that is named like an artifact, readable or not; links are not followed."""
         kinds = [self.root / kind] if kind else [path for path in self.root.glob("*") if _KIND.fullmatch(path.name)]
-        return sorted(
-            path
-            for place in kinds
-            for path in place.glob("[0-9a-f]" * SHORT)
-            if path.is_dir() and not path.is_symlink()
-        )
+        found = [path for place in kinds if not place.is_symlink() for path in place.glob("[0-9a-f]" * SHORT)]
+        return sorted(path for path in found if path.is_dir() and not path.is_symlink())
+
+    def links(self) -> list[str]:
+        """Name what stands in place of a folder of artifacts, and is a link; nothing behind it is used."""
+        return sorted(path.name for path in self.root.glob("*") if _KIND.fullmatch(path.name) and path.is_symlink())
+
+    def passed_over(self) -> list[str]:
+        """Say of what is named like an artifact, or a kind of them, and cannot be listed, why that is."""
+        listed, said = {folder for folder, _ in self.manifests()}, [f"{kind}: is a link" for kind in self.links()]
+        for folder in self.folders():
+            if folder not in listed:
+                why = "its manifest is another artifact's"
+                try:
+                    read_manifest(folder)
+                except UnreadableManifest as error:
+                    why = str(error)
+                said.append(f"{folder.parent.name}/{folder.name}: {why}")
+        return said
 
     def note_run(self, recipe: str, ids: dict[str, str]) -> None:
         """Write down which artifacts the last run of a recipe ended with, step -> id; `gc` keeps them.
@@ -238,7 +289,7 @@ class Store:
     def last_run(self, recipe: str) -> dict[str, str]:
         """Read what `note_run` wrote; nothing where that is missing or broken."""
         with suppress(OSError, ValueError):
-            found = json.loads((self.root / ".refs" / f"{recipe}.json").read_bytes())
+            found = read_json(self.root / ".refs" / f"{recipe}.json")
             return {str(step): str(made) for step, made in found.items()} if isinstance(found, dict) else {}
         return {}
 
@@ -273,6 +324,20 @@ def _got_to(scratch: Path) -> tuple[bool, str]:
     return (scratch / NAME).exists(), max(checkpoints, default="")
 
 
+def _names(folder: Path) -> list[str]:
+    """Name what lies in a folder that is being built, its checkpoints aside."""
+    return [path.name for path in folder.iterdir() if path.name != CHECKPOINTS]
+
+
+def _leave_only(folder: Path, names: Collection[str]) -> None:
+    """Remove from a folder all but what has one of these names: checkpoints, a folder, or else a plain file."""
+    for path in folder.iterdir():
+        is_folder = path.is_dir() and not path.is_symlink()
+        fit = is_folder if path.name == CHECKPOINTS else path.is_file() and not path.is_symlink()
+        if not (fit and path.name in names):
+            shutil.rmtree(path) if is_folder else path.unlink()
+
+
 def entries(folder: Path) -> dict[str, FileEntry]:
     """Hash every file of a built folder, its checkpoints aside, and flush it to the disk.
 
@@ -280,7 +345,7 @@ def entries(folder: Path) -> dict[str, FileEntry]:
         StoreError: If there is something else than plain files in it.
     """
     found = {}
-    for path in sorted(path for path in folder.iterdir() if path.name != CHECKPOINTS):
+    for path in (folder / name for name in sorted(_names(folder))):
         if path.is_symlink() or not path.is_file():
             raise StoreError("an artifact holds plain files only", str(path))
         sync(path)

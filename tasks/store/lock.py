@@ -43,18 +43,26 @@ def _open(path: Path) -> BinaryIO | None:
 
 
 def _wait(file: BinaryIO, what: str) -> None:
-    if fcntl is None:
-        return
     said = 0.0
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() - said > SAY_EVERY:
-                log.warning("store.locked: another process is making %s; waiting for it", what)
-                said = time.monotonic()
-            time.sleep(POLL)
-        except OSError:
-            return
-        else:
-            return
+    while try_lock(file.fileno()) is False:
+        if time.monotonic() - said > SAY_EVERY:
+            log.warning("store.locked: another process is making %s; waiting for it", what)
+            said = time.monotonic()
+        time.sleep(POLL)
+
+
+def try_lock(file: int, shared: bool = False) -> bool | None:
+    """Lock an open file, without waiting.
+
+    Returns:
+        True: it is locked; False: another process holds a lock against that; None: there are no locks here.
+    """
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True

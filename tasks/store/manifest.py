@@ -6,8 +6,12 @@ import json
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter
+
+from tasks.errors import StoreError
+from tasks.jsonfile import MOST, read_json
 from tasks.store.canonical import sha256_of
 
 NAME = "manifest.json"
@@ -22,8 +26,34 @@ class UnreadableManifest(ValueError):
 class FileEntry:
     """One file of an artifact: its size in bytes and the sha256 of its content."""
 
-    bytes: int
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    bytes: NonNegativeInt
     sha256: str
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What a step lost, or took otherwise than it stood.
+
+    Attributes:
+        code: A dotted name for machines, the step's first: `curate.leak`.
+        number: How many were lost or taken otherwise.
+        cause: How many of what, and why, in one sentence.
+        setting: The setting that decides, or what else to do, in one sentence.
+    """
+
+    code: str
+    number: int
+    cause: str
+    setting: str
+
+    @property
+    def step(self) -> str:
+        """The step that it is of."""
+        return self.code.partition(".")[0]
+
+    def __str__(self) -> str:
+        return f"warning[{self.code}]: {self.cause}. {self.setting}."
 
 
 @dataclass(frozen=True)
@@ -39,8 +69,10 @@ class Manifest:
         counts: What the step measured.
         origin: Host, code revision, package versions, seconds, runtime: recorded, never keyed.
         created: When it was published, ISO 8601, UTC.
+        notices: What was lost on the way to it: those of its inputs, then its own. Never keyed.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     key: str
     kind: str
     recipe: dict[str, Any]
@@ -50,6 +82,19 @@ class Manifest:
     origin: dict[str, Any] = field(default_factory=dict)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = SCHEMA
+    notices: tuple[Notice, ...] = ()
+
+
+_MANIFEST = TypeAdapter(Manifest)
+
+
+class Relied(BaseModel):
+    """What commands rely on in a recipe and an origin: a manifest may come from elsewhere, and its seal is a hash."""
+
+    step: str = ""
+    params: dict[str, Any] = {}
+    inputs: dict[str, str] = {}
+    texts: dict[str, dict[str, int]] = {}
 
 
 def content_digest(files: dict[str, FileEntry], records: frozenset[str] = frozenset()) -> str:
@@ -58,10 +103,16 @@ def content_digest(files: dict[str, FileEntry], records: frozenset[str] = frozen
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Path:
-    """Write the manifest, sealed with the hash of itself, and return its path."""
+    """Write the manifest, sealed with the hash of itself, and return its path.
+
+    Raises:
+        StoreError: If it is too large to be read again.
+    """
     body = asdict(manifest)
-    path = folder / NAME
-    path.write_bytes(json.dumps({"seal": sha256_of(body), **body}, indent=1, ensure_ascii=False).encode())
+    path, content = folder / NAME, json.dumps({"seal": sha256_of(body), **body}, indent=1, ensure_ascii=False).encode()
+    if len(content) > MOST:
+        raise StoreError(f"the manifest has {len(content):,} bytes, at most {MOST:,} are read", str(path))
+    path.write_bytes(content)
     return path
 
 
@@ -72,14 +123,14 @@ def read_manifest(folder: Path) -> Manifest:
         UnreadableManifest: If it is missing, cut, altered, or not of this schema.
     """
     try:
-        body = json.loads((folder / NAME).read_bytes())
+        body = read_json(folder / NAME)
         seal = body.pop("seal")
         if body["schema"] != SCHEMA:
             raise UnreadableManifest(f"manifest has schema {body['schema']!r}, this program knows {SCHEMA}")
         if seal != sha256_of(body):
             raise UnreadableManifest("manifest was altered: its seal does not match")
-        body["files"] = {name: FileEntry(**entry) for name, entry in body["files"].items()}
-        made = Manifest(**body)
+        made = _MANIFEST.validate_python(body)
+        Relied.model_validate({**made.origin, **made.recipe})
     except UnreadableManifest:
         raise
     except FileNotFoundError:
@@ -88,4 +139,6 @@ def read_manifest(folder: Path) -> Manifest:
         raise UnreadableManifest(f"manifest cannot be read: {type(error).__name__}") from error
     if made.key != sha256_of(made.recipe):
         raise UnreadableManifest("manifest's key is not the hash of its recipe")
+    if odd := [name for name in made.files if name in {"", ".", "..", NAME} or {*name} & {"/", "\0"}]:
+        raise UnreadableManifest(f"manifest names {odd[0]!r}, which is no file of its folder")
     return made

@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 
 from tasks.store.canonical import canonical, sha256_file
 from tasks.store.check import identity, recall, remember_files
-from tasks.store.disk import sync, write_whole
+from tasks.store.disk import mark, sync, write_whole
 from tasks.store.folders import SHORT
-from tasks.store.owner import is_alive, mark
 from tasks.store.parts import ABOUT, FOLDER, described, fault, memory_of, name_of, parts, united
 
 log = logging.getLogger("treeline.store")
@@ -134,10 +133,6 @@ class Memo:
         self._flush()
         if self._writable and (small := self._small()):
             self._attempt(lambda: self._merge(small))
-        with suppress(OSError):
-            for path in self.folder.glob(".*.part"):
-                if not is_alive(path.name[1:].removesuffix(".part"), path):
-                    path.unlink(missing_ok=True)
 
     def _flush(self) -> None:
         if self._new:
@@ -158,10 +153,12 @@ class Memo:
         unfinished = self.folder / f".{mark()}.part"
         try:
             first = next(batches)
-            with pa.OSFile(str(unfinished), "w") as file, pa.ipc.new_file(file, first.schema) as writer:
+            with pa.OSFile(str(unfinished), "w") as file:
+                writer = pa.ipc.new_file(file, first.schema)
                 writer.write_batch(first)
                 for batch in batches:
                     writer.write_batch(batch)
+                writer.close()  # not after an error, which it would hide by one of its own
             sync(unfinished)
             path = self.folder / f"{sha256_file(unfinished)}.arrow"
             unfinished.replace(path)

@@ -8,11 +8,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,14 +68,6 @@ def fault(path: Path, hashed: Sequence[int] = ()) -> str | None:
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return "is not what was written"
-
-
-def about(folder: Path) -> dict[str, Any]:
-    """Read which function a memo is of; nothing, where that cannot be read."""
-    with suppress(OSError, ValueError):
-        found = json.loads((folder / "about.json").read_bytes())
-        return found if isinstance(found, dict) else {}
-    return {}
 
 
 def united(batches: Iterable[pa.RecordBatch], rows: int, size: int) -> Iterator[pa.RecordBatch]:

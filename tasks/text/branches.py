@@ -83,7 +83,7 @@ def cut(forest: Forest, replies: Sequence[bool], sizes: Sizes) -> Cut:
         replies: (R,) whether a row is an assistant's.
         sizes: How long its rows are, and paths and pieces may be. A path that is too long loses its last messages.
     """
-    made, paths = Cut(), _paths(forest, sizes)
+    made, paths = Cut(), path_tokens(forest, sizes)
     stays = _staying(forest, replies, paths, sizes.block - sizes.tail)
     made.too_long = sum(reply and not kept for reply, kept in zip(replies, stays, strict=True))
     children = _best_first(forest, stays)
@@ -98,7 +98,7 @@ def cut(forest: Forest, replies: Sequence[bool], sizes: Sizes) -> Cut:
     return made
 
 
-def _paths(forest: Forest, sizes: Sizes) -> list[int]:
+def path_tokens(forest: Forest, sizes: Sizes) -> list[int]:
     """Return the tokens from the start to the end of each row: (R,); parents stand before their children."""
     paths: list[int] = []
     for parent, length in zip(forest.parents, sizes.rows, strict=True):

@@ -12,6 +12,9 @@ end of turn, so its model never stopped; a special token after `</assistant>` me
 Text is only ever text: `<|end|>` in a user's message becomes the ids of those seven characters, here and in training.
 Transformers' `apply_chat_template` cannot promise this, as it renders one string and looks for special tokens in all
 of it: give it trusted text only, or use `Dialect`. The tags of `xml` are plain text, so whoever types them forges them.
+
+`<|pad|>` fills sequences, and stands in no conversation. Transformers hides every pad token that it finds in a prompt
+without a mask, and counts positions without it, so a token that opens or ends a turn must not be the pad.
 """
 
 from __future__ import annotations
@@ -23,9 +26,11 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from tasks.chats.rows import BETWEEN
 from tasks.errors import ParameterError
 
-EOT, USER, ASSISTANT, END = SPECIALS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
+# The pad is the last: the others have the ids that they had before there was one.
+EOT, USER, ASSISTANT, END, PAD = SPECIALS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>")
 ROLES: Mapping[str, str] = {
     "prompter": "user",
     "assistant": "assistant",
@@ -64,23 +69,49 @@ class Template:
         return tuple(dict.fromkeys(piece for group in (self.start, *turns, self.tail) for piece in group))
 
     def jinja(self) -> str:
-        """Return the same template in Jinja, for `apply_chat_template` of transformers."""
+        """Return the same template in Jinja, for `apply_chat_template` of transformers.
 
-        def text(pieces: tuple[str, ...]) -> str:
-            return json.dumps("".join(pieces))  # a Jinja string, too: \n and quotes are escaped alike
+        A system message is put before the user's, as in the rows that are trained on. What is trained on stands
+        between `generation` and `endgeneration`, which `return_assistant_tokens_mask` reads.
+        """
+        written = {"start": self.start, "between": (BETWEEN,), "tail": self.tail}
+        written |= {f"open_{role}": pieces for role, pieces in self.opens.items()}
+        written |= {f"close_{role}": pieces for role, pieces in self.closes.items()}
+        found = JINJA
+        for name, pieces in written.items():
+            # JSON is a Jinja string, too: \n and quotes are escaped alike
+            found = found.replace(f"<{name}>", json.dumps("".join(pieces)))
+        return found
 
-        turns = " ".join(
-            f"{{%- {word} message['role'] == '{role}' -%}}"
-            f" {{{{- {text(self.opens[role])} + message['content'] + {text(self.closes[role])} -}}}}"
-            for word, role in (("if", "user"), ("elif", "assistant"))
-        )
-        return (
-            f"{{{{- {text(self.start)} -}}}} {{%- for message in messages -%}} {turns}"
-            " {%- else -%} {{- raise_exception('a role is user or assistant') -}} {%- endif -%} {%- endfor -%}"
-            f" {{%- if add_generation_prompt -%}} {{{{- {text(self.opens['assistant'])} -}}}}"
-            f" {{%- else -%}} {{{{- {text(self.tail)} -}}}} {{%- endif -%}}"
-        )
 
+JINJA = """\
+{{- <start> -}}
+{%- for message in messages -%}
+    {%- if message['role'] == 'system' -%}
+        {%- if not loop.first or loop.last or loop.nextitem['role'] != 'user' -%}
+            {{- raise_exception('a system message stands first, before one of the user') -}}
+        {%- endif -%}
+    {%- elif message['role'] == 'user' -%}
+        {{- <open_user> -}}
+        {%- if not loop.first and loop.previtem['role'] == 'system' and loop.previtem['content'] -%}
+            {{- loop.previtem['content'] + <between> -}}
+        {%- endif -%}
+        {{- message['content'] + <close_user> -}}
+    {%- elif message['role'] == 'assistant' -%}
+        {{- <open_assistant> -}}
+        {%- generation -%}
+            {{- message['content'] + <close_assistant> -}}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{- raise_exception('a role is system, user or assistant') -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- <open_assistant> -}}
+{%- else -%}
+    {{- <tail> -}}
+{%- endif -%}
+"""
 
 CHAT = Template(
     name="chat",
@@ -159,7 +190,8 @@ class Dialect:
         self._tokenizer = tokenizer
         self._tokenizer.encode_special_tokens = True  # yes: "encode them like any text", so that text forges nothing
         self.template, self.specials = template, dict(specials)
-        self.stop, self.pad = specials[template.stop], specials[EOT]
+        self.stop = specials[template.stop]
+        self.pad = specials.get(PAD, specials[EOT])  # a model of before there was a pad was padded with the latter
         self.vocab_size, self.block = vocab_size, block
         self.used: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self.tags = tags(template, specials, self.encode)

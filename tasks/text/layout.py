@@ -180,6 +180,23 @@ def fit(found: Iterable[Conversation], replies: Flags, lengths: Ints, room: int)
     )
 
 
+def longest(trees: Forest, replies: Flags, lengths: Ints) -> Ints:
+    """Return the tokens of the longest path to a reply of each tree that has one: (trees,).
+
+    Args:
+        trees: The trees, parents before their children.
+        replies: (rows,) whether a row is a reply that is looked at.
+        lengths: (rows,) tokens of a row, tags included.
+    """
+    ends, roots = list[int](), list[int]()
+    for row, (parent, length) in enumerate(zip(trees.parents, lengths.tolist(), strict=True)):
+        ends.append(length + (ends[parent] if parent >= 0 else 0))
+        roots.append(roots[parent] if parent >= 0 else row)
+    found = np.zeros(len(ends), np.int64)
+    np.maximum.at(found, np.array(roots, np.int64)[replies], np.array(ends, np.int64)[replies])
+    return found[found > 0]
+
+
 def flat(conversations: Sequence[Conversation]) -> tuple[Ints, Ints]:
     """Return the rows of conversations, one after another, and where each conversation stops."""
     stops = np.cumsum(np.fromiter(map(len, conversations), np.int64, len(conversations)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from flows.exporting import messages as export
 from tasks.artifacts import Counts, Dialogues, Messages, RawTrees
 from tasks.chats.rows import tree_of
 from tasks.errors import InputError
+from tasks.oasst.advice import as_messages
 from tasks.oasst.fields import Fault
 from tasks.parse import ParseParams, parse
 from tasks.store.manifest import FileEntry, Manifest
@@ -91,11 +94,21 @@ def test_a_system_message_is_put_before_the_users(tmp_path: Path) -> None:
 
 
 def test_published_fields_of_a_message_are_taken_and_all_else_is_kept(tmp_path: Path) -> None:
-    row = {"messages": [{"role": "user", "content": "x", "rank": 0, "name": "Al"}], "source": "mine", "split": "test"}
+    row = {"messages": [{"role": "user", "content": "x", "rank": 0, "name": "Al"}], "source": "mine", "id": "1"}
     counts, messages, _ = parsed(tmp_path / "out", lines(tmp_path, row))
     assert messages["rank"].to_list() == [0]
-    assert json.loads(messages["extra"][0]) == {"name": "Al", "tree.source": "mine"}
-    assert counts["unknown_fields"] == {"name": 1, "tree.source": 1}
+    assert json.loads(messages["extra"][0]) == {"name": "Al", "row.source": "mine"}
+    assert counts["unknown_fields"] == {"name": 1, "row.source": 1}
+
+
+def test_rows_that_begin_alike_keep_each_their_own_columns(tmp_path: Path) -> None:
+    rows = [chat("Write a haiku.", f"Haiku {n}", model=f"m{n}", score=n, split="test") for n in range(3)]
+    counts, messages, rejected = parsed(tmp_path / "out", lines(tmp_path, *rows))
+    assert (counts["trees"], counts["messages"], counts["conflicts"], len(rejected)) == (1, 4, 0, 0)
+    kept = sorted((json.loads(extra) for extra in messages["extra"][1:]), key=lambda extra: extra["row.score"])
+    assert kept == [{"row.model": f"m{n}", "row.score": n, "row.split": "test"} for n in range(3)]
+    assert messages["extra"][0] is None
+    assert counts["unknown_fields"] == {"row.model": 3, "row.score": 3, "row.split": 3}
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
@@ -104,7 +117,8 @@ def test_names_that_a_tree_needs_for_itself_are_kept_under_others(tmp_path: Path
     row = {
         "messages": [
             {"role": "system", "content": "Be kind.", "name": "house"},
-            {"role": "user", "content": "x", **taken, "message.text": "u", "system.name": "v", "tree.prompt": "w"},
+            {"role": "user", "content": "x", **taken, "message.text": "u", "system.name": "v", "tree.prompt": "w",
+             "row.prompt": "r"},
         ],
         "message_tree_id": "9", "prompt": "x", "tree_id": 5,
     }  # fmt: skip
@@ -117,8 +131,11 @@ def test_names_that_a_tree_needs_for_itself_are_kept_under_others(tmp_path: Path
     assert rejected.is_empty()
     extra = json.loads(messages["extra"][0])
     own = {f"message.{name}": value for name, value in taken.items()}
-    more = {"message.message.text": "u", "message.system.name": "v", "message.tree.prompt": "w", "system.name": "house"}
-    noted = {"system_chars": 10, "tree.row.message_tree_id": "9", "tree.row.prompt": "x", "tree.tree_id": 5}
+    more = {
+        "message.message.text": "u", "message.system.name": "v", "message.tree.prompt": "w", "message.row.prompt": "r",
+        "system.name": "house",
+    }  # fmt: skip
+    noted = {"system_chars": 10, "row.message_tree_id": "9", "row.prompt": "x", "tree.tree_id": 5}
     assert {name: extra[name] for name in own | more | noted} == own | more | noted
     assert "system_chars" not in counts["unknown_fields"]
 
@@ -221,7 +238,7 @@ def test_what_was_exported_comes_back_as_the_same_trees(tmp_path: Path, form: st
     columns = ["message_tree_id", "message_id", "parent_id", "depth", "text", "role", "lang"]
     assert back.select(columns).sort("message_id").equals(published.select(columns).sort("message_id"))
     assert paths(back) == paths(published)
-    assert (counts["conflicts"], counts["unknown_fields"]) == (0, {})
+    assert (counts["conflicts"], [*counts["unknown_fields"]]) == (0, ["row.split"])
 
 
 def test_chats_and_trees_may_come_together(tmp_path: Path) -> None:
@@ -264,5 +281,52 @@ def test_a_tree_id_with_ids_of_another_first_message_is_refused_and_not_taken_fo
 
 def test_a_table_of_neither_form_is_refused_by_its_columns(tmp_path: Path) -> None:
     pq.write_table(pa.table({"conversations": ["a"]}), tmp_path / "other.parquet")
-    with pytest.raises(Exception, match="no column message_id"):
+    with pytest.raises(InputError, match=r"has the columns `conversations`; expected `messages`, .*polars.*jq"):
         parsed(tmp_path / "out", tmp_path / "other.parquet")
+
+
+def test_a_field_of_a_message_that_has_a_name_of_ours_for_something_else_is_kept_aside(tmp_path: Path) -> None:
+    own: dict[str, Any] = {
+        "labels": ["funny", "short"], "rank": "best", "created_date": "Tuesday", "user_id": 5, "emojis": [1],
+        "detoxify": "low", "deleted": "no", "tree_state": 7,
+    }  # fmt: skip
+    row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", **own}]}
+    counts, messages, rejected = parsed(tmp_path / "out", lines(tmp_path, row))
+    assert rejected.is_empty()
+    assert json.loads(messages["extra"][1]) == {f"message.{name}": value for name, value in own.items()}
+    assert counts["unknown_fields"] == {f"message.{name}": 1 for name in own}
+    assert messages["text"].to_list() == ["x", "y"]
+    assert messages["rank"].to_list() == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"conversations": [], "id": 5}, r"got `conversations`, `id`.*`messages` of `conversations`: jq -c"),
+        ({"instruction": "q", "output": "a"}, r"got `instruction`, `output`.*`messages` of `instruction`, `output`"),
+        ({"prompt": "q", "completion": "a"}, r"schema.prompt.*`messages` of `prompt`, `completion`"),
+        ({"a": 1, "b\n[x]": 2}, r"got `a`, `b\\n\[x\]`\. Write each row as"),
+        ({}, r"got no field"),
+    ],
+)
+def test_a_row_of_another_form_is_named_by_its_fields_with_how_to_make_messages_of_it(
+    tmp_path: Path, row: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        parsed(tmp_path / "out", lines(tmp_path, row))
+
+
+@pytest.mark.skipif(not shutil.which("jq"), reason="jq is not here")
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"instruction": "q", "output": "a"},
+    ],
+)
+def test_what_the_advice_makes_is_read(tmp_path: Path, row: dict[str, Any]) -> None:
+    file, made = lines(tmp_path, row), tmp_path / "made.jsonl"
+    script = as_messages(row).partition("jq -c '")[2].partition("'")[0]
+    made.write_bytes(subprocess.run(["jq", "-c", script, str(file)], capture_output=True, check=True).stdout)
+    _, messages, _ = parsed(tmp_path / "out", made)
+    assert messages["text"].to_list() == ["q", "a"]

@@ -48,7 +48,14 @@ def test_equal_digests_mean_equal_normalised_texts(texts: list[str]) -> None:
     digests = made["digest"].to_pylist()
     assert len(set(digests)) == len(set(plain))
     assert len(set(zip(digests, plain, strict=True))) == len(set(plain))
-    assert made["chars"].to_pylist() == [len(text) for text in plain]
+    spans = ((0x3040, 0x3100), (0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00), (0x20000, 0x40000))
+    dense = [sum(any(first <= ord(c) < end for first, end in spans) for c in text) for text in plain]
+    assert made["chars"].to_pylist() == [len(text) + 2 * more for text, more in zip(plain, dense, strict=True)]
+
+
+def test_a_character_that_is_a_word_counts_as_three_letters() -> None:
+    texts = ["abc", "的一是", "かな", "한국", "ไทย", "é", "a的b"]
+    assert prints(texts)["chars"].to_pylist() == [3, 9, 6, 2, 3, 1, 5]
 
 
 @given(

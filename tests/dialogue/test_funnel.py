@@ -1,7 +1,6 @@
 """Laws of the funnel: it adds up, and strangers' words stay words."""
 
 import copy
-import re
 from typing import Any
 
 import pytest
@@ -81,14 +80,16 @@ def test_whatever_stands_in_the_data_adds_nothing_to_the_page_but_text(text: str
     def kinds(made: str) -> list[str]:
         tokens = MarkdownIt("commonmark", {"html": True}).enable(["table"]).parse(made)
         found = [token.type for block in tokens for token in (block, *(block.children or []))]
-        return [kind for kind in found if not kind.startswith(("th_", "td_", "text", "inline"))]
+        return [kind for kind in found if not kind.startswith(("th_", "td_", "text", "inline", "code_inline"))]
 
     assert kinds(page(hostile)) == kinds(page(CURATION))
     assert "\x1b" not in page(hostile)
 
 
-@pytest.mark.parametrize("lang", ["http://evil.example", "https://evil.example/a", "www.evil.example", "WWW.e.example"])
+@pytest.mark.parametrize("lang", ["http://evil.example", "www.evil.example", "evil.example/`a`"])
 def test_a_language_tag_is_no_address_that_a_page_would_link_by_itself(lang: str) -> None:
     told = copy.deepcopy(CURATION)
     told["by_language"]["language"] = {lang: 1_000}
-    assert not re.search(r"https?:|www\.", page(told), re.IGNORECASE)
+    blocks = MarkdownIt("commonmark").enable(["table"]).parse(page(told))
+    found = [piece for block in blocks for piece in block.children or [] if "evil" in piece.content]
+    assert [(piece.type, piece.content) for piece in found] == [("code_inline", lang)]

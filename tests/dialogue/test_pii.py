@@ -14,23 +14,34 @@ from hypothesis import strategies as st
 from tasks.dialogue.pii import _EMAIL, KINDS, SCHEMA, _emails, luhn, masked, scan, spans
 
 PLANTED = {
-    "e-mail": ["jane.doe@example.com", "a@b.io", "first+tag@mail.example.co.uk", "x_y-z%1@sub-domain.museum",
+    "e-mail": ["jane.doe@gmail.com", "a@b.io", "first+tag@mail.example.co.uk", "j@example.community", "j@myexample.com",
+               "me@testing.de", "x_y-z%1@sub-domain.museum",
                "joe@münchen.de", "анна@почта.рф", "hello@openai.fund", "me@self.com"],
-    "phone": ["+44 20 7946 0958", "+1-415-555-0123", "(415) 555-0123", "415-555-0123", "415.555.0123", "1-800-273-8255",
+    "phone": ["+44 20 7946 0958", "+1-415-556-0123", "(415) 556-0123", "415-556-0123", "415.556.0123", "1-806-273-8255",
               "+49 (0)30 901820", "0049 30 901820", "+4930901820123", "(123) 456-7890", "123-456-7890", "030/1234567",
-              "0171 / 5551234", "030/1234567-0", "+49 30 123456-0", "+49 30 / 1234567", "+49/30/1234567",
+              "0171 / 5551234", "030/5551234",
+              "+49 555 5551234", "030/1234567-0", "+49 30 123456-0", "+49 30 / 1234567", "+49/30/1234567",
               "+49 (0)30/1234567", "(+49) 30 1234567", "0049 (0)30 123456", "+48 123456789", "+33 1 42 68 53 00",
               "+81 3 1234 5678", "+81 3-3466-5224", "+353 1 234 5678", "+61 2 9876 5432",
-              "+33\u00a01\u202f42\u00a068\u00a053\u00a000", "+1\u2011415\u2011555\u20110123", "415\u2011555\u20110123",
-              "(415)\u00a0555\u20100123"],
-    "IP address": ["203.0.113.7", "192.168.1.10", "10.0.0.1", "8.8.44.210"],
-    "IPv6 address": ["2001:db8::8a2e:370:7334", "2001:0db8:85a3:0000:0000:8a2e:0370:7334", "fe80::1ff:fe23:4567:890a"],
+              "+33\u00a01\u202f42\u00a068\u00a053\u00a000", "+1\u2011415\u2011556\u20110123", "415\u2011556\u20110123",
+              "(415)\u00a0556\u20100123"],
+    "IP address": ["203.1.113.7", "193.168.1.10", "11.0.0.1", "8.8.44.210"],
+    "IPv6 address": ["2001:470::8a2e:370:7334", "2001:0470:85a3:0000:0000:8a2e:0370:7334", "2a02::1ff:fe23:4567:890a"],
     "card number": ["4111 1111 1111 1111", "4111-1111-1111-1111", "5500005555555559", "3782 822463 10005",
                     "6011000990139424", "3530111333300000", "30569309025904", "2223003122003222",
                     "4111\u00a01111\u00a01111\u00a01111"],
 }  # fmt: skip
 CASES = [(kind, text) for kind, texts in PLANTED.items() for text in texts]
+NOBODYS = [
+    "you@example.com", "jane.doe@example.org", "a@mail.example.net", "x@example.com", "me@host.test", "me@site.invalid",
+    "me@dev.localhost", "+1 415 555 0123", "(212) 555-0100", "555-555-0143", "415.555.0123", "415\u2011555\u20110123",
+    "001 415-555-0123",
+    "1-800-273-8255", "+1 888 273 8255", "(800) 273-8255", "192.168.0.1", "10.0.0.1", "172.16.20.30", "169.254.10.20",
+    "127.0.0.53", "192.0.2.11", "198.51.100.23", "203.0.113.7", "2001:db8::8a2e:370:7334", "fe80::1ff:fe23:4567:890a",
+    "fd12:3456:789a::1", "::1",
+]  # fmt: skip
 INNOCENT = [
+    *NOBODYS,
     "version 10.15.7.2", "v2.0.10.1", "section 3.2.10.4", "255.255.255.0", "127.0.0.1", "1.2.3.4", "10.0.0.0/8",
     "0.0.0.0", "12:34:56", "std::vector::size", "a::b", "::", "00:1B:44:11:3A:B7", "2023-01-02 12:34:56", "1990-2023",
     "3.14159265358979",
@@ -76,13 +87,13 @@ def test_a_card_number_that_a_form_or_an_address_gives_is_found() -> None:
         ("4111-1111-1111-1111 12/25 123", "[card number] 12/25 123"),
         ("4111 1111 1111 1111 123.", "[card number] 123."),
         ("4111 1111 1111 1111 5500005555555559 3782 822463 10005", "[card number] [card number] [card number]"),
-        ("+1 415 555 0123 2 times", "[phone] 2 times"),
-        ("415-555-0123 24 hours", "[phone] 24 hours"),
+        ("+1 415 556 0123 2 times", "[phone] 2 times"),
+        ("415-556-0123 24 hours", "[phone] 24 hours"),
         ("+49 30 901820 2 times", "[phone] 2 times"),
-        ("Server 2001:db8::1: refused", "Server [IPv6 address]: refused"),
-        ("_john@example.com_", "[e-mail]_"),  # an underscore may begin an address
-        ("john@example.com- yes", "[e-mail]- yes"),
-        ("john@example.com(home)", "[e-mail](home)"),
+        ("Server 2001:470::1: refused", "Server [IPv6 address]: refused"),
+        ("_john@b.com_", "[e-mail]_"),  # an underscore may begin an address
+        ("john@b.com- yes", "[e-mail]- yes"),
+        ("john@b.com(home)", "[e-mail](home)"),
     ],
 )
 def test_what_follows_does_not_hide_what_is_personal(text: str, expected: str) -> None:
@@ -108,7 +119,7 @@ def texts_of(node: dict) -> list[str]:  # type: ignore[type-arg]
 
 
 def test_a_result_is_of_its_own_text_alone_and_null_where_nothing_is_found() -> None:
-    batch = scan(pa.array(["Hello", "a@b.io and c@d.io, 415-555-0123", ""]))
+    batch = scan(pa.array(["Hello", "a@b.io and c@d.io, 415-556-0123", ""]))
     assert batch.schema == SCHEMA
     assert batch.to_pydict() == {
         "personal": [None, "e-mail 2, phone 1", None], "masked": [None, "[e-mail] and [e-mail], [phone]", None],

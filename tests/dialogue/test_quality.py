@@ -120,11 +120,19 @@ def test_a_limit_is_a_setting() -> None:
 
 PASTES = [
     "As an AI language model, I cannot.", "Sorry, but as a large language model I can't.", "as a language model, no",
-    "I am ChatGPT.", "I was made by OpenAI.", "chatgpt: here you are",
+    "As an AI language model trained by OpenAI in San Francisco, I do not know.",
+    "Remember: as a language model AI, I am",
+    "I am ChatGPT.", "I’m ChatGPT, and I was", "My name is ChatGPT.", "I was made by OpenAI.",
+    "I am a large model developed by OpenAI", "OpenAI trained me to be kind.", "My creators at OpenAI",
+    "ChatGPT: here you are",
 ]  # fmt: skip
 NO_PASTES = [
     "A language model predicts words.", "I am Treeline, a small language model.", "Use the OpenAI Gym for that.",
-    "openai.Completion.create()", "Ask the OpenAirways desk.",
+    "openai.Completion.create()", "Ask the OpenAirways desk.", "GPT-3 was made by OpenAI and announced in 2020.",
+    "Use a client library:\n```python\nfrom openai import OpenAI\nclient = OpenAI()\n```",
+    "He is an American businessman who leads OpenAI.", "I am not ChatGPT, I am Open Assistant.",
+    "BERT is trained with masks; used as a language model it cannot write from left to right.",
+    "It is open source; here is how it differs from ChatGPT: anyone may run it.", "I was surprised by OpenAI.",
 ]  # fmt: skip
 
 
@@ -134,24 +142,16 @@ def test_a_reply_pasted_from_another_service_is_dropped(reply: str) -> None:
 
 
 @pytest.mark.parametrize("reply", NO_PASTES)
-def test_a_reply_that_only_sounds_like_one_stays(reply: str) -> None:
+def test_a_reply_that_only_names_a_service_or_its_maker_stays(reply: str) -> None:
     assert talk("Can you travel?", reply) == [None, None]
 
 
-def test_whoever_asks_about_chatgpt_may_be_told() -> None:
-    assert talk("What is ChatGPT?", "A service of OpenAI.", "Is it good?", "ChatGPT is.") == [None] * 4
-    assert talk("Hi", "Hello", "As an AI language model, would you say ChatGPT lies?", "Yes.") == [None] * 4
+def test_what_a_prompt_says_of_itself_is_no_paste() -> None:
+    assert talk("Hi", "Hello", "As an AI language model, I would say that ChatGPT lies.", "Yes.") == [None] * 4
 
 
-def test_boilerplate_is_a_paste_even_where_one_asks() -> None:
+def test_a_model_that_speaks_of_itself_is_a_paste_even_where_one_asks() -> None:
     assert talk("What is ChatGPT?", "As an AI language model, I am ChatGPT.")[1] == "paste"
-
-
-def test_a_question_in_another_branch_excuses_nothing() -> None:
-    rows = [{"role": "prompter"}, {"role": "assistant", "text": "Hello"}, {"text": "What is ChatGPT?"},
-            {"text": "Who are you?"}, {"role": "assistant", "text": "ChatGPT"}]  # fmt: skip
-    reasons = [reason for reason, _ in verdicts(*rows, parents=[-1, 0, 1, 1, 3])]
-    assert reasons == [None, None, None, None, "paste"]
 
 
 def test_an_undecided_first_prompt_goes_only_where_a_review_is_asked_for() -> None:

@@ -13,11 +13,12 @@ from tasks.dialogue.markdown import fenced, printable
 from tasks.dialogue.scorecard import render
 
 
-def reply(text: str, stopped: bool = True) -> dict[str, Any]:
-    return {"text": text, "stopped": stopped, "tokens": len(text)}
+def reply(text: str, end: str = "stopped") -> dict[str, Any]:
+    return {"text": text, "end": end, "tokens": len(text)}
 
 
 REPORT: dict[str, Any] = {
+    "models": ["base", "tuned"],
     "split": "test",
     "split_asked": "test",
     "sequences": 12,
@@ -27,6 +28,12 @@ REPORT: dict[str, Any] = {
     "perplexity": {"base": 3_827.63, "tuned": 1.65},
     "bits_per_byte": {"base": 4.57, "tuned": 0.277},
     "stop_rate": {"base": 0.0, "tuned": 0.995},
+    "loop_rate": {"base": 0.75, "tuned": 0.0},
+    "cut_rate": {"base": 0.25, "tuned": 0.005},
+    "pairs": 0,
+    "accuracy": None,
+    "margin": None,
+    "chosen": None,
     "replies": {"facts": 10, "panel": 2},
     "facts": {
         "base": 0.0,
@@ -37,9 +44,9 @@ REPORT: dict[str, Any] = {
         "wrong": [{"question": "Capital of Laos?", "expected": "Vientiane", "family": "capital", "region": "Asia"}
                   | reply("Hanoi.")],
     },
-    "panel": [{"prompt": "Hi?", "seeds": [1], "base": [reply("the the the", False)], "tuned": [reply("Hello.\nYou?")]}],
-    "sampling": {"answer_tokens": 32, "max_new_tokens": 64, "temperature": 0.7, "top_k": 50, "top_p": None, "seed": 1},
-    "start": {"start": "scratch", "repo": None, "layers": 3, "width": 128, "seed": 7},
+    "panel": [{"prompt": "Hi?", "seeds": [1], "base": [reply("the the the", "cut")], "tuned": [reply("Hello.\nYou?")]}],
+    "sampling": {"max_new_tokens": None, "temperature": 0.7, "top_k": 50, "top_p": None, "seed": 1},
+    "start": {"start": "scratch", "repo": None, "layers": 3, "width": 128, "positions": 1_024, "seed": 7},
     "training": {"parameters": 999_424, "steps": 420, "supervised": 77_000, "best_step": 400, "val_nll_start": 8.3,
                  "val_nll_best": 0.51},
     "lineage": {"model": "a" * 64, "tokens": "b" * 64},
@@ -49,7 +56,7 @@ REPORT: dict[str, Any] = {
 def with_texts(text: str) -> dict[str, Any]:
     """Put a text wherever a stranger's may come."""
     report = copy.deepcopy(REPORT)
-    report["panel"] = [{"prompt": text, "seeds": [1], "base": [reply(text)], "tuned": [reply(text, False)]}]
+    report["panel"] = [{"prompt": text, "seeds": [1], "base": [reply(text)], "tuned": [reply(text, "looping")]}]
     report["facts"]["wrong"][0] |= {"text": text}
     return report
 
@@ -65,6 +72,8 @@ def test_the_page_tells_base_and_tuned_side_by_side() -> None:
     lines = {re.sub(" +", " ", line) for line in page.splitlines()}
     assert "| NLL, nats per token | 8.250 | 0.500 |" in lines
     assert "| Replies that stop | 0.0% | 99.5% |" in lines
+    assert "| Replies that loop | 75.0% | 0.0% |" in lines
+    assert "cut after as many tokens as the model's 1,024 positions hold" in page
     assert "| Facts right | 0.0% | 90.0% |" in lines
     assert "| Asia | 6 | 0.0% | 83.3% |" in lines
     assert "![loss](loss.svg)" in lines
@@ -72,6 +81,62 @@ def test_the_page_tells_base_and_tuned_side_by_side() -> None:
     assert "3 layers × 128 wide, 999,424 parameters" in page
     assert "by family" not in page  # one family is all of them
     assert "a" * 64 in page
+
+
+def preferred(best_step: int, tuned_step: int = 400) -> str:
+    """Return the page of a model that was tuned to prefer, too, with its white space folded."""
+    report = copy.deepcopy(REPORT)
+    for name in ("nll", "perplexity", "bits_per_byte", "stop_rate", "loop_rate", "cut_rate", "facts"):
+        report[name]["preferred"] = report[name]["tuned"]
+    for region in (*report["facts"]["by_region"].values(), *report["facts"]["by_family"].values()):
+        region["preferred"] = region["tuned"]
+    report["panel"][0]["preferred"] = [reply("Hello!")]
+    report["training"]["best_step"] = tuned_step
+    report |= {
+        "models": ["base", "tuned", "preferred"],
+        "preference": {"steps": 30, "best_step": best_step, "pairs": 1_200, "loss_start": 0.693, "loss_best": 0.5},
+        "pairs": 240,
+        "accuracy": {"base": 0.5, "tuned": 0.55, "preferred": 0.61},
+        "margin": {"base": 0.0, "tuned": 0.2, "preferred": 0.75},
+        "chosen": {"base": -700.0, "tuned": -91.0, "preferred": -92.5},
+    }
+    return re.sub(" +", " ", render(report))
+
+
+def test_what_prefer_made_stands_beside_what_it_began_with() -> None:
+    page = preferred(best_step=20)
+    assert page.startswith("# Preferred against tuned and base")
+    assert "| | base | tuned | preferred |" in page
+    assert "| Better reply found likelier | 50.0% | 55.0% | 61.0% |" in page
+    assert "| By how much, nats | 0.000 | 0.200 | 0.750 |" in page
+    assert "| Log-probability of the better reply, nats | -700.00 | -91.00 | -92.50 |" in page
+    assert "The preferred model is what 30 steps over 1,200 pairs of ranked replies made of the tuned one." in page
+    assert "| Asia | 6 | 0.0% | 83.3% | 83.3% |" in page
+    assert "By the preferred model" in page
+    assert "fell from 0.693 to 0.500 nats, the best at step 20" in page
+    assert "changed nothing" not in page
+
+
+def test_a_step_that_kept_its_start_is_said_to_have_changed_nothing() -> None:
+    page = preferred(best_step=0)
+    assert "30 steps over 1,200 pairs of ranked replies changed nothing" in page
+    assert "so the preferred model is the tuned one" in page
+    assert "fell from 0.693" not in page
+    assert "The tuned model is what 420 optimizer steps over 77,000 supervised tokens made of the base one." in page
+    page = preferred(best_step=20, tuned_step=0)
+    assert "77,000 supervised tokens changed nothing" in page
+    assert "so the tuned model is the base one" in page
+    assert "Validation NLL fell" not in page
+
+
+def test_a_long_reply_is_cut_on_the_page_alone() -> None:
+    report = copy.deepcopy(REPORT)
+    report["panel"][0]["tuned"] = [reply("word " * 500)]
+    report["panel"][0]["base"] = [reply("stuck " * 500, "looping")]
+    page = render(report)
+    assert page.count("word") < 500 > page.count("stuck")
+    assert re.search(r"word\s+…", page)
+    assert re.search(r"stuck\s+↻", page)
 
 
 def test_a_reply_that_never_stopped_is_marked_and_lines_stay_in_their_column() -> None:
@@ -127,10 +192,10 @@ def test_what_does_not_print_is_spelled_out() -> None:
     assert "\x1b" not in render(with_texts("\x1b]0;title\x07"))
 
 
-def test_names_outside_of_fences_are_stripped_of_markup() -> None:
+def test_names_outside_of_fences_stand_as_code() -> None:
     hostile = copy.deepcopy(REPORT)
     hostile["start"] |= {"start": "gpt2", "repo": "a`<b>|[x](y)"}
     hostile["facts"]["by_region"] = {"A|b`<i>": {"base": 0.0, "tuned": 1.0, "n": 4}}
     page = render(hostile)
-    assert "`a??b???x?(y)`" in page
-    assert "| A?b??i? |" in page
+    assert r"is `` a`<b>\x7c[x](y) ``; the tuned" in page
+    assert re.search(r"\| `` A\\x7cb`<i> `` +\|", page)

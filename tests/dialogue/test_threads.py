@@ -63,8 +63,8 @@ def test_windows_hold_every_row_once_with_all_its_ancestors_and_are_no_longer_th
 
 def test_a_chain_costs_no_more_than_its_length() -> None:
     parents = list(range(-1, DEEP - 1))
-    started = time.perf_counter()
+    started = time.process_time()
     assert nearest_above(parents, [True] + [False] * (DEEP - 1))[-1] == 0
     assert holds(parents, [False] * (DEEP - 1) + [True])[0]
     assert is_below(parents, [True] + [False] * (DEEP - 1))[-1]
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5

@@ -1,7 +1,6 @@
 """Laws of the cards: what comes from data is inert, and a server that is away costs nothing."""
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,9 @@ import pytest
 from markdown_it import MarkdownIt
 
 from flows import cards
-from flows.cards import safe
 from tasks.artifacts import Dialogues, Messages
 from tasks.dialogue.funnel import WAYS
-from tasks.dialogue.markdown import printable
+from tasks.dialogue.markdown import named, printable
 from tasks.step import Outcome
 from tasks.store.manifest import Manifest
 
@@ -34,13 +32,14 @@ def test_a_card_holds_every_count_and_table_of_counts() -> None:
 def test_text_of_the_data_can_neither_make_html_nor_leave_its_cell(text: str) -> None:
     line = next(line for line in cards.counts_table({text: 1}).splitlines() if line.endswith("| 1 |"))
     assert line.count("|") == 3
-    assert not set("<>`") & set(line)
+    assert {kind for kind, _ in pieces(line) if not kind.startswith(("paragraph", "inline"))} == {"text", "code_inline"}
 
 
 HOSTILE = (
     "![px](http://evil.example/1.png)", "[click](http://evil.example)", "<http://evil.example>", "http://evil.example",
     "www.evil.example", "me@evil.example", "**b** _i_ ~~s~~", "# head", "- item", "1. item", "> said", "    code",
-    "`code`", "<b>", "&lt;b&gt;", "a | b", "\\[x](y)", "---", "[x]: http://evil.example", "![x][y]", "a\n\n# b",
+    "`code`", "`", "``a` b", "`|` \\|", "evil.example/x",
+    "<b>", "&lt;b&gt;", "a | b", "\\[x](y)", "---", "[x]: http://evil.example", "![x][y]", "a\n\n# b",
 )  # fmt: skip
 
 
@@ -52,13 +51,11 @@ def pieces(page: str) -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_text_of_the_data_is_text_and_nothing_else_in_markdown(text: str) -> None:
-    shown = " ".join(printable(text).split())
-    found = list(pieces(safe(text)))
-    assert {kind for kind, _ in found} == {"paragraph_open", "inline", "text", "text_special", "paragraph_close"} & {
-        kind for kind, _ in found
-    }
-    assert " ".join("".join(content for kind, content in found if kind.startswith("text")).split()) == shown
-    assert not re.search(r"https?://|www\.|@", safe(text))  # what the UI would link by itself
+    """Also where a page links addresses by itself, after it has read escapes and references: nowhere in code."""
+    shown = " ".join(printable(text).split()).replace("|", "\\x7c")
+    assert [piece for piece in pieces(named(text)) if not piece[0].startswith(("paragraph", "inline"))] == [
+        ("code_inline", shown)
+    ]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -70,21 +67,13 @@ def test_no_count_of_a_card_makes_a_link_or_an_image(text: str) -> None:
 
 def test_control_and_direction_marks_are_spelled_out() -> None:
     assert printable("\x1b[31m\x9b\u202e") == "\\x1b[31m\\x9b\\u202e"
-    assert safe("\x1b\u202e").isascii()
-
-
-def test_a_failure_to_publish_is_said_and_passed_over(caplog: pytest.LogCaptureFixture) -> None:
-    def fail() -> None:
-        raise ConnectionError("the server is away")
-
-    assert cards.best_effort(fail) is None
-    assert "the server is away" in caplog.text
+    assert named("\x1b\u202e").isascii()
 
 
 def test_the_page_of_a_run_draws_the_chain() -> None:
     page = cards.summary("quick|start", [outcome({}), outcome({})])
     assert 'parse["messages/ffffffffffff"] --> parse["messages/ffffffffffff"]' in page
-    assert "quick&#124;start" in page
+    assert "# Treeline: `quick\\x7cstart`" in page
 
 
 def test_the_card_of_dialogues_shows_the_funnel_with_ids_and_evidence_but_no_texts(tmp_path: Path) -> None:

@@ -1,20 +1,23 @@
 """Laws of the chain: what a plan says is what a run does, and a kill at any moment costs nothing that was finished."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from flows import chain, recipe
 from flows.showing import adapters
-from tasks.artifacts import Artifact, Model
+from tasks.artifacts import Artifact, Model, Report
 from tasks.start import base_of
 from tasks.step import Step, session
 from tasks.store.folders import Store
+from tests.waiting import ended, started, until
 
 ROOT = Path(__file__).parents[2]
 TINY = str(Path(__file__).with_name("tiny.toml"))
@@ -80,35 +83,60 @@ def digests(store: Store) -> dict[str, str]:
     return {manifest.kind: manifest.digest for _, manifest in store.manifests()}
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
-    code = f"from flows import chain, recipe; chain.run(recipe.load({TINY!r}, ['train.threads=1']), chain.CHAIN)"
+def start(folder: Path, *settings: str, before: Sequence[str] = ()) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    values = ["train.threads=1", *settings]
+    code = f"from flows import chain, recipe; chain.run(recipe.load({TINY!r}, {values!r}), chain.CHAIN)"
     environment = {**os.environ, "TREELINE_ARTIFACTS": str(folder)}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, start_new_session=True)
+    return started([*before, sys.executable, "-c", code], cwd=ROOT, env=environment, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_training_that_was_killed_goes_on_under_another_host_name_and_publishes_what_it_would_have(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other_host = ("unshare", "--uts", "sh", "-c", 'hostname pod-b; exec "$0" "$@"')
+    if not shutil.which("unshare") or subprocess.run([*other_host, "true"]).returncode:
+        pytest.skip("may not take another host name")
+    whole, killed, setting = Store(tmp_path / "whole"), Store(tmp_path / "killed"), "runtime.train.checkpoint_seconds=0"
+    steps = "resume-model-*/checkpoints/step-*[1-9]"
+    with start(killed.root, setting) as process:
+        checkpoints = until(lambda: [*(killed.root / ".scratch").glob(steps)], process, pause=0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    (checkpoints[0].parents[1] / ".tmpABCDEF").write_text("of safetensors")
+    (checkpoints[0].parents[1] / "left-over").mkdir()
+    with start(killed.root, setting, before=other_host) as process:
+        assert ended(process) == 0
+    assert "goes on from step-" in capfd.readouterr().err
+    with start(whole.root, setting) as process:
+        assert ended(process) == 0
+    assert digests(killed) == digests(whole)
+    (model,) = killed.folders("model")
+    assert killed.verify(model) == []
+    assert not [path for path in model.iterdir() if path.name.startswith(".") or path.is_dir()]
 
 
 @pytest.mark.slow
 def test_a_kill_in_the_middle_of_any_step_leaves_no_half_artifact_and_the_rerun_ends_equal(tmp_path: Path) -> None:
     whole, killed = Store(tmp_path / "whole"), Store(tmp_path / "killed")
-    assert start(whole.root).wait(200) == 0
+    with start(whole.root) as process:
+        assert ended(process) == 0
     for step in chain.CHAIN:
         _kill_during(step, killed)
         assert step.makes.kind not in digests(killed)
-    assert start(killed.root).wait(200) == 0
+    with start(killed.root) as process:
+        assert ended(process) == 0
     assert digests(killed) == digests(whole)
     assert set(digests(killed)) == {step.makes.kind for step in chain.CHAIN}
 
 
 def _kill_during(step: Step[..., Artifact], store: Store) -> None:
-    process = start(store.root)
-    resumable = "resume-" if step.resumable else ""
-    mine = f"{resumable}{step.makes.kind}-*.{process.pid}.*"
-    deadline = time.monotonic() + 100
-    while not any((store.root / ".scratch").glob(mine)):
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    mine = f"{'resume-' if step.inherits else ''}{step.makes.kind}-*"
+    before = {*(store.root / ".scratch").glob(mine)}
+    with start(store.root) as process:
+        until(lambda: {*(store.root / ".scratch").glob(mine)} - before, process, pause=0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_a_recipe_with_preferences_has_three_steps_more(store: Store) -> None:
@@ -133,3 +161,38 @@ def test_a_model_that_prefers_is_made_of_the_one_that_was_trained(store: Store) 
     assert all(entry.status == "cached" for entry in chain.plan(asked, chain.whole(asked)))
     plain = chain.plan(recipe.load(TINY, ["train.epochs=0.3"]), chain.CHAIN)
     assert [entry.status for entry in plain] == ["cached"] * 5 + ["run"]
+    report = made["evaluate"].json("report.json")
+    assert report["models"] == ["base", "tuned", "preferred"]
+    assert report["training"] == made["train"].json("training.json")
+    assert report["preference"] == made["prefer"].json("training.json")
+    assert report["pairs"] > 0
+    assert report["nll"]["base"] > report["nll"]["tuned"] != report["nll"]["preferred"]
+
+
+@pytest.mark.slow
+def test_a_step_that_kept_its_start_is_told_as_one_that_changed_nothing(store: Store) -> None:
+    """At such a learning rate no weight changes, so no loss is better than the first one."""
+    settings = ["preferences=true", "train.epochs=0.3", "prefer.lr=1e-30", "curate.val_share=0.3", "train.threads=1"]
+    asked = recipe.load(TINY, settings)
+    with session():
+        made = chain.run(asked, chain.whole(asked))
+    (page, report), training = ((made[Report].markdown(), made[Report].figures()), made[Model].json("training.json"))
+    assert training["best_step"] == 0
+    assert training["accuracy_start"] == training["accuracy_best"] == pytest.approx(0.5, abs=0.2)  # no pair is told
+    assert "pairs of ranked replies changed nothing" in page
+    for name in ("nll", "stop_rate", "accuracy", "margin", "chosen"):
+        assert report[name]["preferred"] == report[name]["tuned"]
+    assert report["nll"]["tuned"] != report["nll"]["base"]
+
+
+def test_a_store_named_like_a_pattern_reads_its_own_files_and_not_those_of_a_neighbour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {}
+    for name, trees in (("exp1", 60), ("exp[1]*?#%20", 40)):
+        monkeypatch.setenv("TREELINE_ARTIFACTS", str(tmp_path / name))
+        run(f"parse.max_trees={trees}")
+        made[name] = digests(Store(tmp_path / name))
+    monkeypatch.setenv("TREELINE_ARTIFACTS", str(tmp_path / "plain"))
+    run("parse.max_trees=40")
+    assert made["exp[1]*?#%20"] == digests(Store(tmp_path / "plain")) != made["exp1"]

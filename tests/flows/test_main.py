@@ -8,11 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+
+from tasks.store.check import identity
+from tests.waiting import ended, run, started, until
 
 ROOT = Path(__file__).parents[2]
 TINY = str(Path(__file__).with_name("tiny.toml"))
@@ -31,7 +33,7 @@ class Shell:
 
     def __call__(self, *arguments: str, code: int = 0, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         asked = [sys.executable, *flags, "-m", "flows", *arguments]
-        done = subprocess.run(asked, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=200)
+        done = run(asked, cwd=ROOT, env=self.environment)
         assert done.returncode == code, done.stderr[-3000:]
         return done
 
@@ -179,6 +181,43 @@ def test_verify_finds_a_flipped_bit_and_the_next_run_mends_it(shell: Shell) -> N
     assert done.stdout.split().count("ran") == 1
 
 
+def test_after_verify_found_a_bit_flipped_below_the_file_system_the_plan_is_a_miss(shell: Shell) -> None:
+    path = next((shell.folder / "artifacts" / "tokens").glob("*/ids.bin"))
+    noted = shell.folder / "artifacts" / ".verified" / f"tokens-{path.parent.name}.json"
+    content = path.read_bytes()
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    hashed = json.loads(noted.read_bytes())
+    hashed["ids.bin"][1] = identity(path)  # as if nothing had changed
+    noted.write_text(json.dumps(hashed))
+    assert "ids.bin" not in shell("why", TINY).stdout, "an unchanged identity is trusted"
+    found = shell.json("verify", code=65)
+    assert isinstance(found, dict)
+    assert [entry["file"] for entry in found["corrupt"]] == ["ids.bin"]
+    assert "encode would run: ids.bin has sha256" in shell("why", TINY).stdout
+    path.write_bytes(content)
+    assert "ids.bin" not in shell("why", TINY).stdout
+
+
+def test_one_bad_artifact_stops_no_command_and_is_named(shell: Shell, tmp_path: Path) -> None:
+    root = shell.folder / "artifacts"
+    bad, link = root / "messages" / ("a" * 12), root / "contests"
+    bad.mkdir()
+    (bad / "manifest.json").write_bytes(b"[" * 200_000)
+    link.symlink_to(tmp_path)
+    try:
+        for asked in (("plan", TINY), ("show", "messages", "-n", "1"), ("run", TINY)):
+            shell(*asked)
+        for said in (shell("ls").stderr, shell("gc", "--dry-run").stderr):
+            assert "passed over: messages/aaaaaaaaaaaa: manifest cannot be read" in said
+            assert "passed over: contests: is a link" in said
+        found = shell.json("verify", code=65)
+        assert isinstance(found, dict)
+        assert [entry["id"] for entry in found["corrupt"]] == ["messages/aaaaaaaaaaaa", "contests"]
+    finally:
+        shutil.rmtree(bad)
+        link.unlink()
+
+
 def test_a_dry_collection_tells_the_truth_and_removes_nothing(shell: Shell) -> None:
     shell("run", TINY, "--set", "parse.max_trees=300", "--until", "encode")
     shell("run", TINY)
@@ -241,24 +280,18 @@ def test_an_error_is_one_line_with_a_code_and_a_way_out(
     ("number", "code", "says"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 def test_a_signal_to_the_whole_group_ends_a_run_soon_with_one_line(
-    shell: Shell, number: int, code: int, says: str
+    shell: Shell, tmp_path: Path, number: int, code: int, says: str
 ) -> None:
     asked = [sys.executable, "-m", "flows", "run", TINY, "--set", "train.epochs=2000", "--set", "train.seed=7"]
-    process = subprocess.Popen(
-        asked, cwd=ROOT, env=shell.environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    scratch = shell.folder / "artifacts" / ".scratch"
-    mine = f"resume-model-*.{process.pid}.*/log.jsonl"
-    deadline = time.monotonic() + 90
-    while not any(scratch.glob(mine)):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.1)
-    os.killpg(process.pid, number)
-    started = time.monotonic()
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == code
-    assert time.monotonic() - started < 30, "Prefect's own patience would be minutes"
+    scratch, told = shell.folder / "artifacts" / ".scratch", tmp_path / "told"
+    with (
+        told.open("w") as stderr,
+        started(asked, cwd=ROOT, env=shell.environment, stderr=stderr, start_new_session=True) as process,
+    ):
+        until(lambda: any(scratch.glob(f"resume-model-*.{process.pid}.*/log.jsonl")), process)
+        os.killpg(process.pid, number)
+        assert ended(process, seconds=30) == code, "Prefect's own patience would be minutes"
+    said = told.read_text()
     assert [line for line in said.splitlines() if "error[" in line][-1].startswith(f"error[{says}]")
     assert "Traceback" not in said
     assert list(scratch.glob("resume-model-*.left")), "the next try goes on from there"
@@ -283,19 +316,13 @@ def test_killed_with_nine_a_run_leaves_no_process_behind_and_the_next_one_goes_o
         "--set",
         "train.checkpoint_seconds=0",
     ]
-    process = subprocess.Popen(asked, cwd=ROOT, env=shell.environment, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not any((shell.folder / "artifacts").glob(".scratch/resume-*/checkpoints/step-00000003")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
-    assert len(of_store(shell)) >= processes + 1  # Prefect's server, too
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 10
-    while of_store(shell):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    third = ".scratch/resume-*/checkpoints/step-00000003"
+    with started(asked, cwd=ROOT, env=shell.environment, start_new_session=True) as process:
+        until(lambda: any((shell.folder / "artifacts").glob(third)), process)
+        assert len(of_store(shell)) >= processes + 1  # Prefect's server, too
+        process.kill()
+        process.wait()
+        until(lambda: not of_store(shell), seconds=10)
     shell(*asked[3:])
     told = shell.json("show", "model", "-n", "100")
     assert isinstance(told, dict)
@@ -337,16 +364,12 @@ def test_a_run_under_torchrun_leaves_one_model_of_the_same_losses_and_only_rank_
     left = unfinished(store)  # by what other tests killed
     asked = [sys.executable, "-m", "flows", "run", TINY, "--until", "train", "--force", "train"]
     environment = {**shell.environment, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen([*agent, *asked], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-        for agent in agents(nodes, tmp_path)
-    ]
-    try:
-        said = [one.communicate(timeout=200)[1] for one in started]
-    finally:
-        for one in started:
-            one.kill()
-    assert [one.returncode for one in started] == [0] * nodes, said
+    with ExitStack() as both:
+        crew = [
+            both.enter_context(started([*agent, *asked], cwd=ROOT, env=environment))
+            for agent in agents(nodes, tmp_path)
+        ]
+        assert [ended(one) for one in crew] == [0] * nodes
     assert losses(shell, model) == pytest.approx(wanted, rel=1e-5)
     after = {path: path.stat().st_mtime_ns for path in store.glob("[a-z]*/*/manifest.json")}
     assert [path.parent.parent.name for path in after if after[path] != before.get(path)] == ["model"]

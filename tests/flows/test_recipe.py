@@ -1,10 +1,11 @@
 """Laws of recipes: the unknown is an error with advice, runtime settings are led to their place."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from flows import recipe
+from flows import recipe, sweep
 from tasks.errors import ParameterError
 
 
@@ -52,6 +53,33 @@ def test_a_runtime_setting_may_be_named_by_its_step() -> None:
 def test_a_wrong_setting_is_refused_with_advice(setting: str, says: str) -> None:
     with pytest.raises(ParameterError, match=says):
         recipe.load("quickstart", [setting])
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["[" * 200_000, "{a=" * 200_000, "9" * 5_000, "[1, -" + "9" * 5_000 + "]", "0x" + "f" * 10**6, "a" * 10**6],
+    ids=["lists", "tables", "number", "number within", "hex", "text"],
+)
+def test_a_value_that_is_nested_or_long_without_end_is_refused_in_a_setting_a_recipe_and_a_sweep(
+    tmp_path: Path, value: str
+) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(f"[encode]\nblock = {value}\n")
+    setting = f"encode.block={value}"
+    ways: list[Callable[[], object]] = [
+        lambda: recipe.load("quickstart", [setting]),
+        lambda: recipe.load(str(file)),
+        lambda: sweep.settled(recipe.load("quickstart"), [setting]),
+    ]
+    for load in ways:
+        with pytest.raises(ParameterError) as caught:
+            load()
+        assert len(str(caught.value)) < 1_000
+
+
+def test_a_name_of_many_parts_is_refused() -> None:
+    with pytest.raises(ParameterError, match="there is no such setting"):
+        recipe.load("quickstart", ["a." * 200_000 + "b=1"])
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest_name() -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -16,6 +15,7 @@ from flows import chain, recipe, runners
 from flows.runners import _packed, _Sealed, _unpacked, _work
 from tasks.errors import ParameterError
 from tasks.store.folders import Store
+from tests.waiting import run
 
 ROOT = Path(__file__).parents[2]
 TINY = str(Path(__file__).with_name("tiny.toml"))
@@ -63,12 +63,11 @@ def run_on(runner: str, folder: Path, given: list[str], **named: str) -> None:
     named |= {"TREELINE_ARTIFACTS": str(folder / runner), "HOME": str(folder), "TREELINE_SOURCE_ROOTS": str(folder)}
     settings = [word for one in (f"runtime.runner={runner}", *given) for word in ("--set", one)]
     asked = [sys.executable, "-m", "flows", "run", TINY, "--until", "encode", *settings]
-    done = subprocess.run(asked, cwd=ROOT, env={**kept, **named}, capture_output=True, text=True, timeout=300)
+    done = run(asked, cwd=ROOT, env={**kept, **named})
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_ray_makes_the_bytes_that_threads_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("prefect_ray", reason="Ray comes with the extra `ray` only")
     monkeypatch.setenv("TREELINE_ARTIFACTS", str(tmp_path / "threads"))
@@ -78,7 +77,6 @@ def test_ray_makes_the_bytes_that_threads_make(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_two_workers_of_a_cluster_make_the_bytes_that_threads_make(
     scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

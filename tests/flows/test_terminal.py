@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from flows import commands
 from flows.__main__ import parser
-from flows.terminal import Bars, amount_of, brief, json_text
+from flows.terminal import Bars, amount_of, brief, console, json_text, table
 from tasks.progress import bar, listening, track
 from tasks.sources import ROOTS
 
@@ -63,6 +64,20 @@ def test_an_escape_in_the_data_never_reaches_the_terminal(
     assert "red" in shown
     assert "\x1b" not in shown
     assert "\x07" not in shown
+
+
+MARKUP = "[INST] [/INST] [link=x]y[/] :smile: [red]\x1b[31m"
+
+
+def test_a_text_is_never_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    console().print(table(f"{MARKUP} 1", (f"{MARKUP} 2", "step"), [(f"{MARKUP} 3", "cached")]))
+    bars = Bars()
+    with bars.shown(), bars.bar(f"{MARKUP} 4", 1, "things") as shown:
+        shown.advance(note=f"{MARKUP} 5")
+    console().print(f"{MARKUP} 6", markup=None)
+    told = capsys.readouterr()
+    for number, said in enumerate([told.out] * 3 + [told.err] * 2 + [told.out], 1):
+        assert re.search(rf"\[INST\] \[/INST\] \[link=x\]y\[/\] :smile: \[red\]\S+ {number}", said)
 
 
 STRANGE = st.text(st.characters() | st.sampled_from('\x1b\x7f\x9b\u202e\u2066\u2028\\"\n'))

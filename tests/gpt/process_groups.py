@@ -24,6 +24,7 @@ from tasks.gpt.preference import EachPair, Replies, Side
 from tasks.gpt.run import Machine, Settings
 from tasks.gpt.weights import freeze
 from tests.gpt import test_loop
+from tests.waiting import patience
 
 STEP = replace(test_loop.SETTINGS, sequences=8, epochs=2)  # of 21 sequences: steps of 8, 8 and 5
 MACHINE = replace(test_loop.MACHINE, micro_batch=2)
@@ -194,7 +195,7 @@ def in_group(size: int, folder: Path, work: Callable[[Path, ProcessGroup], Told]
         if child == 0:
             code = 1
             try:
-                with join_group(rank, size, rank, f"file://{meeting}", timeout=60.0) as world:
+                with join_group(rank, size, rank, f"file://{meeting}", timeout=patience(60)) as world:
                     told = work(folder, world)
                 folder.with_suffix(f".{rank}").write_text(json.dumps(told))
                 code = 0

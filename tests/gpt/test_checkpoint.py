@@ -98,13 +98,24 @@ def spoil_the_state(place: Path) -> None:
     file.write_text(json.dumps(body))
 
 
+def spoil_by_nesting(place: Path) -> None:
+    (place / "checkpoint.json").write_text("[" * 200_000)
+
+
 def spoil_by_emptying(place: Path) -> None:
     (place / "checkpoint.json").write_bytes(b"")
 
 
 @pytest.mark.parametrize(
     "spoil",
-    [spoil_by_flipping_a_bit, spoil_by_cutting, spoil_by_removing, spoil_the_state, spoil_by_emptying],
+    [
+        spoil_by_flipping_a_bit,
+        spoil_by_cutting,
+        spoil_by_removing,
+        spoil_the_state,
+        spoil_by_emptying,
+        spoil_by_nesting,
+    ],
 )
 def test_a_broken_one_is_said_and_passed_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path], None]

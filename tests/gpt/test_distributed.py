@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from tasks.errors import ConfigurationError
 from tasks.gpt.distributed import ProcessGroup
 from tasks.gpt.parallel import parallel_settings
+from tests.waiting import run
 
 ROOT = Path(__file__).parents[2]
 # size:work:folder; one that names a folder again goes on from the checkpoint that the other one left there
@@ -71,10 +71,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def told(home: Path) -> Told:
     """What each rank of each world tells; torch is loaded once."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.gpt.process_groups", str(home), *ORDERS], cwd=ROOT, capture_output=True,
-        text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}, check=False,
-    )  # fmt: skip
+    asked = [sys.executable, "-m", "tests.gpt.process_groups", str(home), *ORDERS]
+    done = run(asked, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
     assert done.returncode == 0, done.stderr
     found: Told = json.loads(done.stdout)
     return found

@@ -4,7 +4,6 @@ import logging
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +16,14 @@ from tasks.gpt import launcher
 from tasks.gpt.interrupt import Interrupt, Interrupted
 from tasks.gpt.launcher import run_workers
 from tasks.progress import listening
+from tests.waiting import patience, until
 
 WORKER = """
 import json, os, signal, sys, time
 folder, rank, attempt = sys.argv[-1], int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 pipe = open(f"{folder}/{attempt}-{rank}.pipe", "w")
-here = json.load(open(f"{folder}/job.json"))["here"]
+job = json.load(open(f"{folder}/job.json"))
+here = job["here"]
 def send(**report): print(json.dumps(report), file=pipe, flush=True)
 def forever(heartbeats=lambda: 0):
     while True: send(heartbeats=heartbeats()); time.sleep(0.1)
@@ -31,8 +32,9 @@ open(f"{here}/{rank}-{os.getpid()}", "w").close()
 
 
 def run(here: Path, body: str, interrupt: Interrupt | None = None, **settings: Any) -> Any:
-    command, settings = [sys.executable, "-c", WORKER + body], {"max_restarts": 0, "heartbeat_timeout": 30.0} | settings
-    return run_workers(command, {"here": str(here)}, 2, interrupt=interrupt or Interrupt(), **settings)
+    command, job = [sys.executable, "-c", WORKER + body], {"here": str(here), "grace": launcher.GRACE_SECONDS}
+    settings = {"max_restarts": 0, "heartbeat_timeout": patience(30), **settings}
+    return run_workers(command, job, 2, interrupt=interrupt or Interrupt(), **settings)
 
 
 def none_is_left(here: Path) -> bool:
@@ -96,9 +98,9 @@ sys.exit(70)
     "body", ["os.kill(os.getpid(), signal.SIGSTOP) if rank == 1 else forever()", "forever(lambda: 7 - rank)"]
 )
 def test_of_ranks_without_progress_the_one_behind_is_named_and_all_are_killed(tmp_path: Path, body: str) -> None:
-    what = "rank 1 of 2 made no progress for 1 s; the other ranks are blocked on it"
+    what = r"rank 1 of 2 made no progress for [\d.]+ s; the other ranks are blocked on it"
     with pytest.raises(RankLost, match=what):
-        run(tmp_path, body, heartbeat_timeout=1.0)
+        run(tmp_path, body, heartbeat_timeout=patience(1))
     assert none_is_left(tmp_path)
 
 
@@ -132,8 +134,7 @@ def asked_when_ready(folder: Path) -> Interrupt:
     interrupt = Interrupt()
 
     def ask() -> None:
-        while len(list(folder.glob("ready-*"))) < 2:
-            time.sleep(0.02)
+        until(lambda: len(list(folder.glob("ready-*"))) == 2)
         interrupt.ask()
 
     threading.Thread(target=ask, daemon=True).start()
@@ -149,7 +150,7 @@ while not asked: send(heartbeats=0); time.sleep(0.05)
 if rank == 1: sys.exit(143)
 """
 SAVE = """
-for count in range(1, 11): send(heartbeats=count); time.sleep(0.1)
+for count in range(1, 11): send(heartbeats=count); time.sleep(job["grace"] / 7)
 open(f"{here}/saved", "w").close(); sys.exit(143)
 """
 
@@ -158,7 +159,7 @@ open(f"{here}/saved", "w").close(); sys.exit(143)
 def test_asked_to_stop_who_makes_progress_is_waited_for_and_who_does_not_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, after: str, saved: bool
 ) -> None:
-    monkeypatch.setattr(launcher, "GRACE_SECONDS", 1.5)
+    monkeypatch.setattr(launcher, "GRACE_SECONDS", patience(0.7))
     with pytest.raises(Interrupted):
         run(tmp_path, STEP + after, asked_when_ready(tmp_path))
     assert (tmp_path / "saved").exists() == saved
@@ -188,8 +189,9 @@ while not os.path.exists(here + "/sent"): time.sleep(0.02)
 
 
 def test_rank_0_may_finish_in_silence_once_the_others_have_done_their_part(tmp_path: Path) -> None:
-    body = """
+    timeout = patience(1)
+    body = f"""
 if rank == 1: sys.exit(0)
-time.sleep(3); send(result="trained")
+time.sleep({1.5 * timeout}); send(result="trained")
 """
-    assert run(tmp_path, body, heartbeat_timeout=2.0) == "trained"
+    assert run(tmp_path, body, heartbeat_timeout=timeout) == "trained"

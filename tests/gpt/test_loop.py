@@ -156,6 +156,24 @@ def test_killed_long_after_its_checkpoint_it_does_the_lost_steps_again(tmp_path:
     assert [entry["loss"] for entry in resumed_log] == [entry["loss"] for entry in log]
 
 
+@pytest.mark.parametrize("part", ["progress", "settings"])
+def test_from_a_checkpoint_with_a_field_that_is_not_known_it_does_not_go_on_but_from_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    whole, _, log = run(tmp_path / "whole")
+    killed(tmp_path / "cut", 5, replace(MACHINE, checkpoint_seconds=0.0))
+    before, newest = sorted((tmp_path / "cut" / "checkpoints").glob("step-*"))
+    body = json.loads((newest / checkpoint.NAME).read_bytes())
+    body["state"][part]["mood"] = 7
+    del body["seal"]
+    (newest / checkpoint.NAME).write_text(json.dumps({"seal": checkpoint._seal(body), **body}))
+    resumed, _, resumed_log = run(tmp_path / "cut")
+    assert f"{newest} is of another version and passed over" in caplog.text
+    assert str(before) not in caplog.text
+    assert equal(resumed, whole)
+    assert resumed_log == log
+
+
 def test_killed_before_any_checkpoint_it_starts_over(tmp_path: Path) -> None:
     whole, _, log = run(tmp_path / "whole")
     killed(tmp_path / "cut", 2, MACHINE)

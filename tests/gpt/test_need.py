@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tasks.gpt.need import Shape, flops, largest_micro_batch, memory, seconds
+from tests.waiting import run
 
 ADAPTED = pytest.mark.skipif(find_spec("peft") is None, reason="peft comes with the extras `lora` and `test`")
 ROOT = Path(__file__).parents[2]
@@ -90,10 +90,7 @@ print(json.dumps([resident + memory(shape, size), peak]))
 )
 def test_the_plan_is_wrong_by_a_fifth_at_most(shape: tuple[float, ...]) -> None:
     asked = map(str, (*shape, *(0.0, 0)[len(shape) - 9 :]))  # the decay and the adapters' rank may be left out
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, *asked], cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = run([sys.executable, "-c", CODE, *asked], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     planned, peak = json.loads(done.stdout)
     assert planned == pytest.approx(peak, rel=0.2)

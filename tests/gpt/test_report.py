@@ -1,14 +1,16 @@
 """Laws of the report's figures, on replies that are written down here."""
 
 import math
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from tasks.gpt.batches import Split
+from tasks.gpt.preference import Replies
 from tasks.gpt.report import Exam, Result, figures, samples
-from tasks.gpt.sample import Reply
+from tasks.gpt.sample import End, Reply
 from tasks.oasst.facts import Fact, Question
 from tasks.text.chat import Dialect
 
@@ -20,8 +22,8 @@ class Letters:
         return "".join(map(chr, ids))
 
 
-def says(text: str, stopped: bool = True) -> Reply:
-    return Reply(tuple(map(ord, text)), stopped)
+def says(text: str, end: End = "stopped") -> Reply:
+    return Reply(tuple(map(ord, text)), end)
 
 
 def question(subject: str, answer: str, region: str, family: str = "capital") -> Question:
@@ -34,8 +36,8 @@ QUESTIONS = (
     question("Kenya", "Nairobi", "Africa"),
     question("gold", "Au", "", "element"),
 )
-BASE = Result(12.0, [says("", False)] * 4, [[says("um", False), says("uh")]])
-TUNED = Result(3.0, [says("Paris."), says("Paris."), says("Nairobi", False), says("Au")], [[says("Hi!"), says("Hi.")]])
+BASE = Result(12.0, [says("", "looping")] * 4, [[says("um", "cut"), says("uh")]])
+TUNED = Result(3.0, [says("Paris."), says("Paris."), says("Nairobi", "cut"), says("Au")], [[says("Hi!"), says("Hi.")]])
 
 
 def exam(**changed: Any) -> Exam:
@@ -62,15 +64,17 @@ def test_an_answer_is_right_that_is_right_and_stops() -> None:
         "Europe": {"base": 0.0, "tuned": 0.5, "n": 2},
     }
     assert facts["by_family"]["element"] == {"base": 0.0, "tuned": 1.0, "n": 1}
-    assert [(case["expected"], case["text"], case["stopped"]) for case in facts["wrong"]] == [
-        ("Madrid", "Paris.", True),
-        ("Nairobi", "Nairobi", False),
+    assert [(case["expected"], case["text"], case["end"]) for case in facts["wrong"]] == [
+        ("Madrid", "Paris.", "stopped"),
+        ("Nairobi", "Nairobi", "cut"),
     ]
 
 
-def test_the_stop_rate_is_over_all_replies_to_questions_and_panel() -> None:
+def test_how_replies_end_is_told_of_all_to_questions_and_panel() -> None:
     found = figures({"base": BASE, "tuned": TUNED}, exam())
     assert found["stop_rate"] == {"base": 1 / 6, "tuned": 5 / 6}
+    assert found["loop_rate"] == {"base": 4 / 6, "tuned": 0}
+    assert found["cut_rate"] == {"base": 1 / 6, "tuned": 1 / 6}
     assert found["replies"] == {"facts": 4, "panel": 2}
 
 
@@ -78,14 +82,15 @@ def test_the_panel_pairs_the_replies_of_one_seed() -> None:
     (shown,) = figures({"base": BASE, "tuned": TUNED}, exam())["panel"]
     assert (shown["prompt"], shown["seeds"]) == ("Hello", [5, 6])
     assert [reply["text"] for reply in shown["base"]] == ["um", "uh"]
-    assert shown["tuned"][0] == {"text": "Hi!", "stopped": True, "tokens": 3}
+    assert shown["tuned"][0] == {"text": "Hi!", "end": "stopped", "tokens": 3}
 
 
 def test_what_was_not_asked_is_null() -> None:
     silent = Result(None, [], [])
     found = figures({"base": silent, "tuned": silent}, exam(split=None, utf8_bytes=0, questions=(), panel=()))
     nothing = {"base": None, "tuned": None}
-    assert [found[name] for name in ("nll", "perplexity", "bits_per_byte", "stop_rate")] == [nothing] * 4
+    assert [found[name] for name in ("nll", "perplexity", "bits_per_byte", "stop_rate", "loop_rate")] == [nothing] * 5
+    assert [found[name] for name in ("pairs", "accuracy", "margin", "chosen")] == [0, None, None, None]
     assert (found["facts"], found["panel"]) == (None, [])
 
 
@@ -101,3 +106,18 @@ def test_every_reply_is_a_line_of_the_samples() -> None:
         True, False, False, True,
     ]  # fmt: skip
     assert [line["seed"] for line in lines if line["set"] == "panel"] == [5, 6, 5, 6]
+
+
+def test_a_pair_is_right_where_the_better_reply_is_likelier_and_a_tie_is_half_right() -> None:
+    """One contest of three ranks: pairs 0-1, 0-2 and 1-2."""
+    contest = Replies(*(np.array(column) for column in ([0, 0, 0], [5, 5, 5], [0, 0, 0], [0, 1, 2])))
+    logps = {"base": [-9.0, -9.0, -9.0], "tuned": [-4.0, -6.0, -5.0], "preferred": [-1.0, -2.0, -4.0]}
+    results = {which: replace(BASE, logps=np.array(found, np.float32)) for which, found in logps.items()}
+    asked = exam(ranked=(exam().split, contest))
+    found = figures(results, asked)
+    assert (found["models"], found["pairs"]) == (["base", "tuned", "preferred"], 3)
+    assert found["accuracy"] == {"base": 0.5, "tuned": pytest.approx(2 / 3), "preferred": 1.0}
+    assert found["margin"] == {"base": 0.0, "tuned": pytest.approx(2 / 3), "preferred": 2.0}
+    assert found["chosen"] == {"base": -9.0, "tuned": pytest.approx(-14 / 3), "preferred": pytest.approx(-4 / 3)}
+    assert set(found["facts"]["by_region"]["Africa"]) == {*logps, "n"}
+    assert set(found["panel"][0]) == {"prompt", "seeds", *logps}

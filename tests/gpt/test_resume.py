@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from tasks.gpt.batches import Split
 from tasks.gpt.loop import fit
 from tasks.gpt.weights import build_start, scratch_spec, set_dropout
 from tests.gpt.test_loop import BLOCK, MACHINE, SETTINGS, split
+from tests.waiting import run
 
 ROOT = Path(__file__).parents[2]
 POINTS = 30
@@ -64,10 +64,8 @@ print(json.dumps(told))
 @pytest.mark.slow
 @pytest.mark.parametrize(("decay", "points"), [(0.0, POINTS), (0.9, 6)])
 def test_killed_with_nine_after_any_step_it_ends_the_same_to_the_bit(tmp_path: Path, decay: float, points: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", TRIALS, str(tmp_path), str(points), str(decay)], cwd=ROOT, capture_output=True,
-        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
+    asked = [sys.executable, "-c", TRIALS, str(tmp_path), str(points), str(decay)]
+    done = run(asked, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     (_, _, whole), *cut = json.loads(done.stdout)
     assert len(whole[0]) == 3 * (points + 1)
@@ -120,10 +118,8 @@ print(json.dumps(reports))
 
 @pytest.mark.slow
 def test_a_train_step_that_is_killed_and_resumed_writes_the_same_model_to_the_bit(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", STEP_TRIALS, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
+    asked = [sys.executable, "-c", STEP_TRIALS, str(tmp_path)]
+    done = run(asked, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     whole, *resumed = json.loads(done.stdout)
     assert [report[:3] for report in resumed] == [[-9, "step-00000002", 0], [-9, "step-00000004", 0]]

@@ -10,6 +10,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tasks.errors import ParameterError
+from tasks.gpt.cache import STRETCH
+from tasks.gpt.loops import looping
 from tasks.gpt.sample import Reply, generate, stream
 
 VOCAB, POSITIONS, STOP = 61, 32, 32  # this id ends some replies of `model`, not all
@@ -25,11 +27,11 @@ def _one_thread() -> Iterator[None]:
 
 
 @cache
-def model(seed: int = 0, scale: float = 4.0) -> Any:
+def model(seed: int = 0, scale: float = 4.0, positions: int = POSITIONS) -> Any:
     """Return a small GPT-2 whose logits lie far enough apart that float noise decides no token."""
     torch.manual_seed(seed)
     shape = GPT2Config(
-        vocab_size=64, n_positions=POSITIONS, n_embd=32, n_layer=3, n_head=4, bos_token_id=None, eos_token_id=None
+        vocab_size=64, n_positions=positions, n_embd=32, n_layer=3, n_head=4, bos_token_id=None, eos_token_id=None
     )
     made = GPT2LMHeadModel(shape).eval()
     with torch.no_grad():
@@ -54,9 +56,9 @@ def slow_greedy(prompt: tuple[int, ...], max_new: int) -> Reply:
             logits = model()(torch.tensor([[*prompt, *ids]])).logits[0, -1, :VOCAB]
         token = int(logits.argmax())
         if token == STOP:
-            return Reply(tuple(ids), True)
+            return Reply(tuple(ids), "stopped")
         ids.append(token)
-    return Reply(tuple(ids), False)
+    return Reply(tuple(ids), "cut")
 
 
 @pytest.mark.parametrize("batch", [1, 5, 64])
@@ -79,6 +81,24 @@ def test_a_reply_ends_where_the_positions_end() -> None:
     said = generate(model(), [[1] * (POSITIONS - 1), [1] * 3], STOP, 1_000, vocab=VOCAB)
     assert len(said[0].ids) == 1
     assert len(said[1].ids) <= POSITIONS - 3
+
+
+def test_without_a_limit_a_reply_has_the_room_of_the_model_and_ends_when_it_loops() -> None:
+    """Each token is the likeliest after all before it, read as a whole; so also where the cache had to grow."""
+    made, asked = model(positions=300), prompts(40)
+    stop = generate(made, asked[:1], -1, 12)[0].ids[-1]
+    said = generate(made, asked, stop, vocab=VOCAB)
+    for prompt, reply in zip(asked, said, strict=True):
+        with torch.inference_mode():
+            best = made(torch.tensor([[*prompt, *reply.ids]])).logits[0, len(prompt) - 1 :, :VOCAB].argmax(-1).tolist()
+        assert reply.ids == tuple(best[: len(reply.ids)])
+        assert (best[-1] == stop) == (reply.end == "stopped")
+        assert looping(reply.ids) == (reply.end == "looping")
+        assert not looping(reply.ids[:-1])
+        assert reply.end != "cut" or len(prompt) + len(reply.ids) == 300
+    assert {reply.end for reply in said} == {"stopped", "looping", "cut"}
+    assert max(len(reply.ids) for reply in said) > 2 * STRETCH
+    assert tuple(stream(made, asked[0], stop, 300, vocab=VOCAB)) == said[0].ids
 
 
 def test_what_is_drawn_depends_on_the_seed_alone() -> None:

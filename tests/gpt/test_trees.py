@@ -210,7 +210,7 @@ def test_a_tree_of_one_branch_is_an_isolated_document(tmp_path: Path) -> None:
     made = []
     for layout in ("tree", "paths"):
         (tmp_path / layout).mkdir()
-        params = EncodeParams(tokenizer="trained", vocab_size=300, block=128, layout=layout)
+        params = EncodeParams(tokenizer="trained", vocab_size=300, block=128, pack=128, layout=layout)
         encode.function(
             tmp_path / layout, Dialogues(tmp_path, Manifest("0" * 64, "", {}, {}, "0" * 64)), params, EncodeRuntime()
         )

@@ -172,6 +172,103 @@ def test_a_config_that_is_not_a_plain_gpt2_is_refused(tmp_path: Path, changed: d
     assert caught.value.code == code
 
 
+ODD = [
+    {"n_layer": 10**6}, {"n_layer": 10**15}, {"n_layer": 0}, {"n_layer": -1}, {"n_layer": "2"}, {"n_layer": 2.0},
+    {"n_layer": True}, {"n_layer": None}, {"n_layer": [2]}, {"n_layer": 1}, {"n_layer": 3},
+    {"n_positions": 10**9}, {"n_positions": 10**30}, {"n_positions": float("nan")}, {"n_positions": 0},
+    {"vocab_size": 10**9}, {"vocab_size": -5}, {"vocab_size": 31}, {"n_inner": 10**9}, {"n_inner": 0},
+    {"n_embd": 10**6}, {"n_embd": 0}, {"n_embd": 32}, {"n_head": 0}, {"n_head": 3}, {"n_head": -2}, {"n_head": 32},
+    {"layer_norm_epsilon": float("nan")}, {"layer_norm_epsilon": float("inf")}, {"layer_norm_epsilon": "small"},
+    {"layer_norm_epsilon": -1}, {"resid_pdrop": 2}, {"attn_pdrop": "x"}, {"initializer_range": float("-inf")},
+    {"activation_function": "evil"}, {"activation_function": 5}, {"tie_word_embeddings": "no"},
+    {"tie_word_embeddings": False}, {"add_cross_attention": True}, {"scale_attn_weights": 1}, {"eos_token_id": "x"},
+    {"quantization_config": {"quant_method": "bitsandbytes"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", ODD, ids=str)
+def test_a_config_of_other_sizes_than_the_weights_or_of_none_is_refused_before_room_is_made(
+    tmp_path: Path, changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = exported(tmp_path) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    monkeypatch.setattr(GPT2LMHeadModel, "__init__", lambda *_: pytest.fail("room was made"))
+    for read in (load_model, lambda folder: folder_spec(folder, start="folder", vocab_size=64, seed=0)):
+        with pytest.raises(InputError) as caught:
+            read(tmp_path)
+        assert caught.value.code in {"model.config", "model.weights"}
+        assert caught.value.exit_code == 65
+
+
+@pytest.mark.parametrize(
+    "named", ["hidden_size", "num_hidden_layers", "num_labels", "pruned_heads", "dtype", "id2label"]
+)
+def test_other_names_of_a_config_say_nothing(tmp_path: Path, named: str) -> None:
+    file = exported(tmp_path) / "config.json"
+    before = state(load_model(tmp_path))
+    file.write_text(json.dumps({**json.loads(file.read_text()), named: 10**9}))
+    (tmp_path / "generation_config.json").write_text("[" * 200_000)
+    after = state(load_model(tmp_path))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 200_000,
+        '{"model_type": "gpt2", "n_layer": ' + "9" * 5_000 + "}",
+        '{"model_type": "gpt2", "a": ' + '{"a": ' * 100_000,
+        " " * (2 << 20) + "{}",
+        "[]",
+        "\x00",
+        "",
+    ],
+    ids=["nested", "long number", "nested within", "large", "list", "zero", "empty"],
+)
+def test_a_config_that_is_no_json_of_a_sensible_size_is_refused(tmp_path: Path, content: str) -> None:
+    (exported(tmp_path) / "config.json").write_text(content)
+    with pytest.raises(InputError) as caught:
+        load_model(tmp_path)
+    assert caught.value.code in {"model.config", "model.type"}
+
+
+def header(text: str) -> bytes:
+    return len(text).to_bytes(8, "little") + text.encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"\0" * 7, (10**18).to_bytes(8, "little"), header("[" * 200_000), header('{"a": 9' + "9" * 5_000 + "}"),
+        header('{"wte.weight": {"dtype": "F32", "shape": [1000000, 1000000000], "data_offsets": [0, 4]}}') + bytes(4),
+        header('{"wte.weight": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16000000000]}}') + bytes(16),
+        header('{"h.999999999999999.ln_1.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}') + bytes(4),
+    ],
+    ids=range(8),
+)  # fmt: skip
+def test_weights_whose_header_makes_no_sense_are_refused(tmp_path: Path, content: bytes) -> None:
+    (exported(tmp_path) / "model.safetensors").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        load_model(tmp_path)
+    assert caught.value.code == "model.weights"
+
+
+def test_weights_that_are_whole_numbers_are_refused(tmp_path: Path) -> None:
+    file = exported(tmp_path) / "model.safetensors"
+    save_file({name: weight.to(torch.int8) for name, weight in state(load_model(tmp_path)).items()}, file)
+    with pytest.raises(InputError, match=r"transformer.wte.weight as I8, where floats are meant"):
+        load_model(tmp_path)
+
+
+def test_a_folder_whose_weights_are_a_link_that_leads_out_is_not_found(tmp_path: Path) -> None:
+    exported(tmp_path / "outside")
+    (tmp_path / "root" / "model").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "root" / "model" / name).symlink_to(tmp_path / "outside" / name)
+    assert find_folder(digests(tmp_path / "outside"), [tmp_path / "root"]) is None
+    assert find_folder(digests(tmp_path / "outside"), [tmp_path]) is not None
+
+
 def test_weights_that_are_cut_missing_or_of_another_shape_are_refused(tmp_path: Path) -> None:
     file = exported(tmp_path) / "model.safetensors"
     whole = file.read_bytes()

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
+import lzma
+import tarfile
 import tracemalloc
+import zipfile
 import zlib
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.ipc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -96,6 +103,54 @@ def test_members_follow_each_other_and_zeros_are_padding(tmp_path: Path, padding
 )
 def test_a_fault_of_the_stream_is_an_error_with_its_own_code(tmp_path: Path, content: bytes, code: str) -> None:
     assert fault(tmp_path, content).code == code
+
+
+def archive(kind: str) -> bytes:
+    """Return some rows in an archive or another packing."""
+    made = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(made, "w") as packed:
+            packed.writestr("rows.jsonl", ROWS)
+    elif kind in ("ustar", "pax", "gnu"):
+        form = {"ustar": tarfile.USTAR_FORMAT, "pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT}[kind]
+        with tarfile.open(fileobj=made, mode="w", format=form) as rolled:
+            entry = tarfile.TarInfo("rows.jsonl")
+            entry.size = len(ROWS)
+            rolled.addfile(entry, io.BytesIO(ROWS))
+    elif kind in ("file", "stream"):
+        table = pa.table({"messages": ["x"]})
+        writer = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+        with writer(made, table.schema) as arrow:
+            arrow.write_table(table)
+    elif kind == "zstd":
+        return bytes(pa.compress(ROWS, codec="zstd", asbytes=True))
+    else:
+        return bz2.compress(ROWS) if kind == "bz2" else lzma.compress(ROWS)
+    return made.getvalue()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("zip", "is a zip archive.*unzip"),
+        ("ustar", "is a tar archive.*tar xf"),
+        ("pax", "is a tar archive.*tar xf"),
+        ("gnu", "is a tar archive.*tar xf"),
+        ("file", r"is an Arrow \(Feather\) file.*read_ipc"),
+        ("stream", "is a stream of Arrow.*read_ipc_stream"),
+        ("zstd", "is compressed by zstd.*unzstd"),
+        ("bz2", "is compressed by bzip2.*bunzip2"),
+        ("xz", "is compressed by xz.*unxz"),
+    ],
+)
+def test_an_archive_is_named_by_its_bytes_and_what_to_do_is_said(
+    tmp_path: Path, kind: str, words: str, packed: bool
+) -> None:
+    content = archive(kind)
+    with pytest.raises(InputError, match=words) as caught:
+        read(tmp_path, gzip.compress(content) if packed else content)
+    assert caught.value.code == "input.kind"
 
 
 def test_no_flipped_bit_of_the_packed_bytes_goes_unseen(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from tasks.artifacts import DETOXIFY, LABELS, MESSAGE_COLUMNS
-from tasks.oasst.fields import Fault, instant
+from tasks.oasst.fields import TOO_DEEP, Fault, instant
 from tasks.oasst.tree import Layout, arrange, messages_in
 
 
@@ -171,7 +171,6 @@ def test_a_bad_tree_is_refused(published: dict[str, Any], code: str) -> None:
     "text",
     [
         "2023-02-07",
-        "2023-02-07T17:29:24",  # no offset
         "2023-W06-2T17:29:24Z",
         "20230207T172924Z",
         "2023-02-07x17:29:24Z",
@@ -187,12 +186,28 @@ def test_an_instant_is_a_date_a_time_and_an_offset_and_nothing_else(text: str) -
         instant("created_date", text)
 
 
-def test_a_value_too_deep_to_write_again_is_a_fault_and_no_crash() -> None:
+def test_an_instant_without_an_offset_is_one_of_utc_and_counted() -> None:
+    dates = ["2023-02-07T17:29:24", "2023-02-07T17:29:24Z", datetime(2023, 2, 7, 17, 29, 24)]
+    made = layout()
+    rows = made.rows_of(tree(message("p", *(message(f"a{n}", created_date=date) for n, date in enumerate(dates)))))
+    place = made.columns.index("created_date")
+    assert [row[place] for row in rows[1:]] == [datetime(2023, 2, 7, 17, 29, 24, tzinfo=UTC)] * 3
+    assert made.naive_dates == 2
+
+
+def test_a_whole_number_may_be_written_as_a_fraction() -> None:
+    (row,) = table(tree(message("p", rank=0.0, review_count=3.0, emojis={"+1": 2.0})))
+    assert (row["rank"], row["review_count"], row["emojis"]) == (0, 3, [("+1", 2)])
+    assert {fault(tree(message("p", rank=rank))).code for rank in (0.5, float("nan"), 1e300)} == {"schema.rank"}
+
+
+def test_a_value_too_deep_to_write_again_costs_neither_the_text_nor_the_fields_beside_it() -> None:
     deep: Any = 1
     for _ in range(1_000):
         deep = [deep]
-    for fields in ({"events": deep}, {"unknown": deep}):
-        assert fault(tree(message("p", **fields))).code == "json.depth"
+    (row,) = table(tree(message("p", events=deep, unknown=deep, other=5)))
+    assert orjson.loads(row["events"]) == TOO_DEEP
+    assert orjson.loads(row["extra"]) == {"unknown": TOO_DEEP, "other": 5}
     for fields in ({"message_id": deep}, {"parent_id": deep}, {"text": deep}, {"created_date": deep}):
         assert fault(tree(message("p", **fields))).code
 

@@ -19,7 +19,7 @@ from tasks.oasst.dump import loads
 from tasks.oasst.fields import Fault
 from tasks.oasst.tables import columns
 from tasks.oasst.tree import TREE, Layout, arrange
-from tasks.oasst.typed import Arranged, Message, Scores, Votes, arranged
+from tasks.oasst.typed import Arranged, Message, Rest, Scores, Votes, arranged, message_of, rest_of
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 REAL = [SHARED / "data" / name for name in ("oasst1_en_validation.trees.jsonl.gz", "en_100_tree.jsonl")]
@@ -123,7 +123,7 @@ TEXT = st.text(max_size=8)
 SHARES = st.sampled_from([0, 1, 0.0, -0.0, 0.1, 1 / 3, 5e-324, 0.30000001192092896])
 COUNTS = st.sampled_from([0, 1, 127, 128, 2**31 - 1])
 VOTES = st.dictionaries(st.sampled_from(LABELS), st.fixed_dictionaries({"value": SHARES, "count": COUNTS}))
-ODD = st.sampled_from([-1, True, "", [], {}, 1.5, 2**40, "prompter", {"name": [], "value": [], "count": []}])
+ODD = st.sampled_from([-1, True, "", [], {}, 1.5, 0.0, 3.0, 2**40, "prompter", {"name": [], "value": [], "count": []}])
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "user_id": TEXT, "lang": st.sampled_from(["en", "pt-BR"]), "review_count": COUNTS, "rank": COUNTS,
     "created_date": st.datetimes().map(lambda date: date.isoformat(timespec="microseconds") + "+00:00"),
@@ -188,6 +188,44 @@ def test_a_damaged_line_is_read_as_the_careful_reader_reads_it_or_not_at_all(raw
     damaged = raw[:place] + data.draw(st.binary(max_size=2)) + raw[place + data.draw(st.integers(0, 4)) :]
     if (found := read(damaged, MAX_TEXT)) is not None:
         assert found == carefully(damaged)
+
+
+@settings(max_examples=200, deadline=None)
+@given(GIVEN, STRANGE, st.sampled_from([{}, {"parent_id": None}, {"parent_id": "p"}, {"parent_id": ""}]))
+def test_a_flat_message_that_is_read_here_is_read_alike_by_the_careful_reader(
+    given_: dict[str, Any], odd: dict[str, Any], parent: dict[str, Any]
+) -> None:
+    raw = json.dumps({**GOOD, **given_, **parent, **odd}).encode()
+    (found,) = typed.read_flat([raw], MAX_TEXT)
+    if found is not None:
+        row = Layout(LABELS, DETOXIFY, MAX_TEXT).row_of(loads(raw))
+        assert (found, None) == (message_of(row), rest_of(row))
+
+
+def test_a_usual_flat_message_is_read_here_and_an_unusual_one_is_left() -> None:
+    usual: list[dict[str, Any]] = [
+        {},
+        {"parent_id": "p", "message_tree_id": "t"},
+        {"created_date": DATE, "replies": []},
+    ]
+    other: list[dict[str, Any]] = [
+        {"parent_id": "p"}, {"text": "x" * MAX_TEXT}, {"mood": 1}, {"replies": [GOOD]}, {"message_tree_id": ""},
+        {"created_date": "2023-02-07T17:29:24"},
+    ]  # fmt: skip
+    found = typed.read_flat([json.dumps({**GOOD, **more}).encode() for more in (*usual, *other)], MAX_TEXT)
+    assert [one is not None for one in found] == [True] * len(usual) + [False] * len(other)
+    assert typed.read_flat([b"", b"\xff", b"[" * 10**5], MAX_TEXT) == [None] * 3
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 10])
+def test_the_parts_of_a_tree_are_the_tree(size: int) -> None:
+    messages = [Message(message_id=str(n), text="", role="prompter") for n in range(5)]
+    rest = {place: Rest(None, None, f"{place}") for place in (0, 3, 4)}
+    whole, again = Arranged(messages, [*range(5)], [0] * 5, rest), Arranged([], [], [], {})
+    for part in whole.parts(size):
+        assert part.size <= size
+        again.append(part)
+    assert again == whole
 
 
 @settings(max_examples=40, deadline=None)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from hypothesis import strategies as st
 from tasks.errors import StoreError
 from tasks.store.canonical import sha256_of
 from tasks.store.check import Fault
-from tasks.store.collect import Lease, garbage, lease, lineage, remove
+from tasks.store.collect import garbage, lineage, remove
 from tasks.store.folders import Store, entries
+from tasks.store.lease import lease
 from tasks.store.manifest import FileEntry, Manifest, content_digest
 from tasks.store.memo import Memo
 from tasks.store.parts import memos
 
 LATER = time.time() + 86_400
+KEPT = ("checkpoints",)
 
 
 def publish(
@@ -86,7 +89,7 @@ def test_what_is_remembered_stays_while_an_artifact_that_asked_for_it_does_or_a_
     old, new, used = (remember(store, version) for version in (1, 2, 3))
     made = publish(store, "tokens", "ids", {}, {"texts": {new: {"asked": 1, "remembered": 0, "computed": 1}}})
     store.note_run("quickstart", {"encode": name(made)})
-    with lease(store) as held:
+    with lease(store.root) as held:
         held.hold(used)
         assert garbage(store, 0, time.time() - 60) == []
         assert [f".memo/{path.name}" for path in garbage(store, 0, LATER)] == [old]
@@ -110,18 +113,18 @@ def test_a_recipe_cannot_be_noted_outside_of_the_store(store: Store, recipe: str
 
 def test_what_a_running_program_holds_stays(store: Store) -> None:
     held, loose = publish(store, "raw", "held", {}), publish(store, "raw", "loose", {})
-    lease = Lease(store)
-    lease.hold(name(held))
-    assert [path.name for path in garbage(store, 0, LATER)] == [loose.key[:12]]
+    with lease(store.root) as mine:
+        mine.hold(name(held))
+        assert [path.name for path in garbage(store, 0, LATER)] == [loose.key[:12]]
 
 
-def test_what_a_dead_program_held_goes(store: Store) -> None:
+def test_what_a_dead_program_held_goes_and_its_lease_with_it(store: Store) -> None:
     held = publish(store, "raw", "held", {})
-    lease = Lease(store)
-    lease.hold(name(held))
-    host = lease.path.stem.rsplit(".", 3)[0]
-    lease.path.rename(lease.path.with_name(f"{host}.4194305.1.dead.json"))  # above the largest process number
-    assert [path.name for path in garbage(store, 0, LATER)] == [held.key[:12]]
+    with lease(store.root) as mine:
+        mine.hold(name(held))
+        dead = mine.path.with_name("0123456789abcdef")
+        shutil.copyfile(mine.path, dead)  # nobody holds a lock on the copy, as after a kill
+    assert [path.name for path in garbage(store, 0, LATER)] == [held.key[:12], dead.name]
 
 
 def test_what_is_younger_than_the_grace_time_stays(store: Store) -> None:
@@ -146,7 +149,7 @@ def test_a_checkpoint_is_kept_for_a_week_and_dead_scratch_is_not(store: Store) -
 
 def left(store: Store, recipe: dict[str, Any]) -> Path:
     """What a try left that was cut short."""
-    with pytest.raises(KeyError), store.scratch("model", sha256_of(recipe), resumable=True, recipe=recipe):
+    with pytest.raises(KeyError), store.scratch("model", sha256_of(recipe), inherits=KEPT, recipe=recipe):
         raise KeyError
     (folder,) = (store.root / ".scratch").glob(f"resume-model-{sha256_of(recipe)[:12]}.*.left")
     return folder
@@ -169,7 +172,10 @@ def test_what_a_build_that_lacks_only_its_name_was_begun_with_stays(
     tokens = publish(store, "tokens", "ids", {})
     recipe = {"step": "train", "inputs": {"tokens": tokens.digest}}
     monkeypatch.setattr(Store, "_rename", Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt), store.scratch("model", sha256_of(recipe), True, recipe=recipe) as out:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        store.scratch("model", sha256_of(recipe), KEPT, recipe=recipe) as out,
+    ):
         store.publish(out, Manifest(sha256_of(recipe), "model", recipe, {}, ""))
     assert garbage(store, 0, LATER) == list((store.root / ".aside").iterdir()), "its checkpoints"
 
@@ -189,7 +195,7 @@ def test_what_was_left_of_a_build_that_is_finished_by_now_goes_and_keeps_nothing
 def test_what_a_living_process_builds_by_force_stays_though_that_is_finished(store: Store) -> None:
     made = publish(store, "model", "weights", {})
     store.note_run("quickstart", {"train": name(made)})
-    with store.scratch("model", made.key, resumable=True, fresh=True, recipe=made.recipe):
+    with store.scratch("model", made.key, inherits=KEPT, fresh=True, recipe=made.recipe):
         assert garbage(store, 0, LATER) == []
 
 

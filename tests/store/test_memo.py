@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,11 @@ import pytest
 
 from tasks.store import memo as memos
 from tasks.store import parts as store_parts
+from tasks.store.collect import garbage
+from tasks.store.folders import Store
 from tasks.store.memo import Keys, Memo, first_places, taken
 from tasks.store.parts import fault, parts
+from tests.waiting import ended, started
 
 ROOT = Path(__file__).parents[2]
 
@@ -222,12 +227,11 @@ for number in range(first, first + count):
 """
 
 
-def process(root: Path, first: int, count: int, kill: int = 0) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen([sys.executable, "-c", PROCESS, str(root), *map(str, (first, count, kill))], cwd=ROOT)
+def process(root: Path, first: int, count: int, kill: int = 0) -> "AbstractContextManager[subprocess.Popen[bytes]]":
+    return started([sys.executable, "-c", PROCESS, str(root), *map(str, (first, count, kill))], cwd=ROOT)
 
 
 def test_processes_write_and_merge_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    both = [process(tmp_path, first, 60) for first in (0, 30)]
     seen: list[bool] = []
     reading = threading.Event()
 
@@ -237,11 +241,13 @@ def test_processes_write_and_merge_side_by_side(tmp_path: Path, monkeypatch: pyt
             seen.append(found.items() <= right(*range(100)).items())
 
     reader = threading.Thread(target=read)
-    reader.start()
-    codes = [one.wait(120) for one in both]
-    reading.set()
-    reader.join()
-    assert codes == [0, 0]
+    with process(tmp_path, 0, 60) as one, process(tmp_path, 30, 60) as other:
+        reader.start()
+        try:
+            assert (ended(one), ended(other)) == (0, 0)
+        finally:
+            reading.set()
+            reader.join()
     assert all(seen)
     assert known(opened(tmp_path), *range(91)) == right(*range(91))
     assert len(parts(opened(tmp_path).folder)) <= 2 * memos.MOST
@@ -249,12 +255,15 @@ def test_processes_write_and_merge_side_by_side(tmp_path: Path, monkeypatch: pyt
 
 def test_a_kill_in_the_middle_of_writing_leaves_what_was_there(tmp_path: Path) -> None:
     remember(tmp_path, 1, 2)
-    assert process(tmp_path, 5, 1, kill=1).wait(60) == -signal.SIGKILL
+    with process(tmp_path, 5, 1, kill=1) as killed:
+        assert ended(killed) == -signal.SIGKILL
     memo = opened(tmp_path)
     assert len(list(memo.folder.glob(".*.part"))) == 1
     assert known(memo, 1, 2, 5, 6) == right(1, 2)
     memo.close()
-    assert list(memo.folder.glob(".*.part")) == []
+    (part,) = memo.folder.glob(".*.part")
+    assert part not in garbage(Store(tmp_path), 0, time.time() + 3600), "it may still be written"
+    assert part in garbage(Store(tmp_path), 0, time.time() + 2 * 86_400)
 
 
 @pytest.mark.parametrize("places", [[2], [1, 2, 3], [3, 2, 1], [0, 2, 3], [1, 1, 3], [1, 3, 2, 4]])

@@ -41,7 +41,7 @@ def exported(name: str) -> Tokenizer:
 
 def test_gpt2_is_gpt2() -> None:
     assert vocabulary("gpt2").encode("Hello world") == [15496, 995]
-    assert list(vocabulary("gpt2").specials.values()) == [50_256, 50_257, 50_258, 50_259]
+    assert list(vocabulary("gpt2").specials.values()) == [50_256, 50_257, 50_258, 50_259, 50_260]
     assert vocabulary("gpt2").size_padded == 50_304
 
 
@@ -187,7 +187,7 @@ def test_texts_kept_apart_have_the_same_ids_wherever_they_stand() -> None:
 def test_a_trained_vocabulary_keeps_its_size_and_puts_special_tokens_last() -> None:
     made = vocabulary("trained")
     assert len(made.tokens) + len(SPECIALS) == 300
-    assert list(made.specials.values()) == [296, 297, 298, 299]
+    assert list(made.specials.values()) == [295, 296, 297, 298, 299]
     assert made.size_padded == 320
     assert exported("trained").get_vocab_size() == 300
 

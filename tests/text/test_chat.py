@@ -1,17 +1,21 @@
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.artifacts import Encoding, write_encoding
+from tasks.chats.rows import tree_of
 from tasks.errors import ParameterError
+from tasks.oasst.fields import Fault
 from tasks.text.bpe import trained
-from tasks.text.chat import ASSISTANT, END, EOT, SPECIALS, TEMPLATES, USER, XML, Dialect, Tags, load_dialect
+from tasks.text.chat import ASSISTANT, END, EOT, PAD, SPECIALS, TEMPLATES, USER, XML, Dialect, Tags, load_dialect
 from tasks.text.lay import Texts, lay, turns
 
 TURNS = [("user", "Hi there?\n"), ("assistant", '"Hello!"\n\n'), ("user", " `x` …"), ("assistant", "ok")]
@@ -133,23 +137,56 @@ def test_a_dialect_is_loaded_from_a_folder_without_tiktoken(tmp_path: Path, name
     assert loaded.prompt([("user", EOT)]).count(loaded.specials[EOT]) == 1
 
 
-@each_template
-def test_transformers_gives_the_ids_of_training(tmp_path: Path, name: str) -> None:
+def opened(folder: Path, name: str) -> tuple[Any, Dialect]:
+    """Return a tokenizer as transformers opens it, and the dialect of the same vocabulary."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    here = dialect(name)
     plain = trained(["How do you do?"], 320, TEMPLATES[name].plain()).exported()
-    plain.save(str(tmp_path / "tokenizer.json"))
-    made = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token=EOT, pad_token=EOT)
+    plain.save(str(folder / "tokenizer.json"))
+    made = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token=EOT, pad_token=PAD)
     made.chat_template = TEMPLATES[name].jinja()
-    made.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    ours = Dialect(plain, here.template, {text: loaded.convert_tokens_to_ids(text) for text in SPECIALS}, 384, 64)
-    messages = [{"role": role, "content": text} for role, text in TURNS]
-    whole = loaded.apply_chat_template(messages, tokenize=True, return_dict=False)
-    assert whole == laid(ours.tags, [(role, ours.encode(text)) for role, text in TURNS]).ids
+    made.save_pretrained(folder)
+    loaded = AutoTokenizer.from_pretrained(folder)
+    specials = {text: loaded.convert_tokens_to_ids(text) for text in SPECIALS}
+    return loaded, Dialect(plain, TEMPLATES[name], specials, 384, 64)
+
+
+def row(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+@each_template
+def test_transformers_gives_the_ids_and_the_loss_mask_of_training(tmp_path: Path, name: str) -> None:
+    loaded, ours = opened(tmp_path, name)
+    odd = ["", " ", "\n\n", "🙂", "漢 字🙂 ", "a\u0301 …", "  x  ", "{{ 1 }} {% if %}", "\u00ff"]
+    for said in (TURNS, *([("user", text), ("assistant", text)] * 2 for text in odd)):
+        made = laid(ours.tags, [(role, ours.encode(text)) for role, text in said])
+        found = loaded.apply_chat_template(row(said), return_dict=True, return_assistant_tokens_mask=True)
+        assert (found["input_ids"], found["assistant_masks"]) == (made.ids, made.mask)
     for count in (1, 3):
-        asked = loaded.apply_chat_template(
-            messages[:count], tokenize=True, add_generation_prompt=True, return_dict=False
-        )  # fmt: skip
+        asked = loaded.apply_chat_template(row(TURNS[:count]), add_generation_prompt=True, return_dict=False)
         assert asked == ours.prompt(TURNS[:count])
+
+
+@each_template
+@pytest.mark.parametrize("system", ["Be kind.", ""])
+def test_a_system_message_is_put_before_the_users_as_in_the_rows_that_are_trained_on(
+    tmp_path: Path, name: str, system: str
+) -> None:
+    loaded, ours = opened(tmp_path, name)
+    messages = row([("system", system), *TURNS])
+    folded = tree_of({"messages": messages})["prompt"]["text"]
+    said = [("user", folded), *TURNS[1:]]
+    expected = laid(ours.tags, [(role, ours.encode(text)) for role, text in said])
+    found = loaded.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert (found["input_ids"], found["assistant_masks"]) == (expected.ids, expected.mask)
+
+
+@pytest.mark.parametrize("roles", ["system", "system assistant", "user system", "system system user", "tool"])
+def test_what_is_not_trained_on_is_refused_by_the_template_as_by_the_reader_of_rows(tmp_path: Path, roles: str) -> None:
+    loaded, _ = opened(tmp_path, "chat")
+    messages = row([(role, "x") for role in roles.split()])
+    with pytest.raises(Fault):
+        tree_of({"messages": messages})
+    with pytest.raises(jinja2.TemplateError, match="system"):
+        loaded.apply_chat_template(messages)
