@@ -82,9 +82,12 @@ def summary(recipe: str, outcomes: Sequence[Outcome]) -> str:
     return "\n\n".join([page, *notices(told(outcome.artifact.manifest for outcome in outcomes))])
 
 
-def notices(losses: Iterable[Notice]) -> list[str]:
-    """Say what was lost, a paragraph each."""
-    return [f"**{notice.code}**: {named(f'{notice.cause}. {notice.setting}.')}" for notice in losses]
+def notices(found: Iterable[Notice]) -> list[str]:
+    """Say what was lost, in one block; for nothing, none."""
+    from tasks.dialogue.scorecard import losses
+
+    said = [(one.code, f"{one.cause}. {one.setting}.") for one in found]
+    return [losses(said)] if said else []
 
 
 def counts_table(counts: Mapping[str, Any], name: str = "count") -> str:

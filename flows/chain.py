@@ -94,6 +94,8 @@ def settings(step: Step[Any, Any], recipe: Recipe) -> dict[str, Any]:
 def run(recipe: Recipe, steps: Sequence[Step[Any, Any]], made: Mapping[type[Artifact], Artifact] | None = None) -> Made:
     """Call steps in order, each on what the ones before it made; inside a flow each call is a task run."""
     have: Made = dict(made or {})
+    for given in have.values():
+        hold(given)
     if recipe.train.model:  # for hours, the data half may be at work before training asks for it
         hold(model_of(recipe.train.model))
     for step in steps:

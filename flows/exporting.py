@@ -159,7 +159,7 @@ def messages(dialogues: Dialogues, folder: Path) -> Counts:
 
     names = {name: pa.string() for name in ("id", "tree_id", "split", "lang")}
     turns = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
-    several = {name: pa.list_(pa.string()) for name in ("message_ids", "langs")}  # one for each message
+    several = {name: pa.list_(pa.string()) for name in ("message_ids", "langs")}  # one a message, but the system's
     schema = pa.schema({**names, **several, "messages": turns})
     found = dialogues.scan().collect()
     counts: Counts = {}
@@ -180,13 +180,21 @@ def messages(dialogues: Dialogues, folder: Path) -> Counts:
 
 
 def _paths(rows: pl.DataFrame) -> Iterator[dict[str, Any]]:
-    """Yield each path from a root to a leaf as a row; its id and language are those of its last message."""
+    """Yield each path from a root to a leaf as a row; its id and language are those of its last message.
+
+    A system message that stands before the user's words is given back its role; it has no id of its own.
+    """
+    from tasks.dialogue.texts import BETWEEN, opening, own_words
+    from tasks.oasst.fields import SYSTEM_CHARS
     from tasks.text.chat import ROLES
     from tasks.text.layout import forest, paths
 
-    trees, ids = (rows[name].to_list() for name in ("message_tree_id", "message_id"))
-    said, roles, langs = (rows[name].to_list() for name in ("text", "role", "lang"))
+    trees, ids, whole = (rows[name].to_list() for name in ("message_tree_id", "message_id", "text"))
+    roles, langs = (rows[name].to_list() for name in ("role", "lang"))
+    opens = opening(rows.lazy(), SYSTEM_CHARS)
+    said = whole if opens is None else own_words(rows["text"], opens).to_list()
     for path in paths(forest(rows)):
+        system = whole[path[0]].removesuffix(said[path[0]]).removesuffix(BETWEEN)
         yield {
             "id": ids[path[-1]],
             "tree_id": trees[path[0]],
@@ -194,7 +202,8 @@ def _paths(rows: pl.DataFrame) -> Iterator[dict[str, Any]]:
             "lang": langs[path[-1]],
             "message_ids": [ids[row] for row in path],
             "langs": [langs[row] for row in path],
-            "messages": [{"role": ROLES[roles[row]], "content": said[row]} for row in path],
+            "messages": [{"role": "system", "content": system}] * bool(system)
+            + [{"role": ROLES[roles[row]], "content": said[row]} for row in path],
         }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flows.runners import Runner
 from tasks.curate import CurateParams, CurateRuntime
@@ -80,6 +80,17 @@ class Recipe(BaseModel):
     """Whether the model is tuned further, by how people ranked replies: steps pair, refer and prefer."""
     runtime: RuntimeSettings = RuntimeSettings()
     """How fast, never what."""
+
+    @model_validator(mode="after")
+    def _acts(self) -> Recipe:
+        """Refuse settings of steps that the recipe does not have: they would be thought to act."""
+        if not self.preferences:
+            for told in (self, self.runtime):
+                for name in ("pair", "refer", "prefer"):
+                    fields = type(told).model_fields
+                    if name in fields and getattr(told, name) != fields[name].default:
+                        raise ValueError(f"settings of {name} need preferences = true, without which it does not run")
+        return self
 
     def section(self, step: str) -> Params:
         """Return the settings of a step, with what other steps decide unless it was told otherwise.

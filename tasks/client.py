@@ -123,19 +123,24 @@ class _Head:
                 self._socket.shutdown(socket.SHUT_RDWR)
 
 
+def _nothing(_: int) -> None: ...
+
+
 class _Stream(httpx2.SyncByteStream):
     """A body that is not larger and not slower than it may be."""
 
     def __init__(self, response: httpx2.Response, bounds: Bounds, take: Callable[[int], None]) -> None:
         assert isinstance(response.stream, httpx2.SyncByteStream)
-        self._inner, self._take, self._bounds = response.stream, take, bounds
+        self._inner, self._bounds = response.stream, bounds
         self._most = bounds.size if response.is_success else PAGE
-        if response.headers.get("Content-Encoding", "identity") != "identity":
-            raise Refused("the hub sends the file packed, though it was asked not to")
+        self._take = take if response.is_success else _nothing
+        self._packed = response.is_success and response.headers.get("Content-Encoding", "identity") != "identity"
 
     def __iter__(self) -> Iterator[bytes]:
         bounds, size, before, since = self._bounds, 0, 0, time.monotonic()
         for piece in self._inner:
+            if self._packed:
+                raise Refused("the hub sends the file packed, though it was asked not to")
             size += len(piece)
             self._take(len(piece))
             if size > self._most:

@@ -35,6 +35,7 @@ from tasks.artifacts import (
 from tasks.dialogue.record import (
     CopyLimits,
     Limits,
+    RuleName,
     Share,
     Verdicts,
 )  # fmt: skip
@@ -62,6 +63,15 @@ NEAR_FINGERPRINT = Remembered("near-fingerprint", 2, "tasks.dialogue.fingerprint
 NEAR_PAIRS = Remembered("near-pairs", 1, "tasks.dialogue.near", ("polars", UNICODE))
 SCORES = {"labels": [f"label_{name}" for name in LABELS], "detoxify": [f"detoxify_{name}" for name in DETOXIFY]}
 
+LIMITS_OF: Mapping[RuleName, tuple[str, ...]] = {  # rule -> settings that do nothing without it
+    "tree_state": ("tree_states",), "language": ("languages", "language_of"), "unreviewed": ("require_review",),
+    "spam": ("spam_above",), "lang_mismatch": ("lang_mismatch_above",), "pii": ("pii_from",),
+    "not_appropriate": ("not_appropriate_from",), "hate_speech": ("hate_speech_from",),
+    "sexual_content": ("sexual_content_from",), "quality": ("quality_below",), "toxicity": ("toxicity_above",),
+    "top_k": ("top_k",), "text_language": ("text_language_from", "text_language_chars"),
+    "contaminated": ("overlap_words", "prompt_files"),
+}  # fmt: skip
+
 
 class CurateParams(Params, Limits, CopyLimits):
     """Settings of the curate step."""
@@ -85,6 +95,17 @@ class CurateParams(Params, Limits, CopyLimits):
     def _leaves_some_to_train_on(self) -> CurateParams:
         if self.test_share + self.val_share >= 1:
             raise ValueError(f"test_share {self.test_share} and val_share {self.val_share} leave nothing to train on")
+        return self
+
+    @model_validator(mode="after")
+    def _acts(self) -> CurateParams:
+        """Refuse a limit of a rule that `rules` leaves out: it would be thought to act."""
+        for rule, limits in LIMITS_OF.items():
+            for name in limits if rule not in self.rules else ():
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f'{name} needs the rule "{rule}", which rules leaves out; leave out one of the two'
+                    )
         return self
 
     @model_validator(mode="after")
@@ -147,6 +168,7 @@ def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRunti
         "replies_dropped": tally.replies_dropped(table, verdicts),
         "label_coverage": tally.coverage(messages.scan(), SCORES),
         "masked": sum(verdicts.reasons[row] is None for row in seen.masks),
+        "untagged": table["lang"].null_count(),
         "prompts_sought": seen.prompts,
         "facts": {"asked": seen.facts, "told_in_train": tally.told(table, verdicts, seen.told)} if seen.facts else {},
         "shared_across_splits": shared,
@@ -332,6 +354,9 @@ def _write(
     """Write both tables, reading the messages once more, a row group at a time; only what is kept is masked."""
     import polars as pl
 
+    from tasks.dialogue.texts import noted, opening_once_masked
+    from tasks.oasst.fields import SYSTEM_CHARS
+
     stay = {row: mask for row, mask in masks.items() if verdicts.reasons[row] is None}
     told = {"reason": verdicts.reasons, "evidence": verdicts.evidence}
     verdict = pl.DataFrame({"split": splits, **told}, dict.fromkeys(("split", *told), pl.String)).with_columns(
@@ -339,6 +364,7 @@ def _write(
         .new_from_index(0, len(splits))
         .scatter([*stay], pl.Series([what for _, what in stay.values()], dtype=pl.String))
     )
+    opens = opening_once_masked(texts, stay, SYSTEM_CHARS)
     texts, others = replace(texts, masks=stay), messages.drop("text")
     with (
         parquet_writer(out / "dialogues.parquet", DIALOGUE_COLUMNS, FAST, MESSAGE_DISTINCT) as kept,
@@ -348,6 +374,7 @@ def _write(
         for start in range(0, len(verdict), ROWS):
             part = verdict.slice(start, ROWS)
             rows = others.slice(start, ROWS).collect().with_columns(texts.between(start, start + len(part)), *part)
+            rows = rows.with_columns(noted(rows["extra"], opens, start, SYSTEM_CHARS))
             for writer, stays, columns in ((kept, True, DIALOGUE_COLUMNS), (dropped, False, DROPPED_COLUMNS)):
                 chosen = rows.filter(pl.col("reason").is_null() == stays)
                 if len(chosen):

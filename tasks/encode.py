@@ -195,7 +195,11 @@ class _Talks:
 
 
 def _talks(dialogues: Dialogues, function: PerText, tags: Tags, params: EncodeParams) -> _Talks:
-    """Lay the trees out, encode the texts that are asked for, and end every conversation on a reply that fits."""
+    """Lay the trees out, encode the texts that are asked for, and end every conversation on a reply that fits.
+
+    Raises:
+        InputError: If the train split has no conversation.
+    """
     import numpy as np
 
     from tasks.text.lay import around
@@ -215,6 +219,11 @@ def _talks(dialogues: Dialogues, function: PerText, tags: Tags, params: EncodePa
         else _paths(found, replies, splits, lengths, tags, params)
     )
     counts = {**laid[3], "room": _room(trees, replies & asked, lengths, tags, params.block)}
+    if not laid[2]["train"]:
+        what = f"the train split holds no reply that fits, with all above it, {params.block:,} tokens"
+        where = f"{len(splits):,} messages came in, {(splits == 'train').sum():,} of them to train on"
+        do = f"Keep more messages in curate, or raise encode.block: {counts['room']['needed']} fit so many trees"
+        raise InputError(what, where, do, "encode.empty")
     parents = np.array(trees.parents, np.int64)
     return _Talks(*laid[:3], tags, texts, parents, replies, utf8, splits, counts)
 
@@ -302,20 +311,11 @@ def _paths(
 def _numbers(
     conversations: list[Conversation], splits: pl.Series, params: EncodeParams
 ) -> dict[str, NDArray[np.int64]]:
-    """Return which conversations each split has.
-
-    Raises:
-        InputError: If the train split has none.
-    """
+    """Return which conversations each split has."""
     import numpy as np
 
     of_each = splits.gather([conversation[0] for conversation in conversations])
-    of_split = {split: np.flatnonzero((of_each == split).to_numpy()) for split in SPLITS}
-    if not len(of_split["train"]):
-        what = f"the train split holds no reply that fits, with all above it, {params.block:,} tokens"
-        where = f"{len(splits):,} messages came in, {(splits == 'train').sum():,} of them to train on"
-        raise InputError(what, where, "Keep more messages in curate, or raise encode.block", "encode.empty")
-    return of_split
+    return {split: np.flatnonzero((of_each == split).to_numpy()) for split in SPLITS}
 
 
 @dataclass

@@ -124,7 +124,7 @@ def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, ru
     less = "Set evaluate.batch and evaluate.replies to less"
     with at_work(device, run.threads, start["width"]), shortage_named("a model at its exam", device, less):
         for which, load in loads.items():  # one after the other: the larger ones fill a GPU
-            kept = which in trainings and trainings[which]["best_step"] == 0  # the very weights of the model before
+            kept = which in trainings and trainings[which].get("best_step") == 0  # the very weights of the model before
             results[which] = [*results.values()][-1] if kept else examine(load().to(device), exam, params, run, which)
     report = {
         "split": split,

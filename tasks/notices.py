@@ -38,7 +38,7 @@ WHY = {
 # What to do about a field, by the end of its name.
 FOR_FIELD = {
     "system": "write a system text as the first of `messages`, with the role system",
-    "split": "curate.test_share and curate.val_share make the splits",
+    "split": "the splits are made anew, by curate.test_share and curate.val_share",
     "weight": "every reply is trained on alike",
     "train": "every reply is trained on alike",
 }
@@ -46,7 +46,7 @@ USED = "tree.tree_id"  # which `extra` keeps, though it made the ids
 
 
 def of_parse(counts: Counts, params: ParseParams) -> Iterator[Notice]:
-    """Say which fields no step reads, and how many entries of the input were rejected."""
+    """Say which fields no step reads, and what of the input was rejected, or came again changed."""
     fields = {name: count for name, count in counts["unknown_fields"].items() if name != USED}
     if fields:
         named = ", ".join(f"{name} {count:,}" for name, count in [*fields.items()][:NAMED])
@@ -58,13 +58,27 @@ def of_parse(counts: Counts, params: ParseParams) -> Iterator[Notice]:
             f"no step reads these fields (name and count): {named}{others}; they are kept aside, in column extra",
             _sentence(dict.fromkeys(found)) or "Only what stands in `messages`, or in OASST's own fields, is read",
         )
-    if counts["rejected"]:
+    if counts["naive_dates"]:
+        yield Notice(
+            "parse.naive_dates",
+            counts["naive_dates"],
+            f"{counts['naive_dates']:,} dates name no offset, and are read as UTC",
+            "Write dates with their offset where they are of another zone",
+        )
+    if counts["messages_replaced"] > params.max_bad * counts["messages_in"]:
+        yield Notice(
+            "parse.replaced",
+            counts["messages_replaced"],
+            f"later versions took the place of {_share(counts['messages_replaced'], counts['messages_in'])} messages",
+            "`python -m flows show messages --rejected` names them; parse.max_bad is the share that is not told",
+        )
+    if counts["bad"]:
+        messages = counts["messages_rejected"] - counts["messages_replaced"]
         yield Notice(
             "parse.rejected",
-            counts["rejected"],
-            f"{counts['rejected']:,} trees or lines are rejected, wholly or in part, with "
-            f"{counts['messages_rejected']:,} messages",
-            "`python -m flows show messages --rejected` says why; parse.max_bad is the most that may be",
+            counts["bad"],
+            f"{counts['bad']:,} lines or trees are rejected, {messages:,} messages known in them",
+            "`python -m flows show messages --rejected` says why; parse.max_bad is the share that may be",
         )
 
 
@@ -107,7 +121,7 @@ def _splits(counts: Counts, params: CurateParams) -> Iterator[Notice]:
             yield Notice(
                 f"curate.{name}",
                 number,
-                f"the {name} split holds {number:,} replies, so {lacks[name]} (replies: {sizes}"
+                f"of the replies, the {name} split holds {number:,}, so {lacks[name]} ({sizes}"
                 + (f"; dropped by {took})" if took else ")"),
                 "Loosen the rule that takes the most, or with few trees lower curate.test_share and curate.val_share"
                 if name == "train"

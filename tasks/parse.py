@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from tasks.oasst.versions import Robbed, Row, Verdict, Versions
     from tasks.parquet import TableWriter
 
-log = logging.getLogger("treeline.parse")
 GROUP = 20_000  # rows of a row group: what is held in memory, and what a reader can skip
 MB = 1 << 20
 HEAD = 200  # bytes of a bad line that are shown
@@ -101,8 +99,6 @@ def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
                 break
         intake.settle()
         intake.finish(dump)
-    if layout.naive_dates:
-        log.warning("parse: %s dates name no offset, and were read as UTC", f"{layout.naive_dates:,}")
     intake.refuse_if_bad(params.max_bad, dump)
     return {**intake.counts(dump, layout.unknown), "naive_dates": layout.naive_dates}
 
@@ -182,7 +178,7 @@ class _Intake:
         self._reject(bad)
 
     def _reject(self, bad: Bad) -> None:
-        self._books.update(trees_rejected=bad.trees, messages_rejected=bad.messages)
+        self._books.update(trees_rejected=bad.trees, messages_rejected=bad.messages, bad=1)
         if len(self._named) < NAMED:
             self._named.append(f"{self._named_place(bad.place)} {bad.code}: {bad.message}")
         self._list(bad)
@@ -273,7 +269,7 @@ class _Intake:
                 self._rejected.add(_rejected_row(self._files[place.file].name, bad, raw))
 
     def refuse_if_bad(self, most: float, dump: Dump) -> None:
-        """Fail if too much could not be used; versions that were replaced are no fault, but much of it is told.
+        """Fail if too much could not be used; versions that were replaced are no fault.
 
         Raises:
             InputError: Naming the first bad lines.
@@ -289,11 +285,6 @@ class _Intake:
                 self._do,
                 "input.bad",
             )
-        if (replaced := books["messages_replaced"]) > most * books["messages_in"]:
-            log.warning(
-                "parse: later versions took the place of %s of %s messages; see tree.replaced in rejected.parquet",
-                f"{replaced:,}", f"{books['messages_in']:,}",
-            )  # fmt: skip
 
     def counts(self, dump: Dump, unknown: Counter[str]) -> Counts:
         """Return what was measured, the books balanced: in = out + rejected + repeated.
@@ -311,6 +302,8 @@ class _Intake:
             "rejected": self._rejected.rows,  # rows of rejected.parquet
             **{f"{unit}_{way}": books[f"{unit}_{way}"] for unit in ("trees", "messages") for way in WAYS},
             "trees_replaced": books["trees_replaced"],  # of the rejected: versions that came again, changed
+            "messages_replaced": books["messages_replaced"],
+            "bad": books["bad"],  # rows of rejected.parquet, but for versions that came again, changed
             "conflicts": books["conflicts"],  # messages of which a later version says something else
             "lines": dump.lines,
             "bytes": dump.bytes,

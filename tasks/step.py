@@ -242,7 +242,8 @@ class _Call:
         """Look the artifact up; build it where it is not there."""
         started = time.monotonic()
         if self.run.lease:
-            self.run.lease.hold(f"{self.kind}/{self.key[:SHORT]}")
+            for artifact_id in (f"{self.kind}/{self.key[:SHORT]}", *(self.bound[arg].id for arg in self.step.inputs)):
+                self.run.lease.hold(artifact_id)
         lock = self.store.root / ".locks" / f"{self.kind}-{self.key[:SHORT]}.lock"
         manifest, cached, why = self.look(), True, "nothing changed"
         if manifest is None:
@@ -308,7 +309,7 @@ class _Call:
         if missing:
             raise StoreError(f"step {self.step.name} did not write {', '.join(missing)}", code="step.files")
         if odd:
-            what = f"step {self.step.name} wrote {', '.join(odd)}, which no file of {self.kind} is named"
+            what = f"step {self.step.name} wrote {', '.join(odd)}, which {self.kind} does not declare"
             raise StoreError(what, "", f"declare it in tasks/artifacts.py ({makes.__name__}.optional)", "step.files")
 
     def runtime(self) -> dict[str, Any]:

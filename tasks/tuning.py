@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from tasks.gpt.preference import Replies
     from tasks.gpt.run import Machine, Progress, Settings
 
+log = logging.getLogger("treeline.train")
 COMPILED = "treeline/compiled"  # under the user's own cache: it is code, so never in a store that others may write
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -121,6 +123,8 @@ class TuningRuntime(Runtime):
     """How tokens look back: by a mask (SDPA), or by blocks that leave out what nobody sees (FlexAttention; CUDA, compiled, without dropout). auto: by blocks where that can be done; on a CPU, the same in plain products."""  # noqa: E501
     threads: Count | None = None
     """CPU threads. None: one for a model narrower than 512, else as torch finds best."""
+    deterministic: bool = False
+    """On a GPU, take only algorithms that give the same bits each time; slower. A CPU always does: with as many threads and as much at once, a run repeats to the bit."""  # noqa: E501
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 120.0
     """Seconds between checkpoints, from which a killed run goes on; more where saving is slow. 0: after each step."""
     keep_checkpoints: Count = 2
@@ -170,17 +174,21 @@ def tune(
     world, interrupt = current_group(), Interrupt()
     world.heartbeat()  # the weights are there
     adapters = _set_up(model, params)
-    settings = params.settings(splits[0].block, splits[0].supervised())
+    settings, block = params.settings(splits[0].block, splits[0].supervised()), splits[0].block
+    if world.is_main and block > params.batch_tokens:
+        what = "train: a step takes a whole sequence, %s tokens, more than batch_tokens = %s; lower encode.pack to that"
+        log.warning(what, f"{block:,}", f"{params.batch_tokens:,}")
     device = world.device(device_of(run.device))
     first = world.broadcast(noted(workplace / CHECKPOINTS).get("way", {}) if world.is_main else None)
     run = as_begun(run, first, world.size)
     if run.compile:
         keep_compiled(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / COMPILED)
-    with at_work(device, run.threads, model.config.n_embd), kept_signals(interrupt.ask):
+    at_it = at_work(device, run.threads, model.config.n_embd, repeats=run.deterministic)
+    with at_it, kept_signals(interrupt.ask):
         machine = _machine(model, splits, settings, params, run, device, interrupt, first)
         if named:
             machine = replace(machine, named=named)
-        with memory_named(machine, splits[0].block):
+        with memory_named(machine, block):
             progress = fit(model, *splits, settings=settings, machine=machine, workplace=workplace, objective=objective)
     if not world.is_main:
         raise WorkerDone

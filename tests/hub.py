@@ -56,6 +56,7 @@ class Hub:
         self.faults: list[tuple[str, int]] = []  # (method, status), used up from the front
         self.cuts: list[int] = []  # bytes after which the next bodies end early
         self.lies: dict[str, str] = {}  # headers that stand in place of the true ones, in every answer
+        self.page = b""  # what stands in an answer that is no file
         self.head: Callable[[Callable[[bytes], object]], None] | None = None  # sends the answers, from their first byte
         self.body: Callable[[Callable[[bytes], object]], None] | None = None  # sends the bodies: without an end, slowly
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -144,10 +145,13 @@ class Hub:
                 return self.say(302, {**linked, **location, "X-Repo-Commit": found.commit})
 
             def say(self, status: int, headers: dict[str, str] | None = None) -> None:
+                page = hub.page if self.command == "GET" else b""
                 self.send_response(status)
-                for name, value in {"Content-Length": "0", **(headers or {}), **hub.lies}.items():
+                for name, value in {"Content-Length": str(len(page)), **(headers or {}), **hub.lies}.items():
                     self.send_header(name, value)
                 self.end_headers()
+                with suppress(OSError):
+                    self.wfile.write(page)
 
             def send(self, hosted: Hosted) -> None:
                 asked = self.headers.get("Range")

@@ -7,33 +7,34 @@ import json
 import os
 import re
 import signal
-import subprocess
+import socket
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from flows import recipe
+from tests.waiting import ended, patience, started, until
 
 ROOT = Path(__file__).parents[1]
 TINY = str(Path(__file__).with_name("flows") / "tiny.toml")
 ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
-PATIENCE = 200.0  # seconds; a hung test is what this ends, not a slow one
+PATIENCE = 200.0  # seconds of an idle machine; a hung test is what this ends, not a slow one
 T = TypeVar("T")
 
 
-def awaited(look: Callable[[], T | None], alive: Callable[[], object] = lambda: True) -> T:
+def awaited(look: Callable[[], T | None], alive: Callable[[], bool] = lambda: True) -> T:
     """Return what `look` finds, as soon as it does; `alive` says whether it still can."""
-    deadline = time.monotonic() + PATIENCE
-    while not (found := look()):
-        assert alive()
-        assert time.monotonic() < deadline, look
-        time.sleep(0.3)
-    return found
+    return until(lambda: look() if alive() else None, seconds=PATIENCE, pause=0.3)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Api:
@@ -49,7 +50,7 @@ class Api:
             self.headers |= {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "0" * 32}
         data = None if body is None else json.dumps(body).encode()
         asked = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json", **self.headers})
-        with urllib.request.urlopen(asked, timeout=60) as answer:
+        with urllib.request.urlopen(asked, timeout=patience(60)) as answer:
             return json.load(answer)
 
     def deployment(self) -> dict[str, Any]:
@@ -91,26 +92,20 @@ class Serve:
 
     def __enter__(self) -> Self:
         asked = [sys.executable, "-m", "flows", "serve", "--port", str(self.port)]
-        with self.file.open("wb") as said:
-            self.process = subprocess.Popen(asked, cwd=ROOT, env=self.environment, stdout=said, stderr=said)
-        try:
-            found = awaited(lambda: re.search(r"the UI is at (\S+);(?s:.*)python -m flows env", self.said), self.alive)
-            self.api = Api(f"{found[1]}/api", (self.folder / ".prefect" / "auth").read_text())
+        with ExitStack() as stack, self.file.open("wb") as said:
+            command = started(asked, cwd=ROOT, env=self.environment, stdout=said, stderr=said)
+            self.process = stack.enter_context(command)
+            page = awaited(lambda: re.search(r"the UI is at (\S+);(?s:.*)python -m flows env", self.said), self.alive)
+            self.api = Api(f"{page[1]}/api", (self.folder / ".prefect" / "auth").read_text())
             awaited(self._served, self.alive)
-        except BaseException:
-            self.__exit__()
-            raise
+            self.stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(60)
-        for pid in [self.process.pid, *self.engines()]:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.process.wait()
+        with self.stack, suppress(AssertionError):  # the stack kills what is left
+            if self.process.poll() is None:
+                self.process.send_signal(signal.SIGTERM)
+            ended(self.process, seconds=60)
 
     @property
     def said(self) -> str:

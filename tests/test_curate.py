@@ -24,9 +24,9 @@ from tasks.artifacts import (
     arrow_schema,
     parquet_writer,
 )
-from tasks.curate import ROWS, CurateParams, CurateRuntime, curate
+from tasks.curate import LIMITS_OF, ROWS, CurateParams, CurateRuntime, curate
 from tasks.dialogue.language import SEEN
-from tasks.dialogue.record import RULES
+from tasks.dialogue.record import RULES, Limits
 from tasks.dialogue.split import split_of
 from tasks.errors import InputError, ParameterError, SourceChanged
 from tasks.notices import of_curate
@@ -313,7 +313,7 @@ def test_nothing_left_to_train_on_is_said_with_what_took_it(tmp_path: Path) -> N
     params = CurateParams(test_share=0.4, val_share=0.2)
     _, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", params)
     said = {notice.code: str(notice) for notice in of_curate(counts, params)}
-    assert "(replies: train 0, val 0, test 1; dropped by leak 1)" in said["curate.train"]
+    assert "(train 0, val 0, test 1; dropped by leak 1)" in said["curate.train"]
     assert "takes 1 of 2 (50.0%) replies" in said["curate.leak"]
 
 
@@ -648,6 +648,25 @@ def test_settings_that_leave_nothing_to_train_on_are_refused() -> None:
         CurateParams(quality_below=1.5)
     with pytest.raises(ValidationError, match="rules"):
         CurateParams(rules=("spamm",))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rule", "limit"),
+    [("quality", {"quality_below": 0.9}), ("top_k", {"top_k": 2}), ("contaminated", {"overlap_words": 8})],
+)
+def test_a_limit_of_a_rule_that_is_left_out_is_refused(rule: str, limit: dict[str, Any]) -> None:
+    others = tuple(name for name in RULES if name != rule)
+    with pytest.raises(ValidationError, match=f'{next(iter(limit))} needs the rule "{rule}", which rules leaves out'):
+        CurateParams(rules=others, **limit)
+    CurateParams(rules=(rule,), **limit)  # type: ignore[arg-type]
+    CurateParams.model_validate(CurateParams(rules=others).model_dump())  # as a form sends it, all defaults spelled out
+
+
+def test_every_rule_with_a_limit_names_its_settings() -> None:
+    """What is in no list is a rule without a limit, or a setting of no rule."""
+    listed = [name for names in LIMITS_OF.values() for name in names]
+    assert {*listed} <= set(CurateParams.model_fields)
+    assert {*Limits.model_fields} - {*listed} == {"rules", "pii", "drop_facts"}
 
 
 def test_every_setting_is_described_for_the_form() -> None:

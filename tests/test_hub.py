@@ -3,20 +3,21 @@
 import os
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tasks.errors import InputError, SourceChanged, UnavailableError
+from tasks.errors import InputError, PermissionRefused, SourceChanged, UnavailableError
 from tasks.hub import Patience, fetch_file
 from tests.hub import REVISION, Hub
 
 DATA = b"x" * 100_000
 REPO, FILE = "someone/trees", "trees.jsonl"
-SHORT = Patience(retries=0, backoff_s=0, window_s=0.2, most=10 * len(DATA))
+ONCE = Patience(retries=0, backoff_s=0, most=10 * len(DATA))
 
 
-def fetch(sha256: str | None, size: int | None = None, patience: Patience = SHORT) -> Path:
+def fetch(sha256: str | None, size: int | None = None, patience: Patience = ONCE) -> Path:
     return fetch_file(REPO, FILE, REVISION, sha256, size=size, patience=patience)
 
 
@@ -105,7 +106,7 @@ def test_a_body_that_is_sent_a_byte_at_a_time_is_given_up(hub: Hub, sha256: str)
     hub.body = slowly
     try:
         with pytest.raises(UnavailableError, match=r"source.unavailable\]: the hub sends less than 1,000 bytes a sec"):
-            fetch(sha256)
+            fetch(sha256, patience=replace(ONCE, window_s=5))
     finally:
         ended.set()
 
@@ -121,7 +122,7 @@ def test_a_head_that_is_sent_a_byte_at_a_time_is_given_up(hub: Hub, sha256: str)
     hub.head = slowly
     try:
         with pytest.raises(UnavailableError, match=r"source.unavailable.*tried 1 times"):
-            fetch(sha256)
+            fetch(sha256, patience=replace(ONCE, window_s=0.5))
     finally:
         ended.set()
 
@@ -157,6 +158,18 @@ def test_headers_that_make_no_sense_are_a_service_that_does_not_work(
     hub.lies = lies
     with pytest.raises(UnavailableError, match=r"source.unavailable"):
         fetch(sha256)
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_the_page_of_an_error_is_not_counted_as_the_file(hub: Hub, large: bool) -> None:
+    sha256 = hub.add(REPO, FILE, b"small", large=large)
+    hub.page = b"<html>" * 1_000
+    hub.fail(503, method="GET", times=2)
+    assert fetch(sha256, patience=Patience(3, 0)).read_bytes() == b"small"
+    hub.page = b"x" * (2 << 20)
+    hub.fail(403, method="GET")
+    with pytest.raises((UnavailableError, PermissionRefused)):
+        fetch(hub.add(REPO, FILE, b"other", large=large))
 
 
 def test_a_wait_that_a_header_asks_for_is_not_kept(hub: Hub, sha256: str) -> None:

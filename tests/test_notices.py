@@ -2,15 +2,19 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
-from flows import cards
+from flows import cards, commands, running
+from flows.__main__ import parser
 from flows.recipe import Recipe, load
 from tasks.artifacts import Artifact, Tokens
 from tasks.curate import CurateRuntime, curate
+from tasks.dialogue.markdown import printable
 from tasks.dialogue.scorecard import _notices
 from tasks.download import DownloadParams, DownloadRuntime, download
 from tasks.encode import EncodeRuntime, encode
@@ -117,7 +121,7 @@ def test_a_split_that_is_empty_or_tiny_is_said_unless_none_was_asked_for(
         ("tool_calls", "message", "tool_calls 3", "is read"),
         ("images", "row", "row.images 3", "is read"),
         ("system", "row", "row.system 3", "the role system"),
-        ("split", "row", "row.split 3", "curate.test_share and curate.val_share make the splits"),
+        ("split", "row", "row.split 3", "by curate.test_share and curate.val_share"),
     ],
 )
 def test_fields_that_no_step_reads_are_said_by_name_and_count(
@@ -183,6 +187,14 @@ def test_rejected_input_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "--rejected" in found["parse.rejected"].setting
 
 
+def test_dates_that_name_no_offset_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = birds(120)
+    rows[0]["messages"][0]["created_date"] = "2023-02-07 17:29:24"
+    found = lost(tmp_path, monkeypatch, rows)
+    assert [*found] == ["parse.naive_dates"]
+    assert found["parse.naive_dates"].number == 1
+
+
 HOSTILE = Notice("parse.fields", 1, "no step reads [red]\x1b[31m<b>`x` | ![y](z)", "Drop it")
 
 
@@ -194,8 +206,9 @@ def test_cards_and_the_report_show_notices_and_names_in_them_are_inert() -> None
     made = Tokens(Path(), manifest("parse", HOSTILE))
     outcome = Outcome("parse", made, True, 1.0, "nothing changed")
     for page in (cards.card(outcome), cards.summary("quickstart", [outcome])):
-        assert "no step reads" in page.replace("&#", "")
-        assert not {"<b>", "![y](z)", "\x1b"} & {part for part in ("<b>", "![y](z)", "\x1b") if part in page}
+        (block,) = [piece.content for piece in MarkdownIt("gfm-like", {"linkify": False}).parse(page)
+                    if piece.type == "fence" and piece.info == "text"]  # fmt: skip
+        assert block.split() == f"{HOSTILE.code} {printable(HOSTILE.cause)}. {HOSTILE.setting}.".split()
     report = {"notices": [{"code": HOSTILE.code, "cause": HOSTILE.cause, "setting": HOSTILE.setting}]}
     head, body = _notices(report)
     assert head.startswith("## ")
@@ -209,3 +222,27 @@ def test_of_a_step_of_the_run_its_own_manifest_speaks() -> None:
     block = Notice("encode.block", 1, "c", "s")
     assert told([manifest("curate", new), manifest("encode", old, block)]) == (new, block)
     assert told([manifest("encode", old, block), manifest("train", old, block)]) == (old, block)
+
+
+def test_a_run_says_last_what_was_lost_also_where_all_is_cached_and_so_does_a_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = birds(120)
+    rows[0]["[red]wei\x1bght"] = 0
+    settings = ["curate.val_share=0.3", "curate.test_share=0.3", "download.source=file",
+                f"download.path={tmp_path / 'rows.jsonl'}"]  # fmt: skip
+    monkeypatch.setenv(ROOTS, str(tmp_path))
+    messages = data_of(tmp_path, monkeypatch, rows, load("quickstart", settings))[1]
+    asked = [part for setting in settings for part in ("--set", setting)]
+    assert running.run(parser().parse_args(["run", "--until", "encode", *asked])) == 0
+    *_, said, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("tokens/")
+    assert said.startswith(
+        r"warning[parse.fields]: no step reads these fields (name and count): row.[red]wei\x1bght 1;"
+    )
+    assert running.plan(parser().parse_args(["plan", "--json", "--until", "encode", *asked])) == 0
+    planned = {entry["step"]: entry["notices"] for entry in json.loads(capsys.readouterr().out)}
+    assert planned.pop("parse") == [asdict(notice) for notice in messages.manifest.notices]
+    assert not any(planned.values())
+    assert commands.show(parser().parse_args(["show", messages.id])) == 0
+    assert "warning[parse.fields]" in capsys.readouterr().out

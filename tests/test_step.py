@@ -1,5 +1,6 @@
 """Laws of a step: its signature is its key, and the store decides."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import Mock
@@ -9,6 +10,7 @@ import pytest
 from tasks.artifacts import Artifact, Counts
 from tasks.errors import StoreError
 from tasks.step import Outcome, Params, Runtime, Step, session, step
+from tasks.store.collect import garbage
 from tasks.store.folders import Store
 from tasks.store.manifest import Notice, read_manifest
 
@@ -173,6 +175,19 @@ def test_a_build_whose_folder_was_taken_over_says_so() -> None:
 
     with pytest.raises(StoreError, match=r"error\[store.scratch\].*took this one for dead"):
         slow(WriteParams())
+
+
+def test_what_a_step_works_on_is_not_collected_meanwhile(store: Store) -> None:
+    @step("look", version=1, makes=Shouted)
+    def look(out: Path, letters: Letters, params: ShoutParams) -> Counts:
+        """Look at what gc would remove."""
+        (out / "text").write_text(" ".join(path.name for path in garbage(store, 0, time.time() + 3600)))
+        return {}
+
+    letters = write(WriteParams())
+    found = (look(letters, ShoutParams()).path / "text").read_text()
+    assert found == f"{letters.id.replace('/', '-')}.lock", "a lock that nobody holds, but no input"
+    assert letters.path in garbage(store, 0, time.time() + 3600), "nobody uses it any more"
 
 
 def test_a_run_that_cannot_say_that_it_is_alive_fails_before_it_works(store: Store) -> None:

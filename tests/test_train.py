@@ -186,7 +186,8 @@ def test_the_start_can_be_built_again_from_start_json(model: Model, worded: Toke
 
 
 def test_the_same_settings_give_the_same_bytes(tokens: Tokens, tmp_path: Path) -> None:
-    one, other = trained(tmp_path / "a", tokens), trained(tmp_path / "b", tokens)
+    repeats = RUN.model_copy(update={"deterministic": True})  # which asks for no other algorithm on a CPU
+    one, other = trained(tmp_path / "a", tokens), trained(tmp_path / "b", tokens, run=repeats)
     for name in set(Model.files) - Model.records:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
@@ -472,6 +473,14 @@ def test_tags_that_a_kept_table_has_never_seen_are_warned_of(
     for params, told in ((PARAMS, False), (PARAMS.model_copy(update={"frozen": 1}), True)):
         warn_of_new_words(tokens.encoding(), folder, params)
         assert ("<|user|>" in caplog.text and "encode.template = xml" in caplog.text) is told
+
+
+@pytest.mark.parametrize(("batch_tokens", "told"), [(BLOCK, False), (BLOCK - 1, True)])
+def test_a_step_of_less_than_a_sequence_takes_one_and_says_so(
+    batch_tokens: int, told: bool, tmp_path: Path, tokens: Tokens, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(tmp_path / "m", tokens, PARAMS.model_copy(update={"batch_tokens": batch_tokens, "epochs": 0.1}))
+    assert ("96 tokens, more than batch_tokens = 95; lower encode.pack" in caplog.text) is told
 
 
 @pytest.fixture

@@ -44,16 +44,17 @@ def _opening(report: Figures) -> Iterator[str]:
         origin = "a model that was tuned before"
     preference = report.get("preference")
     yield "# Preferred against tuned and base" if preference else "# Tuned against base"
-    work = (
-        f"{_number(training.get('steps'))} optimizer steps over {_number(training.get('supervised'))} supervised tokens"
-    )
+    work = f"{_steps(training)} over {_number(training.get('supervised'))} supervised tokens"
     told = [f"A GPT-2 of {shape}. The base is {origin}.", _work("tuned", "base", work, training)]
     if preference:
-        work = (
-            f"{_number(preference.get('steps'))} steps over {_number(preference.get('pairs'))} pairs of ranked replies"
-        )
+        work = f"{_steps(preference)} over {_number(preference.get('pairs'))} pairs of ranked replies"
         told.append(_work("preferred", "tuned", work, preference))
     yield " ".join([*told, _measured_on(report)])
+
+
+def _steps(training: Figures) -> str:
+    count = training.get("steps")
+    return f"{_number(count)} optimizer step{'' if count == 1 else 's'}"
 
 
 def _work(name: str, of: str, work: str, training: Figures) -> str:
@@ -77,10 +78,15 @@ def _measured_on(report: Figures) -> str:
 
 
 def _notices(report: Figures) -> Iterator[str]:
-    """Say what was lost on the way, in a fence: names of fields are words of the data."""
-    if lost := report.get("notices"):
+    said = [(one["code"], f"{one['cause']}. {one['setting']}.") for one in report.get("notices", ())]
+    if said:
         yield "## Lost or read otherwise"
-        yield fenced("\n\n".join(entry([(one["code"], f"{one['cause']}. {one['setting']}.")]) for one in lost))
+        yield losses(said)
+
+
+def losses(said: Sequence[tuple[str, str]]) -> str:
+    """Say what was lost, code and sentence of each, in a fence: names of fields in them are words of the data."""
+    return fenced("\n\n".join(entry([one]) for one in said))
 
 
 def _measures(report: Figures) -> Iterator[str]:
@@ -100,7 +106,8 @@ def _measures(report: Figures) -> Iterator[str]:
     if report["pairs"]:
         yield (
             f"Of {report['pairs']:,} pairs of replies that people ranked and no model was trained on: the share whose"
-            " better reply the model itself finds likelier than the worse one, and by how much."
+            " better reply the model itself finds likelier than the worse one, and by how much. A short reply is"
+            " likelier than a long one to any model, so compare the columns, the base's too."
         )
 
 

@@ -33,7 +33,6 @@ def counts(table: pl.DataFrame, verdicts: Verdicts) -> dict[str, Any]:
         "read": _sizes(table),
         "splits": {name: _sizes(kept.filter(pl.col("split") == name)) for name in reversed(PROTECTION)},
         "languages": _languages(table),
-        "untagged": table["lang"].null_count(),
     }
 
 

@@ -8,6 +8,7 @@ What is compared are the user's own words: what a system message put before them
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +16,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
+
+from tasks.dialogue import pii
 
 WINDOW = 1 << 16  # messages whose texts are in memory at once
 HELD = 128 << 20  # bytes of texts that stay there: those of OASST2 are 75 MB
@@ -103,6 +106,31 @@ def opening(messages: pl.LazyFrame, name: str) -> I64 | None:
     opens = np.zeros(messages.select(pl.len()).collect().item(), np.int64)
     opens[found["row"].to_numpy()] = found["opens"].to_numpy()
     return opens
+
+
+def opening_once_masked(texts: Texts, masks: Masks, name: str) -> dict[int, int]:
+    """Return how many characters will stand before the user's own words in what is masked: by row, where any do.
+
+    Args:
+        texts: As published; of its messages, `extra` says under `name` how many there are.
+        masks: What will stand in place of some texts.
+        name: Of the number.
+    """
+    opens = opening(texts.messages, name)
+    if opens is None:
+        return {}
+    rows = sorted(row for row in masks if opens[row])
+    said = texts.of(np.array(rows, np.int64)).to_pylist()
+    return {row: len(pii.masked(text[: opens[row]])[0]) for row, text in zip(rows, said, strict=True)}
+
+
+def noted(extra: pl.Series, numbers: Mapping[int, int], first: int, name: str) -> pl.Series:
+    """Put other numbers under a name into `extra` of the rows from `first` on."""
+    here = [row for row in numbers if first <= row < first + len(extra)]
+    if not here:
+        return extra
+    new = [re.sub(rf'"{name}":\d+', f'"{name}":{numbers[row]}', extra[row - first], count=1) for row in here]
+    return extra.scatter([row - first for row in here], pl.Series(new, dtype=pl.String))
 
 
 def own_words(texts: pl.Series, opens: I64) -> pl.Series:

@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ def count_of(device: torch.device) -> int:
 
 
 @contextmanager
-def at_work(device: torch.device, threads: int | None, width: int) -> Iterator[None]:
+def at_work(device: torch.device, threads: int | None, width: int, *, repeats: bool = False) -> Iterator[None]:
     """Let torch compute as every step does it inside the block, whether it trains, evaluates or asks for references.
 
     A GPU rounds the factors of float32 products to 10 bits (TF32), which is several times as fast: everywhere, since
@@ -49,16 +49,36 @@ def at_work(device: torch.device, threads: int | None, width: int) -> Iterator[N
         device: Where.
         threads: Of the CPU. None: one for a narrow model, else as torch finds best.
         width: D, numbers in a hidden state.
+        repeats: Whether a GPU takes only algorithms that give the same bits each time; a CPU always does.
     """
     hold_memory()
     before, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(threads or (1 if width < NARROW else before))
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else products)
     try:
-        yield
+        with repeating() if repeats else nullcontext():
+            yield
     finally:
         torch.set_num_threads(before)
         torch.set_float32_matmul_precision(products)
+
+
+@contextmanager
+def repeating() -> Iterator[None]:
+    """Let torch take only algorithms that repeat to the bit; one that has none raises an error.
+
+    Source: https://docs.pytorch.org/docs/stable/notes/randomness.html
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU's first product is computed
+    cudnn, before = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+    kernels = cudnn.deterministic, cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        cudnn.deterministic, cudnn.benchmark = kernels
 
 
 def keep_compiled(folder: Path) -> None:

@@ -9,6 +9,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from tasks.jsonfile import parse_json
+
 
 class Logbook:
     """`log.jsonl`: one JSON object a line, in the order of the steps; only rank 0 of many ranks writes it."""
@@ -47,6 +49,6 @@ class Logbook:
 def _step(line: str) -> float:
     """Return the step of an entry; of a line that is none, one that is never reached."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
+        return float(parse_json(line.encode())["step"])
+    except (ValueError, TypeError, KeyError, OverflowError):
         return math.inf

@@ -43,6 +43,7 @@ class Shape:
         brought: Numbers of the whole model, where it is still to be brought to the device, whole or in parts.
         holds: Whether memory that is freed is kept for what comes next.
         short: Whether attention knows a short way under dropout, too, as kernels of a GPU do.
+        seen: Tokens that a query is multiplied with, in the mean. 0: all of its sequence, and some are masked then.
     """
 
     layers: int
@@ -62,6 +63,7 @@ class Shape:
     brought: int = 0
     holds: bool = False
     short: bool = False
+    seen: int = 0
 
 
 def memory(shape: Shape, micro_batch: int) -> int:
@@ -121,7 +123,7 @@ def flops(shape: Shape, supervised: float) -> float:
         shape: The model.
         supervised: Share of the tokens that reach the head, 0..1.
     """
-    block = 12 * shape.width**2 + 2 * shape.width * shape.block
+    block = 12 * shape.width**2 + 2 * shape.width * (shape.seen or shape.block)
     back = (4 + 2 * shape.recompute) * (shape.layers - shape.frozen)
     head = (4 + 2 * shape.table) * supervised * shape.vocab * shape.width
     return (2 * shape.layers + back) * block + head

@@ -15,6 +15,7 @@ from transformers import GPT2LMHeadModel
 
 from tasks.errors import TrainingError
 from tasks.gpt import need
+from tasks.gpt.attention import way_set
 from tasks.gpt.batches import Plan, Split
 from tasks.gpt.device import free_memory, product_rate
 from tasks.gpt.distributed import SINGLE, ProcessGroup
@@ -68,7 +69,7 @@ def planned(
     if world.is_main:
         log.info("train.plan: %s", need.said(shape, size, free, took))
     if free is not None and need.memory(shape, size) > free:
-        log.warning("train.plan: that is more than is free; set train.micro_batch to auto, or lower encode.block")
+        log.warning("train.plan: that is more than is free; set train.micro_batch to auto, or %s", LESS)
     return world.min(size), world.any(shape.recompute)
 
 
@@ -95,6 +96,7 @@ def _shape(
         brought=parameter_count(model) if parts > 1 or not there else 0,  # parts are of a copy
         holds=device.type == "cpu" and not any("lora_" in name for name in trained(model)),
         short=device.type == "cuda",
+        seen=0 if config.attn_pdrop or way_set(model) == "sdpa" else 1 + round(float(train.positions.mean())),
     )
 
 

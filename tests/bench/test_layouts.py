@@ -1,4 +1,4 @@
-"""Layouts at equal targets, and the seed's recipe beside them: the loss on the same held-out replies.
+"""Layouts: what they compute and, at equal targets, with the seed's recipe beside them, the loss on held-out replies.
 
     pytest -m bench -n 0 -s tests/bench/test_layouts.py
 
@@ -34,6 +34,10 @@ BLOCK = 512
 MODEL = {"layers": 2, "heads": 2, "width": 64}
 TUNING: dict[str, Any] = {"lr": 3e-3, "batch_tokens": 4_096, "dropout": 0.0, "targets": TARGETS, "evals_per_epoch": 2}
 LAYOUTS = ("tree", "paths", "top1", "first-reply")
+RAW = [
+    *("curate.rules=[]", "curate.require_reply=false", "curate.pii=off", "curate.dedupe=false"),
+    *("curate.near_dedupe=false", "curate.separate_splits=false", "curate.val_share=0", "curate.test_share=0"),
+]  # all trees, in one split
 
 
 def encoded(layout: str, source: Path) -> Tokens:
@@ -43,6 +47,30 @@ def encoded(layout: str, source: Path) -> Tokens:
     tokens = chain.run(recipe.load("quickstart", settings), chain.DATA)[Tokens]
     assert isinstance(tokens, Tokens)
     return tokens
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("curated", [False, True])
+def test_what_layouts_compute(curated: bool, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Path(os.environ.get("TREELINE_BENCH_TREES", shared / "data" / "oasst1_en_validation.trees.jsonl.gz"))
+    monkeypatch.setenv("TREELINE_ARTIFACTS", str(tmp_path / "store"))
+    monkeypatch.setenv("TREELINE_SOURCE_ROOTS", str(source.parent))
+    settings = ["download.source=file", f"download.path={source}", "encode.tokenizer=gpt2", "encode.block=1024"]
+    settings += [] if curated else RAW
+    for pack in (1_024, 4_096):
+        computed, once = {}, 0
+        for layout in ("tree", "paths"):
+            asked = [*settings, f"encode.pack={pack}", f"encode.layout={layout}"]
+            counts = chain.run(recipe.load("quickstart", asked), chain.DATA)[Tokens].counts
+            computed[layout] = counts["sequences"] * pack
+            once = once or counts["tokens"] - counts["context"]  # of trees: each message once
+            print(
+                f"{'curated' if curated else 'raw'} {layout:5} in {pack:,}: {computed[layout]:,} tokens computed for "
+                f"{once:,}, {once / computed[layout]:.1%} of them; padding {counts['padding']:,}, "
+                f"context {counts.get('context', 0):,}"
+            )
+        print(f"paths compute {computed['paths'] / computed['tree']:.2f} times the tokens of trees")
+        assert computed["paths"] > 1.2 * computed["tree"]
 
 
 def crops(tokens: Tokens, seed: int) -> Split:
@@ -82,7 +110,8 @@ def test_layouts_and_the_seeds_recipe_at_equal_targets(
                 made = fit(model, train, judge, settings=settings, machine=machine, workplace=place)
             assert made.best_nll is not None
             found.setdefault(arm, []).append(made.best_nll)
-            print(f"{arm:14} seed {seed}: {made.supervised:,} targets, {made.tokens:,} tokens, NLL {made.best_nll:.4f}")
+            told = f"{made.supervised:,} targets, {made.tokens:,} tokens computed, NLL {made.best_nll:.4f}"
+            print(f"{arm:14} seed {seed}: {told}")
     print(f"\nNLL of {judge.supervised():,} held-out targets of {len(judge)} sequences, {SEEDS} seeds:")
     for arm, nlls in sorted(found.items(), key=lambda one: fmean(one[1])):
         print(f"| {arm:14} | {fmean(nlls):.3f} | {min(nlls):.3f}-{max(nlls):.3f} |")

@@ -212,7 +212,8 @@ def test_each_message_keeps_its_language_and_a_row_has_that_of_its_last(tmp_path
     names = ("message_id", "parent_id", "depth", "role", "lang")
     table = pl.DataFrame([dict(zip(names, turn, strict=True)) for turn in turns])
     table = table.with_columns(message_tree_id=pl.lit("p"), text="message_id", sibling=pl.Series([0, 0, 1]),
-                               split=pl.lit("train"), rank=pl.lit(None, pl.Int32))  # fmt: skip
+                               split=pl.lit("train"), rank=pl.lit(None, pl.Int32),
+                               extra=pl.lit(None, pl.String))  # fmt: skip
     dialogues = Dialogues(tmp_path, Manifest("0" * 64, "dialogues", {}, {}, "0" * 64))
     table.write_parquet(tmp_path / "dialogues.parquet")
     (tmp_path / "rows").mkdir()

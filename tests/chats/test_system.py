@@ -101,6 +101,22 @@ def test_what_was_exported_and_read_again_has_the_texts_that_were_kept(tmp_path:
     (tmp_path / "rows").mkdir()
     export(made, tmp_path / "rows")
     rows = [json.loads(line) for line in (tmp_path / "rows" / "train.jsonl").read_bytes().splitlines()]
+    for row in rows:
+        assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
+        assert row["messages"][0]["content"] == "Be kind."
+        assert len(row["message_ids"]) == 2
     back, _ = curated(tmp_path / "two", *rows, **TRAIN)
     columns = ["message_tree_id", "message_id", "text", "role"]
     assert back.scan().select(columns).collect().equals(made.scan().select(columns).collect())
+
+
+def test_a_system_message_is_exported_without_what_is_personal_in_it(tmp_path: Path) -> None:
+    system, asked = "Sign as ann@somewhere.org, always.\n\nBe kind.", "I am al@elsewhere.org, who are you?"
+    made, _ = curated(tmp_path / "one", chat(system, asked, "Ann."), chat("Be brief.", "Why?", "So."), **TRAIN)
+    (tmp_path / "rows").mkdir()
+    export(made, tmp_path / "rows")
+    rows = [json.loads(line) for line in (tmp_path / "rows" / "train.jsonl").read_bytes().splitlines()]
+    assert [message["content"] for message in rows[0]["messages"]] == [
+        "Sign as [e-mail], always.\n\nBe kind.", "I am [e-mail], who are you?", "Ann.",
+    ]  # fmt: skip
+    assert [message["content"] for message in rows[1]["messages"]] == ["Be brief.", "Why?", "So."]

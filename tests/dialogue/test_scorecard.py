@@ -110,7 +110,7 @@ def test_what_prefer_made_stands_beside_what_it_began_with() -> None:
     assert "| Better reply found likelier | 50.0% | 55.0% | 61.0% |" in page
     assert "| By how much, nats | 0.000 | 0.200 | 0.750 |" in page
     assert "| Log-probability of the better reply, nats | -700.00 | -91.00 | -92.50 |" in page
-    assert "The preferred model is what 30 steps over 1,200 pairs of ranked replies made of the tuned one." in page
+    assert "The preferred model is what 30 optimizer steps over 1,200 pairs of ranked replies made of the" in page
     assert "| Asia | 6 | 0.0% | 83.3% | 83.3% |" in page
     assert "By the preferred model" in page
     assert "fell from 0.693 to 0.500 nats, the best at step 20" in page
@@ -119,7 +119,7 @@ def test_what_prefer_made_stands_beside_what_it_began_with() -> None:
 
 def test_a_step_that_kept_its_start_is_said_to_have_changed_nothing() -> None:
     page = preferred(best_step=0)
-    assert "30 steps over 1,200 pairs of ranked replies changed nothing" in page
+    assert "30 optimizer steps over 1,200 pairs of ranked replies changed nothing" in page
     assert "so the preferred model is the tuned one" in page
     assert "fell from 0.693" not in page
     assert "The tuned model is what 420 optimizer steps over 77,000 supervised tokens made of the base one." in page

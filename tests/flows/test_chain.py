@@ -176,7 +176,9 @@ def test_a_step_that_kept_its_start_is_told_as_one_that_changed_nothing(store: S
     asked = recipe.load(TINY, settings)
     with session():
         made = chain.run(asked, chain.whole(asked))
-    (page, report), training = ((made[Report].markdown(), made[Report].figures()), made[Model].json("training.json"))
+    written = made[Report]
+    assert isinstance(written, Report)
+    page, report, training = written.markdown(), written.figures(), made[Model].json("training.json")
     assert training["best_step"] == 0
     assert training["accuracy_start"] == training["accuracy_best"] == pytest.approx(0.5, abs=0.2)  # no pair is told
     assert "pairs of ranked replies changed nothing" in page

@@ -84,7 +84,7 @@ def test_looking_starts_neither_prefect_nor_torch(shell: Shell, command: tuple[s
 def test_the_plan_for_programs(shell: Shell) -> None:
     planned = shell.json("plan", TINY)
     assert isinstance(planned, list)
-    assert [set(entry) for entry in planned] == [{"step", "status", "key", "why"}] * 6
+    assert [set(entry) for entry in planned] == [{"step", "status", "key", "why", "notices"}] * 6
     assert {entry["status"] for entry in planned} == {"cached"}
     changed = shell.json("plan", TINY, "--set", "encode.block=96")
     assert isinstance(changed, list)

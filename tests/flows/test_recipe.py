@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flows import recipe, sweep
 from tasks.errors import ParameterError
+from tasks.refer import ReferRuntime
 
 
 @pytest.mark.parametrize("name", recipe.names())
@@ -98,10 +100,37 @@ def test_a_file_of_ones_own_is_a_recipe(tmp_path: Path) -> None:
 
 def test_refer_works_in_the_numbers_of_prefer_unless_it_was_told_otherwise() -> None:
     def numbers(*settings: str) -> str:
-        return str(recipe.load("quickstart", settings).section("refer").model_dump()["precision"])
+        return str(
+            recipe.load("quickstart", ["preferences=true", *settings]).section("refer").model_dump()["precision"]
+        )
 
     half = "prefer.precision=bfloat16"
     assert (numbers(), numbers(half), numbers(half, "refer.precision=float32")) == ("float32", "bfloat16", "float32")
+
+
+@pytest.mark.parametrize("setting", ["prefer.beta=0.3", "pair.replies=4", "runtime.refer.threads=1"])
+def test_settings_of_a_step_that_does_not_run_are_refused(setting: str) -> None:
+    with pytest.raises(ParameterError, match="need preferences = true"):
+        recipe.load("quickstart", [setting])
+    assert recipe.load("quickstart", [setting, "preferences=true"]).preferences
+
+
+def test_refer_takes_the_settings_that_it_heeds_and_no_others() -> None:
+    assert set(ReferRuntime.model_fields) == {"device", "micro_batch", "threads"}
+    with pytest.raises(ParameterError, match="there is no such setting"):
+        recipe.load("quickstart", ["preferences=true", "runtime.refer.compile=true"])
+
+
+def test_a_setting_without_a_say_is_in_no_key() -> None:
+    def keys(*settings: str) -> list[dict[str, Any]]:
+        made = recipe.load("gpt2", settings)
+        return [made.section(step).keyed() for step in ("encode", "evaluate")]
+
+    assert keys("encode.vocab_size=8192") == keys()
+    assert keys("encode.tokenizer=trained", "encode.vocab_size=8192") != keys("encode.tokenizer=trained")
+    assert keys("evaluate.temperature=0", "evaluate.top_k=3", "evaluate.seed=1") == keys("evaluate.temperature=0")
+    assert keys("evaluate.panel=[]", "evaluate.seed=1") == keys("evaluate.panel=[]")
+    assert keys("evaluate.seed=1") != keys() != keys("evaluate.max_new_tokens=9")
 
 
 def test_curation_is_told_what_the_evaluation_asks_unless_it_was_told_otherwise() -> None:

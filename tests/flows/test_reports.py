@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +24,6 @@ from tasks.artifacts import Report
 from tasks.errors import UnavailableError
 from tasks.step import Session
 from tasks.store.folders import Store
-from tests.flows.test_served import free_port
 from tests.waiting import ended, started, until
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +136,8 @@ def served(folder: Path) -> Iterator[tuple[subprocess.Popen[Any], dict[str, str]
     """A server of Prefect's own, and the environment of a run that uses it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TREELINE_"))}
     own = {**kept, "TREELINE_ARTIFACTS": str(folder), "PREFECT_HOME": str(folder / "prefect")}
-    port = str(free_port())
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
     asked = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
     url = f"http://127.0.0.1:{port}/api"
 

@@ -1,5 +1,6 @@
 """Laws of a sweep: every combination once, what is shared is computed once, and all arms are judged alike."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,18 @@ def test_arms_that_came_to_the_very_same_models_are_said_to_have(monkeypatch: py
     first, second, third = (row["arm"] for row in told)
     assert (first, third) == ("prefer.beta=0.1", "other")
     assert second == "prefer.beta=0.3 (the very models of prefer.beta=0.1: the setting has no say here)"
+
+
+@pytest.mark.parametrize("models", [["base", "tuned"], ["base", "tuned", "preferred"]])
+def test_an_arm_is_measured_by_the_model_that_it_ended_with(tmp_path: Path, models: list[str]) -> None:
+    each = {which: float(place) for place, which in enumerate(models)}
+    figures = {"models": models, "nll": each, "bits_per_byte": each, "facts": None, "stop_rate": each}
+    (tmp_path / "report.json").write_text(json.dumps(figures))
+    manifest = Manifest("0" * 64, "report", {}, {}, "a")
+    outcome = sweep.Outcome(sweep.Arm("", 0, BASE), Model(tmp_path, manifest), Report(tmp_path, manifest), shared=True)
+    (row,) = sweep.comparison([outcome])
+    last = len(models) - 1
+    assert [row[name] and row[name]["mean"] for name in ("NLL", "stops", "facts")] == [last, last, None]
 
 
 def test_an_arm_of_other_data_is_not_judged_on_what_it_may_have_seen() -> None:

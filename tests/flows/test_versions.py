@@ -51,7 +51,7 @@ def test_a_function_whose_rows_are_remembered_is_guarded_like_a_step() -> None:
     before = copy.deepcopy(now)
     before["near-fingerprint"]["modules"]["tasks.dialogue.fold"] = "another"
     assert versions.stale(now, before) == [
-        "near-fingerprint: tasks.dialogue.fold changed since version 1 was locked. Other rows now? Raise version. "
+        "near-fingerprint: tasks.dialogue.fold changed since version 2 was locked. Other rows now? Raise version. "
         "Then python -m flows lock"
     ]
 

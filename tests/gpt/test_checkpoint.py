@@ -167,9 +167,10 @@ def test_what_stands_in_the_way_of_a_checkpoint_goes(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-00000003"]
 
 
-def test_a_state_that_is_no_object_is_passed_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("odd", ["null", "[" * 200_000, '{"seal": ' + "1" * 5_000 + "}"], ids=lambda odd: odd[:9])
+def test_a_state_that_is_no_object_is_passed_over(tmp_path: Path, odd: str) -> None:
     save(tmp_path, made(1))
-    (save(tmp_path, made(2)) / "checkpoint.json").write_text("null")
+    (save(tmp_path, made(2)) / "checkpoint.json").write_text(odd)
     assert newest(tmp_path) == 1
 
 

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,17 @@ def test_a_narrow_model_gets_one_thread_unless_more_are_asked_for(threads: int |
         assert torch.get_num_threads() == said
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
+
+
+def test_what_repeats_to_the_bit_is_asked_for_inside_the_block_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with at_work(torch.device("cpu"), 1, 32, repeats=True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.deterministic
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.deterministic
 
 
 def test_what_is_compiled_is_kept_in_the_folder_unless_the_environment_names_one(

@@ -66,6 +66,7 @@ print(json.dumps([resident + memory(shape, size), peak]))
         (6, 6, 384, 50_304, 128, 2, 0.0, 0, 0),
         (6, 6, 384, 8_192, 256, 16, 0.0, 0, 0),
         (4, 4, 256, 1024, 1024, 8, 0.0, 0, 0),
+        (4, 4, 256, 1024, 4096, 2, 0.0, 0, 0),
         (4, 4, 256, 1024, 512, 4, 0.1, 0, 0),
         (8, 4, 256, 1024, 512, 8, 0.0, 1, 0),
         (8, 4, 256, 1024, 512, 4, 0.1, 1, 0),
@@ -79,6 +80,7 @@ print(json.dumps([resident + memory(shape, size), peak]))
         "small",
         "many",
         "long",
+        "packed",
         "dropout",
         "again",
         "again dropout",
@@ -122,6 +124,8 @@ def test_work_grows_with_what_is_done() -> None:
     once = seconds(GPT2, 1e6, 0, 0.9, 1e11)
     assert seconds(GPT2, 2e6, 0, 0.9, 1e11) == pytest.approx(2 * once)
     assert seconds(GPT2, 1e6, 3e6, 0.9, 1e11) == pytest.approx(2 * once)
+    assert flops(replace(GPT2, block=4_096), 1.0) > 1.2 * flops(GPT2, 1.0)  # a mask hides what is computed
+    assert flops(replace(GPT2, block=4_096, seen=1_024), 1.0) == flops(GPT2, 1.0)
     again = replace(GPT2, recompute=True)
     assert flops(GPT2, 1.0) < flops(again, 1.0) < 4 / 3 * flops(GPT2, 1.0)
     assert (

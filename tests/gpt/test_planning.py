@@ -35,7 +35,7 @@ def test_little_memory_makes_auto_take_less_and_others_are_warned(
     with caplog.at_level(logging.WARNING, logger="treeline.train"):
         assert plan("auto") == 1
         assert plan(8) == 8
-    assert "more than is free; set train.micro_batch to auto, or lower encode.block" in caplog.text
+    assert "more than is free; set train.micro_batch to auto, or lower encode.pack or block" in caplog.text
 
 
 def test_blocks_are_computed_again_where_asked_or_where_memory_would_run_out(monkeypatch: pytest.MonkeyPatch) -> None:

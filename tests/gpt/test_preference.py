@@ -107,7 +107,7 @@ def test_with_little_memory_fewer_are_asked_at_once_where_that_is_left_to_it_and
     contests, model, references = made
     tried: list[int] = []
 
-    def short(loaded: object, split: object, replies: object, at_once: int, *rest: object) -> np.ndarray:
+    def short(loaded: object, split: object, replies: object, at_once: int, *rest: object, **how: object) -> np.ndarray:
         tried.append(at_once)
         if at_once > 1:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -218,7 +218,9 @@ def test_a_model_learns_to_prefer_what_people_ranked_higher(
 ) -> None:
     contests, model, references = made
     params = PreferParams(**TUNING | {"lr": 3e-3, "epochs": 12.0, "beta": 0.3})
-    counts = prefer.function(tmp_path, contests, references, model, params, PreferRuntime(device="cpu", threads=1))
+    counts = prefer.function(
+        tmp_path, contests, references, model, params, PreferRuntime(device="cpu", threads=1, deterministic=True)
+    )
     assert counts["loss_start"] == pytest.approx(np.log(2), abs=1e-5)  # the start prefers nothing to itself
     assert counts["loss_best"] < counts["loss_start"] / 2
     assert counts["accuracy_best"] == 1.0

@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tasks.errors import ParameterError
-from tasks.gpt.cache import STRETCH
+from tasks.gpt.cache import STRETCH, Cache
 from tasks.gpt.loops import looping
 from tasks.gpt.sample import Reply, generate, stream
 
@@ -99,6 +99,11 @@ def test_without_a_limit_a_reply_has_the_room_of_the_model_and_ends_when_it_loop
     assert {reply.end for reply in said} == {"stopped", "looping", "cut"}
     assert max(len(reply.ids) for reply in said) > 2 * STRETCH
     assert tuple(stream(made, asked[0], stop, 300, vocab=VOCAB)) == said[0].ids
+
+
+def test_the_cache_takes_no_room_that_nobody_may_need() -> None:
+    cache = Cache(model(), torch.ones(2, 5, dtype=torch.bool), 10_000)
+    assert {kept.shape[3] for kept in cache.kept} == {5 + STRETCH}
 
 
 def test_what_is_drawn_depends_on_the_seed_alone() -> None:

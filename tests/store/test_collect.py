@@ -20,6 +20,7 @@ from tasks.store.check import Fault
 from tasks.store.collect import garbage, lineage, remove
 from tasks.store.folders import Store, entries
 from tasks.store.lease import lease
+from tasks.store.lock import single_flight
 from tasks.store.manifest import FileEntry, Manifest, content_digest
 from tasks.store.memo import Memo
 from tasks.store.parts import memos
@@ -125,6 +126,43 @@ def test_what_a_dead_program_held_goes_and_its_lease_with_it(store: Store) -> No
         dead = mine.path.with_name("0123456789abcdef")
         shutil.copyfile(mine.path, dead)  # nobody holds a lock on the copy, as after a kill
     assert [path.name for path in garbage(store, 0, LATER)] == [held.key[:12], dead.name]
+
+
+def test_what_a_program_takes_hold_of_while_garbage_is_decided_stays(store: Store) -> None:
+    first, second = publish(store, "raw", "first", {}), publish(store, "raw", "second", {})
+    unused = garbage(store, 0, LATER)
+    with lease(store.root) as mine:
+        mine.hold(name(first))
+        remove(unused, store)
+    assert {path.name for path in unused} == {first.key[:12], second.key[:12]}
+    assert [name(made) for _, made in store.manifests()] == [name(first)]
+
+
+def test_what_is_left_over_in_the_stores_own_folders_goes_and_what_is_in_use_stays(store: Store) -> None:
+    made, gone = publish(store, "raw", "trees", {}), publish(store, "raw", "others", {})
+    store.note_run("quickstart", {"download": name(made)})
+    shutil.rmtree(store.folder("raw", gone.key))
+    drafts = [".clock.a", ".refs/.x.json.a", ".verified/.raw-a.json.b", ".leases/.c"]
+    (store.root / ".leases").mkdir(exist_ok=True)
+    for draft in drafts:
+        (store.root / draft).write_text("half")
+    free, used = (store.root / ".locks" / f"{word}.lock" for word in ("free", "used"))
+    with single_flight(free, ""), single_flight(used, ""):
+        pass
+    with single_flight(used, ""):
+        left = {str(path.relative_to(store.root)) for path in garbage(store, 0, time.time() + 3_600)}
+        assert left == {".locks/free.lock", f".verified/raw-{gone.key[:12]}.json"}, "drafts may still be written"
+        found = garbage(store, 0, time.time() + 2 * 86_400)
+        assert {str(path.relative_to(store.root)) for path in found} == {*left, *drafts}
+        remove(found, store)
+    assert used.exists()
+    assert [path.name for path in (store.root / ".verified").iterdir()] == [f"raw-{made.key[:12]}.json"]
+
+
+def test_what_was_noted_of_an_artifact_goes_with_it(store: Store) -> None:
+    publish(store, "raw", "trees", {})
+    remove(garbage(store, 0, LATER), store)
+    assert list((store.root / ".verified").iterdir()) == []
 
 
 def test_what_is_younger_than_the_grace_time_stays(store: Store) -> None:

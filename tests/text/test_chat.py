@@ -155,6 +155,13 @@ def row(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"role": role, "content": text} for role, text in turns]
 
 
+def test_a_model_of_before_there_was_a_pad_keeps_what_it_was_padded_with() -> None:
+    now = dialect("chat")
+    before = {text: token for text, token in now.specials.items() if text != PAD}
+    old = Dialect(now._tokenizer, now.template, before, now.vocab_size, now.block)
+    assert (old.pad, now.pad) == (before[EOT], now.specials[PAD])
+
+
 @each_template
 def test_transformers_gives_the_ids_and_the_loss_mask_of_training(tmp_path: Path, name: str) -> None:
     loaded, ours = opened(tmp_path, name)
