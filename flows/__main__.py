@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from flows import commands, recipe, running
+from flows import recipe, run_commands, store_commands
 from tasks.artifacts import KINDS
 from tasks.errors import ParameterError, TreelineError
 from tasks.step import home
@@ -169,18 +169,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_runs(command: Command) -> None:
-    made = command("run", running.run, "run a recipe, doing only what is not done yet")
+    made = command("run", run_commands.run, "run a recipe, doing only what is not done yet")
     _about_recipe(made)
     made.add_argument("--verbose", action="store_true", help="show Prefect's own log, too")
-    made = command("sweep", running.sweep, "train one model for each value of some settings, and compare them")
+    made = command("sweep", run_commands.sweep, "train one model for each value of some settings, and compare them")
     _recipe(made)
     _settings(made, "what is varied, such as train.lr=1e-5,3e-5,1e-4; may be repeated")
     made.add_argument("--seeds", type=_seeds, default=1, metavar="N", help="seeds that each arm is trained from (1)")
     made.add_argument("--verbose", action="store_true", help="show Prefect's own log, too")
     _as_json(made)
     for name, does, about in (
-        ("plan", running.plan, "say what a run would do, step by step"),
-        ("why", running.why, "say why steps would run"),
+        ("plan", run_commands.plan, "say what a run would do, step by step"),
+        ("why", run_commands.why, "say why steps would run"),
     ):
         made = command(name, does, about)
         _about_recipe(made)
@@ -188,22 +188,24 @@ def _add_runs(command: Command) -> None:
 
 
 def _add_looks(command: Command) -> None:
-    made = command("ls", commands.ls, "list the artifacts")
+    made = command("ls", store_commands.ls, "list the artifacts")
     made.add_argument("kind", nargs="?", choices=[*KINDS], metavar="KIND", help=", ".join(KINDS))
     _as_json(made)
-    made = command("show", commands.show, "look into an artifact")
+    made = command("show", store_commands.show, "look into an artifact")
     made.add_argument("artifact", metavar="ID_OR_KIND", help="an id as `ls` prints it, or a kind: the last run's")
     made.add_argument("-n", type=_count, default=5, metavar="N", help="how many rows, trees or sequences (default: 5)")
     for which, about in (("rejected", "of messages: lines that could not be read"), ("dropped", "of dialogues")):
         made.add_argument(f"--{which}", action="store_const", const=which, dest="aside", help=about)
     _as_json(made)
     made = command(
-        "why-dropped", commands.why_dropped, "say which rule dropped a message, what it saw, and the twin that stays"
+        "why-dropped",
+        store_commands.why_dropped,
+        "say which rule dropped a message, what it saw, and the twin that stays",
     )
     made.add_argument("message", metavar="MESSAGE_ID", help="as `show` and the report name it")
     made.add_argument("--dialogues", default="dialogues", metavar="ID", help="an id (default: the last run's)")
     _as_json(made)
-    made = command("export", commands.export, "write an artifact into a new folder, for another program")
+    made = command("export", store_commands.export, "write an artifact into a new folder, for another program")
     made.add_argument(
         "form",
         choices=("nanogpt", "messages", "adapter"),
@@ -215,8 +217,8 @@ def _add_looks(command: Command) -> None:
 
 
 def _add_upkeep(command: Command) -> None:
-    _as_json(command("verify", commands.verify, "hash every file of every artifact again"))
-    made = command("gc", commands.gc, "remove artifacts that no recipe's last run needs")
+    _as_json(command("verify", store_commands.verify, "hash every file of every artifact again"))
+    made = command("gc", store_commands.gc, "remove artifacts that no recipe's last run needs")
     made.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     made.add_argument("--grace", type=_hours, default=1.0, metavar="HOURS", help="keep what is younger (default: 1)")
     made.add_argument(
@@ -226,16 +228,16 @@ def _add_upkeep(command: Command) -> None:
         metavar="RECIPE",
         help="keep nothing for this recipe's last run, such as quickstart-* for the arms of sweeps; may be repeated",
     )
-    command("lock", commands.lock, "write the digests of the steps' code into tasks/versions.lock")
-    made = command("chat", commands.chat, "talk to a tuned model")
+    command("lock", store_commands.lock, "write the digests of the steps' code into tasks/versions.lock")
+    made = command("chat", store_commands.chat, "talk to a tuned model")
     made.add_argument("--model", default="model", metavar="ID", help="a model's id (default: the last run's)")
     made.add_argument("--prompt", metavar="TEXT", help="answer this and end")
     made.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    made = command("serve", commands.serve, "serve the deployments to the Prefect UI, until interrupted")
+    made = command("serve", store_commands.serve, "serve the deployments to the Prefect UI, until interrupted")
     made.add_argument(
         "--port", type=int, default=4200, help="port of the server that it starts, unless PREFECT_API_URL is set"
     )
-    command("env", commands.env, "print the variables with which `prefect` reaches the server that `serve` runs")
+    command("env", store_commands.env, "print the variables with which `prefect` reaches the server that `serve` runs")
 
 
 def _recipe(made: argparse.ArgumentParser) -> None:

@@ -19,18 +19,18 @@ from tasks.download import download
 from tasks.encode import encode
 from tasks.errors import ParameterError
 from tasks.evaluate import evaluate
+from tasks.initial_weights import model_of
 from tasks.lookup import seen
 from tasks.pair import pair
 from tasks.parse import parse
 from tasks.prefer import prefer
 from tasks.refer import refer
-from tasks.start import model_of
 from tasks.step import Outcome, Session, Step, hold, home, session
 from tasks.store.canonical import sha256_of
-from tasks.store.check import Fault
 from tasks.store.explain import why_missing
-from tasks.store.folders import Store
+from tasks.store.integrity import Fault
 from tasks.store.manifest import Manifest
+from tasks.store.store import Store
 from tasks.train import train
 
 DATA: tuple[Step[Any, Any], ...] = (download, parse, curate, encode)  # needs no GPU

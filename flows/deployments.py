@@ -19,9 +19,9 @@ from prefect.deployments.runner import RunnerDeployment
 from prefect.runner import Runner
 from prefect.states import Crashed
 
+from flows.child_process import PARENT
 from flows.pipeline import pipeline
 from flows.recipe import FOLDER, load
-from flows.tied import PARENT
 from tasks.signals import ENDING
 
 SERVED = ("quickstart", "gpt2-medium")

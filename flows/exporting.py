@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.artifacts import Artifact, Counts, Dialogues, Model, Tokens
 from tasks.errors import InputError, ParameterError, StoreError
-from tasks.start import base_of
+from tasks.initial_weights import base_of
 from tasks.store.disk import mark, sync
 
 if TYPE_CHECKING:
@@ -185,9 +185,9 @@ def _paths(rows: pl.DataFrame) -> Iterator[dict[str, Any]]:
     A system message that stands before the user's words is given back its role; it has no id of its own.
     """
     from tasks.dialogue.texts import BETWEEN, opening, own_words
-    from tasks.oasst.fields import SYSTEM_CHARS
-    from tasks.text.chat import ROLES
-    from tasks.text.layout import forest, paths
+    from tasks.oasst.validators import SYSTEM_CHARS
+    from tasks.text.linearize import forest, paths
+    from tasks.text.templates import ROLES
 
     trees, ids, whole = (rows[name].to_list() for name in ("message_tree_id", "message_id", "text"))
     roles, langs = (rows[name].to_list() for name in ("role", "lang"))

@@ -11,11 +11,11 @@ from typing import Any
 
 from prefect import flow
 
-from flows import cards, chain, runners, sweep
+from flows import chain, runners, sweep, ui
 from flows.chain import StepName
+from flows.child_process import follow_parent
 from flows.recipe import Recipe
 from flows.reports import reporting
-from flows.tied import follow_parent
 from tasks.artifacts import Artifact, Tokens
 from tasks.lookup import named
 from tasks.progress import listener, listening
@@ -27,10 +27,10 @@ def _run(recipe: Recipe, force: Sequence[str]) -> Iterator[Session]:
     """Open a session that shows itself in the UI; in a flow of a flow, go on with the outer one."""
     follow_parent()
     now = listener()
-    shown = now if isinstance(now, cards.UiProgress) else cards.UiProgress(now)
+    shown = now if isinstance(now, ui.UiProgress) else ui.UiProgress(now)
     with (
         reporting(),
-        chain.noted(recipe.name, frozenset(force), cards.publish_card) as run,
+        chain.noted(recipe.name, frozenset(force), ui.publish_card) as run,
         listening(shown),
         runners.on(recipe.runtime.runner),
     ):
@@ -87,7 +87,7 @@ def pipeline(recipe: Recipe, until: StepName = "evaluate", force: Sequence[StepN
         last = data(recipe, until if in_data else "pair", force)
         if not in_data:
             last = model(recipe, last.id, until, force)
-        cards.publish_summary(recipe.name, run.outcomes)
+        ui.publish_summary(recipe.name, run.outcomes)
         return last
 
 
@@ -122,5 +122,5 @@ def sweep_arms(recipe: Recipe, settings: Sequence[str], seeds: int = 1) -> list[
         for one in planned:
             arm(one.recipe, one.label, judge.id)
         rows = sweep.comparison(sweep.done(recipe, planned) or ())
-        cards.publish_comparison(recipe.name, [sweep.COLUMNS, *map(sweep.cells, rows)])
+        ui.publish_comparison(recipe.name, [sweep.COLUMNS, *map(sweep.cells, rows)])
     return rows

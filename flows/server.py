@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from flows.tied import tied
+from flows.child_process import tied
 from tasks.errors import ParameterError, PermissionRefused, UnavailableError
 from tasks.step import home
 from tasks.store.disk import writing
@@ -103,7 +103,7 @@ class Server:
 
     def __init__(self, page: str, child: subprocess.Popen[bytes], log: Path, mode: str) -> None:
         self.page, self.api, self.child, self.log = page, f"{page}/api", child, log
-        self.watched, self.last, self.said = False, "it said nothing", set[str]()
+        self.watched, self.cause, self.said = False, "", set[str]()
         self.died: Callable[[], None] = lambda: None
         self.reader = threading.Thread(target=self._read, args=[log.open(mode)], daemon=True)
         self.reader.start()
@@ -117,7 +117,7 @@ class Server:
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         if _ask(f"{self.api}/health", START_TIME, direct) is None:
             self.end()
-            what = f"the Prefect server did not start: {self.last}"
+            what = f"the Prefect server did not start: {self.cause or 'it said nothing'}"
             raise UnavailableError(what, str(self.log), "Read its log", code="prefect.start")
         self.watched = True
 
@@ -148,13 +148,14 @@ class Server:
             self.died()
 
     def _say(self, line: str) -> None:
-        if line.startswith(ERROR):
-            self.last = line.removeprefix(ERROR)
-        kind = re.sub(r"\d+", "", line)
-        if line.startswith(ERROR) and kind not in self.said and self.watched:
-            self.said.add(kind)
-            error = UnavailableError(f"the Prefect server says: {self.last}", str(self.log), code="prefect.server")
-            sys.stderr.write(f"{error}\n")
+        error, kind = line.removeprefix(ERROR), re.sub(r"\d+", "", line)
+        if error == line or kind in self.said:
+            return
+        self.said.add(kind)
+        self.cause = self.cause or error
+        if self.watched:
+            told = UnavailableError(f"the Prefect server says: {error}", str(self.log), code="prefect.server")
+            sys.stderr.write(f"{told}\n")
 
 
 @contextmanager

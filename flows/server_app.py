@@ -1,6 +1,6 @@
 """The Prefect server as we run it: on a socket that is given to it, refusing what comes from elsewhere.
 
-    python -P flows/tied.py flows.server_app FD      FD: a TCP socket, bound to the loopback
+    python -P flows/child_process.py flows.server_app FD      FD: a TCP socket, bound to the loopback
 
 Prefect's own password and CSRF tokens stand behind this. A Host that is not the loopback's is DNS rebinding, and an
 Origin that is not our page's is another page in the user's browser; neither reaches Prefect.
@@ -57,7 +57,8 @@ class OneLine(logging.Handler):
         """Write the line, to the stream that the log is made of."""
         error = record.exc_info[1] if record.exc_info else None
         cause = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}" if error else ""
-        line = " ".join(f"{record.name}: {record.getMessage()} {cause}".split())
+        message = record.getMessage().strip().rpartition("\n")[2]  # uvicorn's is a traceback
+        line = " ".join(f"{record.name}: {message} {cause}".split())
         sys.stderr.write(f"{ERROR}{line}\n")
 
 

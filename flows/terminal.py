@@ -15,7 +15,7 @@ from rich.text import Text
 
 from tasks.dialogue.markdown import printable
 from tasks.progress import NOBODY, Bar
-from tasks.store.folders import SHORT
+from tasks.store.store import SHORT
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

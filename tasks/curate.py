@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
 
-    from tasks.dialogue.reading import Reader, Seen
+    from tasks.dialogue.text_rules import Reader, Seen
     from tasks.dialogue.texts import Masks, Texts
 
 ROWS = 16_384  # of a row group: some 10 MB of text, so memory stays flat and readers can skip
@@ -59,8 +59,8 @@ ROWS = 16_384  # of a row group: some 10 MB of text, so memory stays flat and re
 LANGUAGE = Remembered("language", 2, "tasks.dialogue.language", ("pycld2", "polars"))
 PERSONAL = Remembered("personal", 4, "tasks.dialogue.pii", ("polars", UNICODE))
 ASKED = Remembered("asked", 1, "tasks.dialogue.contamination", ("polars",))
-NEAR_FINGERPRINT = Remembered("near-fingerprint", 2, "tasks.dialogue.fingerprint", ("polars", UNICODE))
-NEAR_PAIRS = Remembered("near-pairs", 1, "tasks.dialogue.near", ("polars", UNICODE))
+NEAR_FINGERPRINT = Remembered("near-fingerprint", 2, "tasks.dialogue.minhash", ("polars", UNICODE))
+NEAR_PAIRS = Remembered("near-pairs", 1, "tasks.dialogue.near_duplicates", ("polars", UNICODE))
 SCORES = {"labels": [f"label_{name}" for name in LABELS], "detoxify": [f"detoxify_{name}" for name in DETOXIFY]}
 
 LIMITS_OF: Mapping[RuleName, tuple[str, ...]] = {  # rule -> settings that do nothing without it
@@ -152,8 +152,8 @@ def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRunti
     Raises:
         InputError: If nothing is left, with the funnel that says where it went; for a file of prompts that is none.
     """
-    from tasks.dialogue import tally
-    from tasks.dialogue.quality import COLUMNS
+    from tasks.dialogue import stats
+    from tasks.dialogue.rules import COLUMNS
     from tasks.dialogue.split import splits
     from tasks.dialogue.texts import Texts
 
@@ -163,20 +163,20 @@ def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRunti
     texts = Texts(messages.scan())
     verdicts, seen, shared = decide(table, texts, params)
     counts = {
-        **tally.counts(table, verdicts),
-        "funnel": tally.funnel(verdicts, stages(params)),
-        "replies_dropped": tally.replies_dropped(table, verdicts),
-        "label_coverage": tally.coverage(messages.scan(), SCORES),
+        **stats.counts(table, verdicts),
+        "funnel": stats.funnel(verdicts, stages(params)),
+        "replies_dropped": stats.replies_dropped(table, verdicts),
+        "label_coverage": stats.coverage(messages.scan(), SCORES),
         "masked": sum(verdicts.reasons[row] is None for row in seen.masks),
         "untagged": table["lang"].null_count(),
         "prompts_sought": seen.prompts,
-        "facts": {"asked": seen.facts, "told_in_train": tally.told(table, verdicts, seen.told)} if seen.facts else {},
+        "facts": {"asked": seen.facts, "told_in_train": stats.told(table, verdicts, seen.told)} if seen.facts else {},
         "shared_across_splits": shared,
     }
     if not counts["messages"]:
         raise _nothing_left(counts, messages.path)
     _write(out, messages.scan(), texts, table["split"], verdicts, seen.masks)
-    told = tally.curation(table, texts, verdicts, counts)
+    told = stats.curation(table, texts, verdicts, counts)
     (out / "curation.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
     return counts
 
@@ -193,12 +193,12 @@ def decide(table: pl.DataFrame, texts: Texts, params: CurateParams) -> tuple[Ver
         One verdict a message, kept only if its parent is; what was seen in the texts; and how many messages the splits
         share, see `shared_across_splits`.
     """
-    from tasks.copies import Copies, prints_of, remembering, shared_across_splits
-    from tasks.dialogue.crossing import Compared
+    from tasks.deduplicate import Copies, prints_of, remembering, shared_across_splits
     from tasks.dialogue.dedupe import likeness
+    from tasks.dialogue.leakage import Compared
     from tasks.dialogue.texts import compared, opening
-    from tasks.dialogue.threads import parent_rows
-    from tasks.oasst.fields import SYSTEM_CHARS
+    from tasks.dialogue.tree import parent_rows
+    from tasks.oasst.validators import SYSTEM_CHARS
 
     parents = parent_rows(table)
     with progress.bar("curate", 5, "passes") as bar:
@@ -231,9 +231,9 @@ def decide(table: pl.DataFrame, texts: Texts, params: CurateParams) -> tuple[Ver
 
 def _filtered(table: pl.DataFrame, texts: Texts, parents: list[int], params: CurateParams) -> Verdicts:
     """Judge every message by the rules, whole trees at a time, so that a message's thread is at hand."""
-    from tasks.dialogue.quality import in_thread, judge, rules_of
+    from tasks.dialogue.rules import in_thread, judge, rules_of
     from tasks.dialogue.texts import WINDOW
-    from tasks.dialogue.threads import windows
+    from tasks.dialogue.tree import windows
 
     rules, verdicts = rules_of(params), Verdicts([], [])
     for start, stop in windows(parents, WINDOW):
@@ -263,7 +263,7 @@ def _read(
 def _reader(params: CurateParams) -> Reader:
     from tasks.dialogue import contamination, language, pii
     from tasks.dialogue.contamination import Asked, Facts, Told
-    from tasks.dialogue.reading import Reader
+    from tasks.dialogue.text_rules import Reader
     from tasks.oasst.facts import facts_of
 
     chars = params.text_language_chars
@@ -304,7 +304,7 @@ def _keep_whole(table: pl.DataFrame, parents: list[int], verdicts: Verdicts) -> 
 
 def _settle(table: pl.DataFrame, parents: list[int], verdicts: Verdicts, params: CurateParams) -> None:
     """Drop what cannot stay after others were dropped: their descendants, and prompts that no reply is left for."""
-    from tasks.dialogue.threads import holds, nearest_above
+    from tasks.dialogue.tree import holds, nearest_above
 
     kept = verdicts.kept()
     above = nearest_above(parents, [not stays for stays in kept])
@@ -355,7 +355,7 @@ def _write(
     import polars as pl
 
     from tasks.dialogue.texts import noted, opening_once_masked
-    from tasks.oasst.fields import SYSTEM_CHARS
+    from tasks.oasst.validators import SYSTEM_CHARS
 
     stay = {row: mask for row, mask in masks.items() if verdicts.reasons[row] is None}
     told = {"reason": verdicts.reasons, "evidence": verdicts.evidence}

@@ -26,20 +26,20 @@ from tasks.notices import of_encode
 from tasks.progress import track
 from tasks.remembered import PerText, Remembered
 from tasks.rows import per_text
-from tasks.sequences import SPLITS, encoded, ids_of, spans, write_arrays
 from tasks.step import Params, TextsRuntime, step
 from tasks.store.canonical import sha256_file
 from tasks.store.manifest import Manifest
+from tasks.token_arrays import SPLITS, encoded, ids_of, spans, write_arrays
 
 if TYPE_CHECKING:
     import numpy as np
     import polars as pl
     from numpy.typing import NDArray
 
+    from tasks.text.assemble import Texts, Turns
     from tasks.text.bpe import Vocabulary
-    from tasks.text.chat import Tags, Template
-    from tasks.text.lay import Texts, Turns
-    from tasks.text.layout import Conversation, Forest
+    from tasks.text.linearize import Conversation, Forest
+    from tasks.text.templates import Tags, Template
 
 NAMES = ("message_id", "message_tree_id", "role", "split")  # what the index says of a row, besides its rank
 FEW = ("role", "split")  # columns that hold few values
@@ -109,7 +109,7 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRun
         InputError: If nothing is left to train on.
         GateError: If what was written must not reach training.
     """
-    from tasks.text.chat import PAD, TEMPLATES, tags
+    from tasks.text.templates import PAD, TEMPLATES, tags
 
     template = TEMPLATES[params.template]
     vocabulary = _vocabulary(dialogues, template, params)
@@ -139,7 +139,7 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRun
 
 def _trees(dialogues: Dialogues) -> tuple[Forest, NDArray[np.bool_], pl.Series]:
     """Link the trees, and tell of each row whether it is an assistant's and what its split is."""
-    from tasks.text.layout import LINKS, forest
+    from tasks.text.linearize import LINKS, forest
 
     rows = _read(dialogues, *LINKS, "role", "split")
     return forest(rows), (rows["role"] == "assistant").to_numpy(), rows["split"]
@@ -202,8 +202,8 @@ def _talks(dialogues: Dialogues, function: PerText, tags: Tags, params: EncodePa
     """
     import numpy as np
 
-    from tasks.text.lay import around
-    from tasks.text.layout import LAYOUTS, flat
+    from tasks.text.assemble import around
+    from tasks.text.linearize import LAYOUTS, flat
 
     trees, replies, splits = _trees(dialogues)
     found = None if params.layout == "tree" else list(LAYOUTS[params.layout](trees))
@@ -232,7 +232,7 @@ def _room(trees: Forest, asked: NDArray[np.bool_], lengths: NDArray[np.int64], t
     """Count the trees of which not every reply that is asked for fits, and the blocks that most would fit."""
     import numpy as np
 
-    from tasks.text.layout import longest
+    from tasks.text.linearize import longest
 
     needed = np.sort(longest(trees, asked, lengths)) + len(tags.start) + len(tags.tail)
     at = {share: int(needed[-(-len(needed) * share // 100) - 1]) if len(needed) else 0 for share in (90, 99, 100)}
@@ -256,8 +256,8 @@ def _whole(
     params: EncodeParams,
 ) -> _Laid:
     """Take trees as they are, or in pieces that fit and fill sequences."""
-    from tasks.text.branches import Sizes, cut
     from tasks.text.fill import fill
+    from tasks.text.split_trees import Sizes, cut
 
     sizes = Sizes(lengths.tolist(), len(tags.start), len(tags.tail), params.block, params.length)
     made = cut(trees, replies.tolist(), sizes)
@@ -287,7 +287,7 @@ def _paths(
     """Take paths, each to its last reply that fits."""
     import numpy as np
 
-    from tasks.text.layout import fit, flat
+    from tasks.text.linearize import fit, flat
     from tasks.text.pack import best_fit
 
     outer = len(tags.start) + len(tags.tail)
@@ -332,7 +332,7 @@ def _write(out: Path, dialogues: Dialogues, talks: _Talks, params: EncodeParams,
     """Write the arrays and the index, and return what was written of each split."""
     import pyarrow as pa
 
-    from tasks.text.lay import turns
+    from tasks.text.assemble import turns
 
     plan = [numbers for sequences in talks.packed.values() for numbers in sequences]
     placed = turns(
@@ -395,10 +395,10 @@ def _gate(out: Path, dialogues: Dialogues) -> int:
     """Read everything back as a reader of the artifact would, and check it."""
     import polars as pl
 
-    from tasks.text.chat import load_dialect
     from tasks.text.gate import check, engine, ids_again
-    from tasks.text.said import SAID
-    from tasks.text.written import Stored, Written
+    from tasks.text.gate_reader import Stored, Written
+    from tasks.text.gate_source import SAID
+    from tasks.text.templates import load_dialect
 
     tokens = Tokens(out, Manifest(key="", kind=Tokens.kind, recipe={}, files={}, digest=""))
     ids, mask, positions, ends = map(Stored, (tokens.ids(), tokens.mask(), tokens.positions(), tokens.ends()))

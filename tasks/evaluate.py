@@ -17,8 +17,8 @@ from pydantic import Field, field_validator
 
 from tasks.artifacts import Contests, Counts, Model, Report, Tokens
 from tasks.errors import InputError, ParameterError
+from tasks.initial_weights import folder_of, given_to_prefer, of_training
 from tasks.notices import told
-from tasks.start import folder_of, given_to_prefer, of_training
 from tasks.step import Params, Runtime, hold, step
 from tasks.tuning import refuse_strangers, replies_of
 from tasks.tuning import split_of as sequences_of
@@ -106,8 +106,8 @@ def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, ru
     """Write the report: `report.json`, `report.md`, plots, and every reply in `samples.jsonl`."""
     from tasks.dialogue.scorecard import render
     from tasks.gpt.device import at_work, device_of
-    from tasks.gpt.planning import shortage_named
     from tasks.gpt.report import figures, samples
+    from tasks.gpt.run_plan import shortage_named
     from tasks.gpt.weights import build_start, load_model
 
     refuse_strangers(model, tokens)
@@ -178,7 +178,7 @@ def exam_of(model: Model, tokens: Tokens, params: EvaluateParams) -> tuple[str |
     """Return what all models are put to, and the name of its split."""
     from tasks.gpt.report import Exam
     from tasks.oasst.facts import held_out_questions
-    from tasks.text.chat import load_dialect
+    from tasks.text.templates import load_dialect
 
     name, split = split_of(tokens, params.split)
     utf8_bytes = tokens.encoding().utf8_bytes.get(name, 0) if name else 0
@@ -221,7 +221,7 @@ def split_of(tokens: Tokens, asked: str) -> tuple[str | None, Split | None]:
 def examine(model: GPT2LMHeadModel, exam: Exam, params: EvaluateParams, run: EvaluateRuntime, label: str) -> Result:
     """Put one model to the exam."""
     from tasks.gpt.report import Result
-    from tasks.gpt.sample import generate
+    from tasks.gpt.sampling import generate
 
     model.eval()
     nats = total_nats(model, exam.split, run.batch, label) if exam.split else None
@@ -239,7 +239,7 @@ def examine(model: GPT2LMHeadModel, exam: Exam, params: EvaluateParams, run: Eva
 
 def ranked_logps(model: GPT2LMHeadModel, exam: Exam, batch: int | None, label: str) -> Floats | None:
     """Return how likely a model finds each ranked reply; None where there are none."""
-    from tasks.gpt.need import AT_ONCE
+    from tasks.gpt.memory_model import AT_ONCE
     from tasks.gpt.preference import all_logps
 
     if exam.ranked is None:
@@ -258,7 +258,7 @@ def total_nats(model: GPT2LMHeadModel, split: Split, batch: int | None, label: s
     import torch
 
     from tasks.gpt.loss import token_nats
-    from tasks.gpt.need import AT_ONCE
+    from tasks.gpt.memory_model import AT_ONCE
     from tasks.progress import track
 
     at_once = batch or max(1, AT_ONCE // split.block)

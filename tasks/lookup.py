@@ -7,9 +7,9 @@ from typing import TypeVar
 from tasks.artifacts import KINDS, Artifact
 from tasks.errors import ParameterError, StoreError
 from tasks.step import home
-from tasks.store.check import Fault
-from tasks.store.folders import SHORT, Store
+from tasks.store.integrity import Fault
 from tasks.store.manifest import Manifest
+from tasks.store.store import SHORT, Store
 
 A = TypeVar("A", bound=Artifact)
 FEWEST = 4  # digits of a key that may stand for it

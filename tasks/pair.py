@@ -27,8 +27,8 @@ from tasks.artifacts import (
 )
 from tasks.errors import InputError
 from tasks.remembered import PerText
-from tasks.sequences import SPLITS, encoded, ids_of, spans, write_arrays
 from tasks.step import Params, step
+from tasks.token_arrays import SPLITS, encoded, ids_of, spans, write_arrays
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tasks.dialogue.preference import Contest
-    from tasks.text.chat import Dialect
-    from tasks.text.lay import Texts, Turns
-    from tasks.text.layout import Forest
+    from tasks.text.assemble import Texts, Turns
+    from tasks.text.linearize import Forest
+    from tasks.text.templates import Dialect
 
 
 class PairParams(Params):
@@ -56,8 +56,8 @@ def pair(out: Path, dialogues: Dialogues, tokens: Tokens, params: PairParams) ->
         InputError: If no two replies of the train split were put in an order.
     """
     from tasks.text.bpe import loaded
-    from tasks.text.chat import load_dialect
-    from tasks.text.layout import LINKS
+    from tasks.text.linearize import LINKS
+    from tasks.text.templates import load_dialect
 
     dialect, encoding = load_dialect(tokens.path), tokens.encoding()
     vocabulary = loaded(tokens.path / "tokenizer.json", dialect.template.plain())
@@ -126,8 +126,8 @@ class _Table:
         import numpy as np
 
         from tasks.dialogue.preference import contests
-        from tasks.text.lay import around
-        from tasks.text.layout import forest
+        from tasks.text.assemble import around
+        from tasks.text.linearize import forest
 
         trees = forest(rows)
         replies, ranks = (rows["role"] == "assistant").to_numpy(), rows["rank"].to_list()
@@ -175,7 +175,7 @@ class _Table:
         """Give every message its place; what is above the replies is context."""
         import numpy as np
 
-        from tasks.text.lay import turns
+        from tasks.text.assemble import turns
 
         paths = [self.trees.path(one.prompt) for one in order]
         conversations = [(*path, *one.replies) for path, one in zip(paths, order, strict=True)]

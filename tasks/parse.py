@@ -33,8 +33,8 @@ from tasks.remembered import Remembered
 from tasks.step import Params, step
 
 if TYPE_CHECKING:
-    from tasks.oasst.dump import Bad, Dump, Found, Place
-    from tasks.oasst.versions import Robbed, Row, Verdict, Versions
+    from tasks.oasst.merge import Robbed, Row, Verdict, Versions
+    from tasks.oasst.reader import Bad, Dump, Found, Place
     from tasks.parquet import TableWriter
 
 GROUP = 20_000  # rows of a row group: what is held in memory, and what a reader can skip
@@ -78,9 +78,9 @@ def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
         InputError: If a file is cut, corrupt or empty, or more than `max_bad` of the trees or lines are unusable.
     """
     from tasks.chats import rows
-    from tasks.oasst.dump import Dump, Found
-    from tasks.oasst.lines import Limits
-    from tasks.oasst.tree import Layout
+    from tasks.oasst.jsonl import Limits
+    from tasks.oasst.reader import Dump, Found
+    from tasks.oasst.strict_reader import Layout
     from tasks.trees import remembering
 
     files = raw.data()
@@ -119,7 +119,7 @@ class _Intake:
     """Takes each tree or rejects it, keeps the books, and settles in the end what came more than once."""
 
     def __init__(self, out: Path, files: Sequence[Path]) -> None:
-        from tasks.oasst.seen import Seen
+        from tasks.oasst.id_index import Seen
         from tasks.oasst.tables import MessageTable, RowTable
 
         self._path, self._files, self._seen = out / "messages.parquet", files, Seen()
@@ -158,7 +158,7 @@ class _Intake:
         self._messages.add(tree.content)
 
     def _replace_rows(self, tree: Found) -> None:
-        from tasks.oasst.dump import Bad
+        from tasks.oasst.reader import Bad
 
         found = tree.conflicts
         self._books.update(conflicts=found, messages_replaced=found, messages_rejected=found)
@@ -185,8 +185,8 @@ class _Intake:
 
     def settle(self) -> None:
         """Unite the versions of each tree, and reject trees that share a message with an earlier one."""
-        from tasks.oasst.mended import rearrange, told
-        from tasks.oasst.versions import Versions
+        from tasks.oasst.merge import Versions
+        from tasks.oasst.rewrite import rearrange, told
 
         self._messages.close()
         versions, placed = Versions(), {}  # version -> its rows, once united
@@ -208,8 +208,8 @@ class _Intake:
 
     def _judge(self, versions: Versions, version: int, rows: list[Row]) -> bool:
         """Judge a version, and put it in the books; False if it is rejected."""
-        from tasks.oasst.dump import Bad
-        from tasks.oasst.fields import Fault
+        from tasks.oasst.reader import Bad
+        from tasks.oasst.validators import Fault
 
         place, books = self._seen.place(version), self._books
         try:
@@ -228,8 +228,8 @@ class _Intake:
 
     def _rob(self, robbed: Robbed, later: Place, tree_id: str) -> None:
         """Put in the books what a tree of an earlier file lost to one of a later file."""
-        from tasks.oasst.dump import Bad
-        from tasks.oasst.fields import shown
+        from tasks.oasst.reader import Bad
+        from tasks.oasst.validators import shown
 
         trees, messages = int(robbed.empty), robbed.moved + robbed.lost
         self._books.update(conflicts=robbed.moved, messages_replaced=messages, messages_rejected=messages)
@@ -242,7 +242,7 @@ class _Intake:
         return f"{self._files[place.file].name}:{place.line}"
 
     def _replace(self, earlier: Place, later: Place, tree_id: str, verdict: Verdict) -> None:
-        from tasks.oasst.dump import Bad
+        from tasks.oasst.reader import Bad
 
         if not verdict.differ + verdict.lost:  # the later version only adds to it
             self._books.update(trees_repeated=1)

@@ -15,12 +15,12 @@ from tasks.artifacts import Contests, Counts, Model, References
 from tasks.errors import InputError, ParameterError
 from tasks.launch import run_distributed
 from tasks.step import step
-from tasks.store.folders import CHECKPOINTS
+from tasks.store.store import CHECKPOINTS
 from tasks.tuning import TuningParams, TuningRuntime, refuse_strangers, replies_of, split_of, tune, write_json
 
 if TYPE_CHECKING:
     from tasks.gpt.preference import Side
-    from tasks.gpt.run import Progress
+    from tasks.gpt.training_run import Progress
 
 KEPT = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "encoding.json", "start.json")
 

@@ -42,9 +42,9 @@ def refer(out: Path, contests: Contests, model: Model, params: ReferParams, run:
     import numpy as np
 
     from tasks.gpt.device import at_work, device_of
-    from tasks.gpt.need import AT_ONCE
-    from tasks.gpt.planning import shortage_named
+    from tasks.gpt.memory_model import AT_ONCE
     from tasks.gpt.preference import all_logps
+    from tasks.gpt.run_plan import shortage_named
     from tasks.gpt.weights import load_model
 
     refuse_strangers(model, contests)

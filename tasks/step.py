@@ -26,16 +26,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.artifacts import Artifact, Counts
 from tasks.errors import StoreError
-from tasks.origin import origin_of
+from tasks.provenance import origin_of
 from tasks.rows import Desk, remembering
 from tasks.store.canonical import sha256_of
-from tasks.store.check import Fault
 from tasks.store.disk import disk_error, refusal
 from tasks.store.explain import why_missing
-from tasks.store.folders import SHORT, Store, entries
+from tasks.store.integrity import Fault
 from tasks.store.lease import Lease, lease
 from tasks.store.lock import single_flight
 from tasks.store.manifest import Manifest, Notice, content_digest
+from tasks.store.store import SHORT, Store, entries
 
 log = logging.getLogger("treeline.step")
 P = ParamSpec("P")

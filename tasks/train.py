@@ -11,12 +11,12 @@ from pydantic import Field, model_validator
 
 from tasks.artifacts import Counts, Encoding, Model, Tokens
 from tasks.errors import InputError, ParameterError
-from tasks.gpt.folder import CONFIG, WEIGHTS, digests, read_config
+from tasks.gpt.hf_folder import CONFIG, WEIGHTS, digests, read_config
+from tasks.initial_weights import FOLDER, MODEL, SCRATCH, allowed_folder, fetch_published, model_of
 from tasks.launch import run_distributed
 from tasks.sources import MODELS
-from tasks.start import FOLDER, MODEL, SCRATCH, allowed_folder, fetch_published, model_of
 from tasks.step import Params, hold, step
-from tasks.store.folders import CHECKPOINTS
+from tasks.store.store import CHECKPOINTS
 from tasks.tuning import (
     Count,
     TuningParams,
@@ -30,8 +30,8 @@ from tasks.tuning import (
 
 if TYPE_CHECKING:
     from tasks.gpt.batches import Split
-    from tasks.gpt.run import Progress
-    from tasks.gpt.worth import Worth
+    from tasks.gpt.loss_weights import Worth
+    from tasks.gpt.training_run import Progress
 
 log = logging.getLogger("treeline.train")
 NAMED = 16  # messages or sequences at most in an error
@@ -128,7 +128,7 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
 
 def warn_of_new_words(encoding: Encoding, folder: Path | None, params: TrainParams) -> None:
     """Say so where tokens were added to a table that stays as it is: the model can then hardly tell them apart."""
-    from tasks.text.chat import TEMPLATES
+    from tasks.text.templates import TEMPLATES
 
     if folder is None or not params.keeps_table():
         return
@@ -149,7 +149,7 @@ def worth_of(tokens: Tokens, params: TrainParams) -> Worth | None:
     import numpy as np
     import polars as pl
 
-    from tasks.gpt.worth import UNRANKED, Worth, weights_of
+    from tasks.gpt.loss_weights import UNRANKED, Worth, weights_of
 
     if params.siblings == "each" and params.rank_decay == 1:
         return None

@@ -19,8 +19,8 @@ from tasks.rows import is_remembering, per_name
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from tasks.oasst.dump import Quick
     from tasks.oasst.laid import Laid
+    from tasks.oasst.reader import Quick
 
 
 LEAST = 0.01  # of some 900 trees, 8 MB, that are remembered together: to read them takes as long as to parse 10

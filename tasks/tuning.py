@@ -18,7 +18,7 @@ from tasks.artifacts import Contests, Encoding, Model, Sequences
 from tasks.errors import ParameterError
 from tasks.signals import kept_signals
 from tasks.step import Params, Runtime
-from tasks.store.folders import CHECKPOINTS
+from tasks.store.store import CHECKPOINTS
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tasks.gpt.interrupt import Interrupt
     from tasks.gpt.objective import Objective
     from tasks.gpt.preference import Replies
-    from tasks.gpt.run import Machine, Progress, Settings
+    from tasks.gpt.training_run import Machine, Progress, Settings
 
 log = logging.getLogger("treeline.train")
 COMPILED = "treeline/compiled"  # under the user's own cache: it is code, so never in a store that others may write
@@ -99,7 +99,7 @@ class TuningParams(Params):
             length: Tokens of a sequence.
             supervised: Targets of the loss in an epoch.
         """
-        from tasks.gpt.run import Settings
+        from tasks.gpt.training_run import Settings
 
         chosen = self.model_dump()
         if self.targets is not None:
@@ -169,7 +169,7 @@ def tune(
     from tasks.gpt.distributed import WorkerDone, current_group
     from tasks.gpt.interrupt import Interrupt
     from tasks.gpt.loop import fit
-    from tasks.gpt.planning import memory_named
+    from tasks.gpt.run_plan import memory_named
 
     world, interrupt = current_group(), Interrupt()
     world.heartbeat()  # the weights are there
@@ -245,8 +245,8 @@ def _machine(
     from tasks.gpt.device import spare_memory
     from tasks.gpt.distributed import current_group
     from tasks.gpt.parallel import should_shard
-    from tasks.gpt.planning import memory_named, planned
-    from tasks.gpt.run import Machine
+    from tasks.gpt.run_plan import memory_named, planned
+    from tasks.gpt.training_run import Machine
 
     world, block = current_group(), splits[0].block
     set_way(model, way_for(run.attention, device, run.compile, params.dropout))
@@ -312,7 +312,7 @@ def refuse_strangers(model: Model, tokens: Sequences) -> None:
 
 def write_tokenizer(out: Path, source: Path, encoding: Encoding, positions: int) -> None:
     """Write what `AutoTokenizer` needs, so that its ids are those of training."""
-    from tasks.text.chat import EOT, TEMPLATES
+    from tasks.text.templates import EOT, TEMPLATES
 
     for name in ("tokenizer.json", "encoding.json"):
         shutil.copyfile(source / name, out / name)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tasks.dialogue.near import Count
+from tasks.dialogue.near_duplicates import Count
 
 
 class Remembered(dict[bytes, float]):

@@ -397,8 +397,8 @@ def test_what_separating_misses_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     test, train = two_splits()
     rows = [{"id": train, "text": "Hi"}, {"id": "b", "parent": train}, {"id": test, "text": "hi"}]
     rows += [{"id": "d", "parent": test}]
-    monkeypatch.setattr("tasks.copies.leaks", lambda *given: {})
-    monkeypatch.setattr("tasks.copies.shared", lambda *given: set())
+    monkeypatch.setattr("tasks.deduplicate.leaks", lambda *given: {})
+    monkeypatch.setattr("tasks.deduplicate.shared", lambda *given: set())
     _, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", CurateParams(test_share=0.4))
     assert counts["shared_across_splits"]["kept"]["near"] == 1
 

@@ -18,12 +18,12 @@ from tasks.artifacts import Encoding, Model, Report, Tokens, read_encoding, writ
 from tasks.dialogue.funnel import WAYS
 from tasks.errors import InputError, ParameterError, TrainingError
 from tasks.evaluate import EvaluateParams, EvaluateRuntime, evaluate
-from tasks.gpt.folder import digests
+from tasks.gpt.hf_folder import digests
 from tasks.gpt.weights import build_start, load_model
-from tasks.start import ROOTS
+from tasks.initial_weights import ROOTS
 from tasks.store.manifest import Manifest
 from tasks.text import bpe
-from tasks.text.chat import TEMPLATES, load_dialect, tags
+from tasks.text.templates import TEMPLATES, load_dialect, tags
 from tasks.train import TrainParams, TrainRuntime, train
 
 BLOCK = 96
@@ -193,7 +193,7 @@ def test_too_little_memory_names_what_to_lower(
     def short(*given: object, **named: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("tasks.gpt.sample.generate", short)
+    monkeypatch.setattr("tasks.gpt.sampling.generate", short)
     with pytest.raises(TrainingError, match=r"evaluate\.replies"):
         reported(tmp_path / "r", model, tokens)
 

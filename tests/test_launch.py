@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from flows import running
+from flows import run_commands
 from tasks.artifacts import Tokens
 from tasks.errors import InputError, ParameterError, RankLost
 from tasks.gpt.distributed import ProcessGroup
@@ -208,11 +208,11 @@ def test_under_torchrun_rank_0_trains_and_writes_and_the_other_follows(
 
 
 def test_of_torchruns_processes_only_rank_0_runs_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "torchrun_group", lambda: nullcontext(False))
-    monkeypatch.setattr(running, "_run", lambda asked: 70)
-    assert running.run(Namespace()) == 0
-    monkeypatch.setattr(running, "torchrun_group", lambda: nullcontext(True))
-    assert running.run(Namespace()) == 70
+    monkeypatch.setattr(run_commands, "torchrun_group", lambda: nullcontext(False))
+    monkeypatch.setattr(run_commands, "_run", lambda asked: 70)
+    assert run_commands.run(Namespace()) == 0
+    monkeypatch.setattr(run_commands, "torchrun_group", lambda: nullcontext(True))
+    assert run_commands.run(Namespace()) == 70
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

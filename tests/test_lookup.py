@@ -8,8 +8,8 @@ import pytest
 from tasks.artifacts import Dialogues
 from tasks.lookup import seen
 from tasks.store.canonical import sha256_of
-from tasks.store.folders import Store, entries
 from tasks.store.manifest import Manifest, content_digest
+from tasks.store.store import Store, entries
 
 KIND = Dialogues.kind
 

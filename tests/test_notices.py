@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from flows import cards, commands, running
+from flows import run_commands, store_commands, ui
 from flows.__main__ import parser
 from flows.recipe import Recipe, load
 from tasks.artifacts import Artifact, Tokens
@@ -205,7 +205,7 @@ def manifest(step: str, *notices: Notice) -> Manifest:
 def test_cards_and_the_report_show_notices_and_names_in_them_are_inert() -> None:
     made = Tokens(Path(), manifest("parse", HOSTILE))
     outcome = Outcome("parse", made, True, 1.0, "nothing changed")
-    for page in (cards.card(outcome), cards.summary("quickstart", [outcome])):
+    for page in (ui.card(outcome), ui.summary("quickstart", [outcome])):
         (block,) = [piece.content for piece in MarkdownIt("gfm-like", {"linkify": False}).parse(page)
                     if piece.type == "fence" and piece.info == "text"]  # fmt: skip
         assert block.split() == f"{HOSTILE.code} {printable(HOSTILE.cause)}. {HOSTILE.setting}.".split()
@@ -234,15 +234,15 @@ def test_a_run_says_last_what_was_lost_also_where_all_is_cached_and_so_does_a_pl
     monkeypatch.setenv(ROOTS, str(tmp_path))
     messages = data_of(tmp_path, monkeypatch, rows, load("quickstart", settings))[1]
     asked = [part for setting in settings for part in ("--set", setting)]
-    assert running.run(parser().parse_args(["run", "--until", "encode", *asked])) == 0
+    assert run_commands.run(parser().parse_args(["run", "--until", "encode", *asked])) == 0
     *_, said, last = capsys.readouterr().out.splitlines()
     assert last.startswith("tokens/")
     assert said.startswith(
         r"warning[parse.fields]: no step reads these fields (name and count): row.[red]wei\x1bght 1;"
     )
-    assert running.plan(parser().parse_args(["plan", "--json", "--until", "encode", *asked])) == 0
+    assert run_commands.plan(parser().parse_args(["plan", "--json", "--until", "encode", *asked])) == 0
     planned = {entry["step"]: entry["notices"] for entry in json.loads(capsys.readouterr().out)}
     assert planned.pop("parse") == [asdict(notice) for notice in messages.manifest.notices]
     assert not any(planned.values())
-    assert commands.show(parser().parse_args(["show", messages.id])) == 0
+    assert store_commands.show(parser().parse_args(["show", messages.id])) == 0
     assert "warning[parse.fields]" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from tasks.encode import EncodeParams, EncodeRuntime, encode
 from tasks.errors import InputError
 from tasks.pair import PairParams, pair
 from tasks.store.manifest import Manifest
-from tasks.text.chat import load_dialect
+from tasks.text.templates import load_dialect
 
 Row = dict[str, Any]
 manifest = partial(Manifest, key="0" * 64, recipe={}, files={}, digest="0" * 64)

@@ -32,10 +32,10 @@ from tasks.artifacts import (
 )
 from tasks.errors import InputError
 from tasks.notices import of_parse
-from tasks.oasst.dump import Bad, Dump, loads
-from tasks.oasst.fields import Fault
+from tasks.oasst.reader import Bad, Dump, loads
 from tasks.oasst.sample import sample_bytes
-from tasks.oasst.tree import Layout
+from tasks.oasst.strict_reader import Layout
+from tasks.oasst.validators import Fault
 from tasks.parse import ParseParams, parse
 from tasks.rows import Tally, remembering
 from tasks.store.manifest import FileEntry, Manifest
@@ -593,7 +593,7 @@ def test_of_a_key_that_stands_twice_in_an_object_the_last_is_taken_as_python_doe
 ) -> None:
     """No reader here sees that a key was there before; to look for it would cost a tenth of parse, or more."""
     if not quick:
-        monkeypatch.setattr("tasks.oasst.dump.read", lambda raws, _: [None] * len(raws))
+        monkeypatch.setattr("tasks.oasst.reader.read", lambda raws, _: [None] * len(raws))
     reply = json.dumps(message("b"))
     raw = (
         '{"message_tree_id": "a", "prompt": {"message_id": "x", "text": "first", "text": "last", "message_id": "a",'
@@ -777,7 +777,7 @@ def test_the_quick_reader_changes_no_byte_of_what_the_careful_reader_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick, *_ = run(tmp_path / "quick", [VALIDATION])
-    monkeypatch.setattr("tasks.oasst.dump.read", lambda raws, _: [None] * len(raws))
+    monkeypatch.setattr("tasks.oasst.reader.read", lambda raws, _: [None] * len(raws))
     careful, *_ = run(tmp_path / "careful", [VALIDATION])
     assert quick == careful
     for file in Messages.files:
@@ -826,7 +826,7 @@ def test_what_is_remembered_of_other_lines_changes_no_byte(
     content = [one if isinstance(one, bytes) else lines(nested(one)).strip() for one in found]
     params = ParseParams(max_bad=1, max_trees=trees)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tasks.oasst.dump.MANY", size)
+        patch.setattr("tasks.oasst.reader.MANY", size)
         again(folder, b"\n".join(content[: len(content) // 2 + 1]))
         order.shuffle(content)
         (counts, *_), _, files = again(folder, b"\n".join(content), params=params)

@@ -9,7 +9,7 @@ from typing import cast
 
 import pytest
 
-from flows import commands
+from flows import store_commands
 from flows.__main__ import main
 from tasks.signals import kept_signals
 from tests.waiting import until
@@ -83,7 +83,7 @@ def test_a_signal_that_comes_again_while_the_command_ends_changes_nothing(
             return super().write(text)
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(commands, "ls", lambda asked: os.kill(os.getpid(), number))
+    monkeypatch.setattr(store_commands, "ls", lambda asked: os.kill(os.getpid(), number))
     monkeypatch.setattr(sys, "stderr", told := Told())
     try:
         ended = main(["ls"])
@@ -105,7 +105,7 @@ def test_a_signal_that_was_swallowed_is_sent_again(monkeypatch: pytest.MonkeyPat
         return 0
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(commands, "ls", swallow)
+    monkeypatch.setattr(store_commands, "ls", swallow)
     with pytest.raises(SystemExit) as caught:
         main(["ls"])
     signal.signal(signal.SIGINT, before)

@@ -11,8 +11,8 @@ from tasks.artifacts import Artifact, Counts
 from tasks.errors import StoreError
 from tasks.step import Outcome, Params, Runtime, Step, session, step
 from tasks.store.collect import garbage
-from tasks.store.folders import Store
 from tasks.store.manifest import Notice, read_manifest
+from tasks.store.store import Store
 
 
 @dataclass(frozen=True)

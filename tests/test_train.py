@@ -16,25 +16,25 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flows.cards import card
 from flows.exporting import export
-from flows.showing import origin, text
-from tasks import start
+from flows.ui import card
+from flows.views import origin, text
+from tasks import initial_weights
 from tasks.artifacts import Encoding, Model, Tokens, write_encoding
 from tasks.errors import ConfigurationError, InputError, ParameterError, PermissionRefused, StoreError
 from tasks.gpt import checkpoint
 from tasks.gpt.device import device_of
-from tasks.gpt.folder import digests
+from tasks.gpt.hf_folder import digests
 from tasks.gpt.loss import token_nats
 from tasks.gpt.weights import build_start, load_model
+from tasks.initial_weights import folder_of
 from tasks.progress import listening
-from tasks.start import folder_of
 from tasks.step import Outcome, home, session
 from tasks.store.collect import garbage, lineage, remove
-from tasks.store.folders import Store
 from tasks.store.manifest import Manifest
+from tasks.store.store import Store
 from tasks.text import bpe
-from tasks.text.chat import TEMPLATES, load_dialect, tags
+from tasks.text.templates import TEMPLATES, load_dialect, tags
 from tasks.train import TrainParams, TrainRuntime, name_messages, train, warn_of_new_words, worth_of
 from tasks.tuning import as_begun
 from tests.gpt.test_loop import Killed, Killer
@@ -302,7 +302,7 @@ def test_published_weights_are_fetched_pinned_and_other_peoples_ids_are_refused(
         asked.append((repo, file, len(revision), len(sha256)))
         return folder / file
 
-    monkeypatch.setattr(start, "fetch_file", fetch)
+    monkeypatch.setattr(initial_weights, "fetch_file", fetch)
     with pytest.raises(ParameterError, match=r"the tokens are not gpt2's: 'Hello world' is"):
         trained(tmp_path / "out", tokens, HUB)
     repo = "openai-community/gpt2"
@@ -366,11 +366,11 @@ def test_a_run_goes_on_as_it_chose_at_first_or_says_that_it_cannot(
     then: int,
 ) -> None:
     every = TrainRuntime(device="cpu", micro_batch="auto", checkpoint_seconds=0.0)
-    monkeypatch.setattr("tasks.gpt.planning.free_memory", lambda device: free)
+    monkeypatch.setattr("tasks.gpt.run_plan.free_memory", lambda device: free)
     whole, cut = trained(tmp_path / "whole", tokens, run=every), tmp_path / "cut"
     with listening(Killer(5)), pytest.raises(Killed):
         trained(cut, tokens, run=every)
-    monkeypatch.setattr("tasks.gpt.planning.free_memory", lambda device: then)
+    monkeypatch.setattr("tasks.gpt.run_plan.free_memory", lambda device: then)
     train.function(cut, tokens, PARAMS, every)
     told = "goes on otherwise than it began, so its last digits may differ: micro_batch 2 -> 1, recompute False -> True"
     assert (told in caplog.text) is (then < free)
@@ -387,12 +387,12 @@ from flows.__main__ import main
 from tasks.artifacts import Tokens
 from tests.test_train import PARAMS, RUN, manifest
 from tasks.train import train
-import flows.commands
+import flows.store_commands
 out = Path(sys.argv[2])
 endless = PARAMS.model_copy(update={"epochs": 5000.0})
 def does(asked):
     train.function(out, Tokens(Path(sys.argv[1]), manifest("tokens")), endless, RUN)
-flows.commands.ls = does
+flows.store_commands.ls = does
 sys.exit(main(["ls"]))
 """
 
@@ -449,7 +449,7 @@ def test_exported_adapters_over_their_base_are_the_model_that_they_were_merged_i
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     tuned = train(tokens, TrainParams(**MORE, start="model", model=earlier.id, lora_rank=4), RUN)
     assert f"adapters lie over {earlier.id}, which started from scratch; " in text(tuned, 0)
-    assert "adapters lie over model&#47;" in card(Outcome("train", tuned, True, 0.0, ""))
+    assert f"adapters lie over {earlier.id}" in card(Outcome("train", tuned, True, 0.0, ""))
     export("adapter", tuned, tmp_path / "dir")
     opened = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "dir").eval()
     ids = torch.from_numpy(tokens.ids()[:, :20].astype(np.int64))
@@ -468,8 +468,9 @@ def test_exported_adapters_over_their_base_are_the_model_that_they_were_merged_i
 def test_tags_that_a_kept_table_has_never_seen_are_warned_of(
     folder: Path, tokens: Tokens, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": tokens.encoding().specials["<|user|>"]}))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(tokens.encoding().specials["<|user|>"])
+    model.save_pretrained(folder)
     for params, told in ((PARAMS, False), (PARAMS.model_copy(update={"frozen": 1}), True)):
         warn_of_new_words(tokens.encoding(), folder, params)
         assert ("<|user|>" in caplog.text and "encode.template = xml" in caplog.text) is told

@@ -24,8 +24,8 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
-from tasks.oasst import fields
-from tasks.oasst.fields import SYSTEM_CHARS, Fault, wrong
+from tasks.oasst import validators
+from tasks.oasst.validators import SYSTEM_CHARS, Fault, wrong
 
 KEY = "messages"  # a line or a table that has it is of this form
 ROLES = {"user": "prompter", "assistant": "assistant"}
@@ -47,7 +47,7 @@ def tree_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """
     said = _with_system([_message(one) for one in _list(KEY, row.get(KEY))])
     given, tree_id = _as_many("message_ids", row.get("message_ids"), said), _tree_id(row.get(TREE))
-    ids = _made(said, tree_id or "") if given is None else [fields.name("message_ids", one) for one in given]
+    ids = _made(said, tree_id or "") if given is None else [validators.name("message_ids", one) for one in given]
     langs = _as_many("langs", row.get("langs"), said) or [row.get("lang")] * len(said)
     others = {name: value for name, value in row.items() if name not in OWN | OF_TREE}
     said[-1][-1].update((f"row.{name}", value) for name, value in others.items())
@@ -64,7 +64,7 @@ def tree_of(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tree_id(found: Any) -> str | None:
     """Take a string that is not empty, or a whole number, as tables often have for an id."""
-    return None if found is None else fields.name(TREE, str(found) if type(found) is int else found)
+    return None if found is None else validators.name(TREE, str(found) if type(found) is int else found)
 
 
 def _apart(name: str, prefix: str, taken: frozenset[str]) -> str:
@@ -85,7 +85,7 @@ def _message(found: Any) -> tuple[str, str, dict[str, Any]]:
     role = found.get("role")
     if type(role) is not str or role not in (*ROLES, SYSTEM):
         raise wrong("role", "string user, assistant or system", role)
-    content = fields.string("content", found.get("content"))
+    content = validators.string("content", found.get("content"))
     prefix, taken = ("system.", frozenset(found)) if role == SYSTEM else ("message.", OF_MESSAGE)
     rest = {name: value for name, value in found.items() if name not in ("role", "content")}
     return role, content, {_apart(name, prefix, taken): value for name, value in rest.items()}

@@ -22,9 +22,9 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tasks.dialogue.near import Prints, TextsOf, Through, counted, numbered, pairs
+from tasks.dialogue.near_duplicates import Prints, TextsOf, Through, counted, numbered, pairs
 from tasks.dialogue.record import PROTECTION, CopyLimits, Split
-from tasks.dialogue.threads import holds
+from tasks.dialogue.tree import holds
 
 Twin = tuple[int, float]  # row of the message that stays, and how similar the two are: 1 for equal texts
 _TRAIN = PROTECTION.index("train")

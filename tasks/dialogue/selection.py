@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tasks.dialogue.threads import holds, is_below
+from tasks.dialogue.tree import holds, is_below
 
 
 def in_whole_threads(

@@ -19,10 +19,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import GPT2LMHeadModel
 
 from tasks.errors import ConfigurationError, ParameterError
-from tasks.gpt.blocks import block_mask
-from tasks.gpt.queries import attend as mix
-from tasks.gpt.queries import parts
-from tasks.gpt.trunk import Attend
+from tasks.gpt.attention_cpu import attend as mix
+from tasks.gpt.attention_cpu import parts
+from tasks.gpt.attention_flex import block_mask
+from tasks.gpt.forward import Attend
 
 log = logging.getLogger("treeline.train")
 Way = Literal["sdpa", "flex", "parts"]

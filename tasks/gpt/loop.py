@@ -30,16 +30,16 @@ from tasks.errors import TrainingError
 from tasks.gpt import checkpoint
 from tasks.gpt.batches import Array, Plan, Split
 from tasks.gpt.ema import WeightEma
+from tasks.gpt.execution import strayed, way_of
+from tasks.gpt.forward import Trunk, hidden_states, recomputing
 from tasks.gpt.interrupt import Interrupted
-from tasks.gpt.logbook import Logbook
-from tasks.gpt.need import AT_ONCE
+from tasks.gpt.memory_model import AT_ONCE
 from tasks.gpt.objective import EachToken, Objective
 from tasks.gpt.optim import adamw, moments, set_moments, set_rate, shorten, squares
 from tasks.gpt.parallel import ParallelModel, parallel_settings, scalar
-from tasks.gpt.run import Machine, Progress, Settings
 from tasks.gpt.schedule import learning_rate
-from tasks.gpt.trunk import Trunk, hidden_states, recomputing
-from tasks.gpt.way import strayed, way_of
+from tasks.gpt.training_log import Logbook
+from tasks.gpt.training_run import Machine, Progress, Settings
 from tasks.gpt.weights import trained
 from tasks.progress import bar
 

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 from transformers import GPT2LMHeadModel
 
 from tasks.gpt.attention import by_ends
-from tasks.gpt.need import CHUNK
-from tasks.gpt.table import ends_of
-from tasks.gpt.trunk import Trunk, hidden_states
+from tasks.gpt.forward import Trunk, hidden_states
+from tasks.gpt.memory_model import CHUNK
+from tasks.gpt.tied_embedding import ends_of
 
 
 def supervised_nats(

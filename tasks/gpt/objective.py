@@ -15,9 +15,9 @@ from transformers import GPT2LMHeadModel
 
 from tasks.gpt.batches import Array, Split
 from tasks.gpt.distributed import SINGLE, ProcessGroup
+from tasks.gpt.forward import Trunk
 from tasks.gpt.loss import supervised_nats, token_nats
-from tasks.gpt.trunk import Trunk
-from tasks.gpt.worth import Worth
+from tasks.gpt.loss_weights import Worth
 
 
 class Objective(Protocol):

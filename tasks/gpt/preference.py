@@ -23,9 +23,9 @@ from transformers import GPT2LMHeadModel
 
 from tasks.gpt.batches import Array, Batch, Split
 from tasks.gpt.distributed import SINGLE, ProcessGroup
+from tasks.gpt.forward import Trunk, hidden_states
 from tasks.gpt.loss import predictors
-from tasks.gpt.need import CHUNK
-from tasks.gpt.trunk import Trunk, hidden_states
+from tasks.gpt.memory_model import CHUNK
 from tasks.progress import track
 
 Ints = NDArray[np.int64]

@@ -12,9 +12,9 @@ import numpy as np
 from tasks.gpt.batches import Split
 from tasks.gpt.metrics import bits_per_byte, nll, perplexity, share
 from tasks.gpt.preference import Floats, Replies
-from tasks.gpt.sample import End, Reply
+from tasks.gpt.sampling import End, Reply
 from tasks.oasst.facts import Question, is_right
-from tasks.text.chat import Dialect
+from tasks.text.templates import Dialect
 
 RATES: Mapping[End, str] = {"stopped": "stop_rate", "looping": "loop_rate", "cut": "cut_rate"}
 WRONG = 20  # wrong answers that a report shows

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from tasks.errors import ParameterError
 from tasks.gpt.checkpoint import disk_named
-from tasks.gpt.folder import WEIGHTS, digests, read_config
+from tasks.gpt.hf_folder import WEIGHTS, digests, read_config
 
 # New rows stay close to the mean of the old: at the mean their logit is bounded by what the model already gives, so
 # they take next to nothing from the known words. Source: John Hewitt 2021, "Initializing New Word Embeddings".

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
+from tasks.oasst.fast_reader import Arranged, read
 from tasks.oasst.tables import PIECE, arrays
-from tasks.oasst.typed import Arranged, read
 
 TOGETHER = 32  # lines read at a time: their objects stay in a cache
 

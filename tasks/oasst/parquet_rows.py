@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from tasks.errors import InputError
 from tasks.oasst.advice import as_messages, listed
-from tasks.oasst.lines import RATIO_COUNTS_FROM, Limits
+from tasks.oasst.jsonl import RATIO_COUNTS_FROM, Limits
 
 PARQUET = b"PAR1"
 BATCH = 1_000  # rows read at a time

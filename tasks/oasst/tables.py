@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 from msgspec import msgpack
 from msgspec.structs import astuple
 
-from tasks.oasst import instants
+from tasks.oasst import timestamps
+from tasks.oasst.fast_reader import NO_SCORES, NO_VOTES, Arranged, Message, Rest, Votes
 from tasks.oasst.laid import Laid
-from tasks.oasst.tree import DEPTH
-from tasks.oasst.typed import NO_SCORES, NO_VOTES, Arranged, Message, Rest, Votes
+from tasks.oasst.strict_reader import DEPTH
 
 PIECE = 500  # rows held as Python objects: these take several times the memory of arrays, and no cache holds more
 
@@ -151,7 +151,7 @@ def columns(found: Arranged) -> list[Sequence[Any] | pa.Array]:
             column[place] = value
     return [
         *own[:DEPTH], np.array(found.depths, np.int32), np.array(found.siblings, np.int32),
-        *own[DEPTH:_CREATED], instants.column(own[_CREATED]), *own[_CREATED + 1 : _EMOJIS], _maps(emojis),
+        *own[DEPTH:_CREATED], timestamps.column(own[_CREATED]), *own[_CREATED + 1 : _EMOJIS], _maps(emojis),
         *_nullable(means), *_nullable(counts), *_nullable(scores.reshape(len(labels), -1).T), *rest,
     ]  # fmt: skip
 

@@ -22,10 +22,10 @@ from tasks.errors import StoreError
 from tasks.jsonfile import read_json
 from tasks.store import lease
 from tasks.store.disk import clock, mark, writing
-from tasks.store.folders import CHECKPOINTS, RECIPE, RESUMABLE, Store
 from tasks.store.lock import try_lock
 from tasks.store.manifest import Manifest, Relied, UnreadableManifest, read_manifest
 from tasks.store.parts import ABOUT, FOLDER, memos
+from tasks.store.store import CHECKPOINTS, RECIPE, RESUMABLE, Store
 
 RESUME_TIME = 7 * 86_400.0  # seconds that an unfinished, resumable build is kept
 STOPPED = 86_400.0  # seconds that a process of another host may be stopped, or take to finish a draft

@@ -20,10 +20,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tasks.store.canonical import canonical, sha256_file
-from tasks.store.check import identity, recall, remember_files
 from tasks.store.disk import mark, sync, write_whole
-from tasks.store.folders import SHORT
+from tasks.store.integrity import identity, recall, remember_files
 from tasks.store.parts import ABOUT, FOLDER, described, fault, memory_of, name_of, parts, united
+from tasks.store.store import SHORT
 
 log = logging.getLogger("treeline.store")
 KEY = "key"  # the column of keys in a part

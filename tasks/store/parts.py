@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.store.canonical import sha256_file, sha256_of
-from tasks.store.check import identity
-from tasks.store.folders import SHORT
+from tasks.store.integrity import identity
+from tasks.store.store import SHORT
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tasks.errors import ConfigurationError
-from tasks.text.chat import SPECIALS
-from tasks.text.words import Places, words
+from tasks.text.pretokenize import Places, words
+from tasks.text.templates import SPECIALS
 
 # How text falls into words before bytes are merged: GPT-2's pattern, as tiktoken writes it (possessive, so linear).
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tasks.text.branches import Piece, Sizes, path_tokens
-from tasks.text.layout import Forest
+from tasks.text.linearize import Forest
 from tasks.text.pack import best_fit
+from tasks.text.split_trees import Piece, Sizes, path_tokens
 
 TRIED = 256  # sizes of pieces, the largest first, that are looked at for a part: more take longer than they save
 

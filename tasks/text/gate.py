@@ -24,10 +24,10 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from tasks.progress import bar
-from tasks.text.chat import Dialect, sound
-from tasks.text.rules import RULES, trained_as_often
-from tasks.text.said import Said, read_said, sources, weights
-from tasks.text.written import Chunk, Ints, Written, chunks, fail
+from tasks.text.gate_checks import RULES, trained_as_often
+from tasks.text.gate_reader import Chunk, Ints, Written, chunks, fail
+from tasks.text.gate_source import Said, read_said, sources, weights
+from tasks.text.templates import Dialect, sound
 
 Again = Callable[[pl.Series], pa.Table]  # texts -> `ids`, a list for each, of the exported tokenizer
 

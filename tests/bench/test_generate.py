@@ -24,7 +24,7 @@ if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {int(os.environ.get("BENCH_CORE", min(os.sched_getaffinity(0))))})
 import torch
 torch.set_num_threads(1)
-from tasks.gpt.sample import generate
+from tasks.gpt.sampling import generate
 from tasks.gpt.weights import build_start, scratch_spec
 prompt, new, rounds = map(int, sys.argv[1:])
 V = 50257

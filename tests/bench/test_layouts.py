@@ -24,7 +24,7 @@ from tasks.artifacts import Tokens
 from tasks.gpt.batches import Split
 from tasks.gpt.device import at_work
 from tasks.gpt.loop import fit
-from tasks.gpt.run import Machine
+from tasks.gpt.training_run import Machine
 from tasks.gpt.weights import build_start, scratch_spec, set_dropout
 from tasks.train import TrainParams
 from tasks.tuning import split_of

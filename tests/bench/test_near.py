@@ -24,8 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tasks.dialogue.fingerprint import compute
-from tasks.dialogue.near import Count, Pairs, Prints, Through, counted, numbered, pairs
+from tasks.dialogue.minhash import compute
+from tasks.dialogue.near_duplicates import Count, Pairs, Prints, Through, counted, numbered, pairs
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(1200)]
 NGRAM, PERMUTATIONS, THRESHOLD = 3, 128, 0.8

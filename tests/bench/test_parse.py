@@ -35,8 +35,8 @@ ROUNDS = 3
 
 def ours(path: Path, out: Path) -> Callable[[], int]:
     """Treeline's step, bare: checks each field, keeps the books, lists what is bad."""
-    import tasks.oasst.mended
-    import tasks.oasst.seen
+    import tasks.oasst.id_index
+    import tasks.oasst.rewrite
     import tasks.oasst.tables  # noqa: F401  # like the peers' libraries, loaded before the clock starts
     from tasks.artifacts import RawTrees
     from tasks.parse import ParseParams, parse

@@ -31,8 +31,8 @@ torch.set_num_threads(1)
 from tasks.gpt.batches import Split
 from tasks.gpt.device import hold_memory, spare_memory
 from tasks.gpt.loop import fit
-from tasks.gpt.planning import planned
-from tasks.gpt.run import Machine, Settings
+from tasks.gpt.run_plan import planned
+from tasks.gpt.training_run import Machine, Settings
 from tasks.gpt.weights import build_start, scratch_spec, set_dropout
 layers, heads, width, block, size, steps, recompute = map(int, sys.argv[1:])
 model = build_start(scratch_spec(layers=layers, heads=heads, width=width, positions=block, vocab_size=50304, seed=0))

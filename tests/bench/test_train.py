@@ -85,7 +85,7 @@ import tempfile
 from pathlib import Path
 from tasks.gpt.device import hold_memory
 from tasks.gpt.loop import fit
-from tasks.gpt.run import Machine, Settings
+from tasks.gpt.training_run import Machine, Settings
 from tasks.progress import listening
 hold_memory()
 model = build_start(spec)

@@ -20,7 +20,7 @@ from tasks.artifacts import Counts, Dialogues, Messages, RawTrees
 from tasks.chats.rows import tree_of
 from tasks.errors import InputError
 from tasks.oasst.advice import as_messages
-from tasks.oasst.fields import Fault
+from tasks.oasst.validators import Fault
 from tasks.parse import ParseParams, parse
 from tasks.store.manifest import FileEntry, Manifest
 

@@ -14,10 +14,10 @@ from tasks.dialogue.dedupe import (
     repeated_prompts,
     shared,
 )
-from tasks.dialogue.fingerprint import compute
-from tasks.dialogue.near import Prints, Through, counted
+from tasks.dialogue.minhash import compute
+from tasks.dialogue.near_duplicates import Prints, Through, counted
 from tasks.dialogue.record import CopyLimits
-from tasks.dialogue.threads import parent_rows
+from tasks.dialogue.tree import parent_rows
 from tests.pairs import Remembered
 
 Row = tuple[str, str | None, str, dict[str, Any]]  # id, parent, text, other fields

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from flows import chain, recipe
-from flows.showing import adapters
+from flows.views import adapters
 from tasks.artifacts import Artifact, Model, Report
-from tasks.start import base_of
+from tasks.initial_weights import base_of
 from tasks.step import Step, session
-from tasks.store.folders import Store
+from tasks.store.store import Store
 from tests.waiting import ended, started, until
 
 ROOT = Path(__file__).parents[2]

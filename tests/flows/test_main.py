@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.store.check import identity
+from tasks.store.integrity import identity
 from tests.waiting import ended, run, started, until
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def test_a_run_ends_with_the_reports_id(ran: tuple[Shell, subprocess.CompletedPr
 def test_a_run_touches_no_home_but_its_own(ran: tuple[Shell, subprocess.CompletedProcess[str]]) -> None:
     shell, _ = ran
     assert not (shell.home / ".prefect").exists()
-    assert (shell.folder / "artifacts" / ".prefect" / "prefect.db").exists()
+    assert (shell.folder / "artifacts" / ".prefect" / "run" / "prefect.db").exists()
 
 
 def test_a_second_run_starts_neither_prefect_nor_torch(shell: Shell) -> None:

@@ -18,12 +18,12 @@ import httpx
 import pytest
 
 from flows import recipe, reports, sweep
-from flows.cards import _Reported
 from flows.reports import reporting, send, surviving
+from flows.ui import _Reported
 from tasks.artifacts import Report
 from tasks.errors import UnavailableError
 from tasks.step import Session
-from tasks.store.folders import Store
+from tasks.store.store import Store
 from tests.waiting import ended, started, until
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_outside_of_a_run_nothing_is_sent() -> None:
 
 def test_of_the_progress_of_training_one_report_waits_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    monkeypatch.setattr("flows.cards.EVERY", 0.0)
+    monkeypatch.setattr("flows.ui.EVERY", 0.0)
     monkeypatch.setattr("flows.reports.send", lambda name, publish: made.append(publish))
     shown = _Reported(200, "train")
     for _ in range(100):

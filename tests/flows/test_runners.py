@@ -14,7 +14,7 @@ import pytest
 from flows import chain, recipe, runners
 from flows.runners import _packed, _Sealed, _unpacked, _work
 from tasks.errors import ParameterError
-from tasks.store.folders import Store
+from tasks.store.store import Store
 from tests.waiting import run
 
 ROOT = Path(__file__).parents[2]

@@ -112,3 +112,15 @@ def test_a_server_that_the_user_names_and_does_not_answer(folder: Path, command:
         "Start it or correct the address; unset, a server is started for you."
     )
     assert "the UI is at" not in done.stdout
+
+
+def test_a_server_that_cannot_start_says_why(folder: Path) -> None:
+    database = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": "postgresql+asyncpg://postgres@127.0.0.1:9/none"}
+    environment = {**os.environ, "TREELINE_ARTIFACTS": str(folder), **database}
+    asked = [sys.executable, "-m", "flows", "serve", "--port", "0"]
+    done = subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 69
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("error[prefect.start]: the Prefect server did not start: ")
+    assert "Connect" in said
+    assert done.stdout == ""

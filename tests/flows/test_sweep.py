@@ -9,8 +9,8 @@ from flows import recipe, sweep
 from flows.__main__ import main
 from tasks.artifacts import Model, Report, Tokens
 from tasks.errors import ParameterError
-from tasks.store.folders import Store
 from tasks.store.manifest import FileEntry, Manifest
+from tasks.store.store import Store
 
 TINY = str(Path(__file__).with_name("tiny.toml"))
 BASE = recipe.load(TINY)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from flows import commands
+from flows import store_commands
 from flows.__main__ import parser
 from flows.terminal import Bars, amount_of, brief, console, json_text, table
 from tasks.progress import bar, listening, track
@@ -59,7 +59,7 @@ def test_an_escape_in_the_data_never_reaches_the_terminal(
     raw = download(DownloadParams(source="file", path=str(tmp_path / "trees.jsonl")), DownloadRuntime())
     parse(raw, ParseParams())
     for kind in ("raw", "messages"):
-        assert commands.show(parser().parse_args(["show", kind])) == 0
+        assert store_commands.show(parser().parse_args(["show", kind])) == 0
     shown = capsys.readouterr().out
     assert "red" in shown
     assert "\x1b" not in shown

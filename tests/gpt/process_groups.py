@@ -21,7 +21,7 @@ from tasks.gpt.loop import fit
 from tasks.gpt.lora import attach
 from tasks.gpt.objective import EachToken
 from tasks.gpt.preference import EachPair, Replies, Side
-from tasks.gpt.run import Machine, Settings
+from tasks.gpt.training_run import Machine, Settings
 from tasks.gpt.weights import freeze
 from tests.gpt import test_loop
 from tests.waiting import patience

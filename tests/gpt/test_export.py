@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.utils import logging
 
 from tasks.artifacts import Encoding, write_encoding
-from tasks.gpt.sample import generate
+from tasks.gpt.sampling import generate
 from tasks.gpt.weights import build_start, export, load_model, scratch_spec
 from tasks.text.bpe import trained
-from tasks.text.chat import EOT, PAD, TEMPLATES, Dialect, load_dialect
+from tasks.text.templates import EOT, PAD, TEMPLATES, Dialect, load_dialect
 from tasks.tuning import write_tokenizer
 
 POSITIONS, NEW = 128, 20

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tasks.gpt import loop
+from tasks.gpt.forward import hidden_states
 from tasks.gpt.interrupt import Interrupt, Interrupted
-from tasks.gpt.trunk import hidden_states
 from tests.gpt.test_loop import MACHINE, STEPS, equal, run
 
 

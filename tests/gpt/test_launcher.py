@@ -22,8 +22,7 @@ WORKER = """
 import json, os, signal, sys, time
 folder, rank, attempt = sys.argv[-1], int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 pipe = open(f"{folder}/{attempt}-{rank}.pipe", "w")
-job = json.load(open(f"{folder}/job.json"))
-here = job["here"]
+here = json.load(open(f"{folder}/job.json"))["here"]
 def send(**report): print(json.dumps(report), file=pipe, flush=True)
 def forever(heartbeats=lambda: 0):
     while True: send(heartbeats=heartbeats()); time.sleep(0.1)
@@ -32,9 +31,9 @@ open(f"{here}/{rank}-{os.getpid()}", "w").close()
 
 
 def run(here: Path, body: str, interrupt: Interrupt | None = None, **settings: Any) -> Any:
-    command, job = [sys.executable, "-c", WORKER + body], {"here": str(here), "grace": launcher.GRACE_SECONDS}
+    command = [sys.executable, "-c", WORKER + body]
     settings = {"max_restarts": 0, "heartbeat_timeout": patience(30), **settings}
-    return run_workers(command, job, 2, interrupt=interrupt or Interrupt(), **settings)
+    return run_workers(command, {"here": str(here)}, 2, interrupt=interrupt or Interrupt(), **settings)
 
 
 def none_is_left(here: Path) -> bool:
@@ -150,8 +149,8 @@ while not asked: send(heartbeats=0); time.sleep(0.05)
 if rank == 1: sys.exit(143)
 """
 SAVE = """
-for count in range(1, 11): send(heartbeats=count); time.sleep(job["grace"] / 7)
-open(f"{here}/saved", "w").close(); sys.exit(143)
+for count in range(1, 11): send(heartbeats=count); time.sleep({pause})
+open(here + "/saved", "w").close(); sys.exit(143)
 """
 
 
@@ -159,9 +158,10 @@ open(f"{here}/saved", "w").close(); sys.exit(143)
 def test_asked_to_stop_who_makes_progress_is_waited_for_and_who_does_not_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, after: str, saved: bool
 ) -> None:
-    monkeypatch.setattr(launcher, "GRACE_SECONDS", patience(0.7))
+    grace = patience(1.5)
+    monkeypatch.setattr(launcher, "GRACE_SECONDS", grace)
     with pytest.raises(Interrupted):
-        run(tmp_path, STEP + after, asked_when_ready(tmp_path))
+        run(tmp_path, STEP + after.format(pause=grace / 8), asked_when_ready(tmp_path))
     assert (tmp_path / "saved").exists() == saved
     assert ("killed" in caplog.text) is not saved
     assert none_is_left(tmp_path)
@@ -189,9 +189,9 @@ while not os.path.exists(here + "/sent"): time.sleep(0.02)
 
 
 def test_rank_0_may_finish_in_silence_once_the_others_have_done_their_part(tmp_path: Path) -> None:
-    timeout = patience(1)
+    silence = patience(1)
     body = f"""
 if rank == 1: sys.exit(0)
-time.sleep({1.5 * timeout}); send(result="trained")
+time.sleep({1.5 * silence}); send(result="trained")
 """
-    assert run(tmp_path, body, heartbeat_timeout=timeout) == "trained"
+    assert run(tmp_path, body, heartbeat_timeout=silence) == "trained"

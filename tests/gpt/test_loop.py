@@ -19,8 +19,8 @@ from tasks.gpt import checkpoint, loop
 from tasks.gpt.batches import Plan, Split
 from tasks.gpt.loop import fit
 from tasks.gpt.loss import token_nats
-from tasks.gpt.run import Machine, Progress, Settings
 from tasks.gpt.schedule import learning_rate
+from tasks.gpt.training_run import Machine, Progress, Settings
 from tasks.gpt.weights import build_start, freeze, scratch_spec, set_dropout
 from tasks.progress import listening
 

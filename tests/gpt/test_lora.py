@@ -15,9 +15,9 @@ from transformers import GPT2LMHeadModel
 
 from tasks.errors import ConfigurationError
 from tasks.gpt import checkpoint, lora
+from tasks.gpt.forward import hidden_states, recomputing
 from tasks.gpt.loop import fit
 from tasks.gpt.loss import supervised_nats
-from tasks.gpt.trunk import hidden_states, recomputing
 from tasks.gpt.weights import trained
 from tasks.progress import listening
 from tests.gpt.test_loop import CPU, MACHINE, SETTINGS, Killed, Killer, split, start

@@ -10,9 +10,9 @@ import pytest
 from tasks.gpt.batches import Split
 from tasks.gpt.preference import Replies
 from tasks.gpt.report import Exam, Result, figures, samples
-from tasks.gpt.sample import End, Reply
+from tasks.gpt.sampling import End, Reply
 from tasks.oasst.facts import Fact, Question
-from tasks.text.chat import Dialect
+from tasks.text.templates import Dialect
 
 
 class Letters:

@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel
 from tasks.artifacts import DIALOGUE_COLUMNS, Dialogues, Tokens, arrow_schema, parquet_writer
 from tasks.encode import EncodeParams, EncodeRuntime, encode
 from tasks.gpt.attention import visible
-from tasks.gpt.blocks import BLOCK, block_mask
+from tasks.gpt.attention_flex import BLOCK, block_mask
 from tasks.gpt.loss import supervised_nats
 from tasks.gpt.weights import build_start, scratch_spec
 from tasks.store.manifest import Manifest

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 
 from tasks.errors import InputError, ParameterError
-from tasks.gpt.folder import digests, find_folder
+from tasks.gpt.hf_folder import digests, find_folder
 from tasks.gpt.weights import (
     SPREAD,
     build_start,

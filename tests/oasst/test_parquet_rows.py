@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks.errors import InputError
-from tasks.oasst.fields import as_json
-from tasks.oasst.lines import Limits
+from tasks.oasst.jsonl import Limits
 from tasks.oasst.parquet_rows import parquet_rows
+from tasks.oasst.validators import as_json
 from tests.memory import taken
 
 MB = 1 << 20

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from tasks.errors import StoreError
 from tasks.store.canonical import sha256_of
-from tasks.store.check import Fault
 from tasks.store.collect import garbage, lineage, remove
-from tasks.store.folders import Store, entries
+from tasks.store.integrity import Fault
 from tasks.store.lease import lease
 from tasks.store.lock import single_flight
 from tasks.store.manifest import FileEntry, Manifest, content_digest
 from tasks.store.memo import Memo
 from tasks.store.parts import memos
+from tasks.store.store import Store, entries
 
 LATER = time.time() + 86_400
 KEPT = ("checkpoints",)

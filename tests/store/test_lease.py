@@ -17,8 +17,8 @@ import pytest
 from tasks.errors import StoreError
 from tasks.store import lease as leases
 from tasks.store.collect import garbage
-from tasks.store.folders import Store
 from tasks.store.lease import given_up, held, lease
+from tasks.store.store import Store
 
 ROOT = Path(__file__).parents[2]
 KEY = "a" * 64
@@ -28,7 +28,7 @@ BUILDS = f"""
 import sys
 from pathlib import Path
 from tasks.store import lease as leases
-from tasks.store.folders import Store
+from tasks.store.store import Store
 if sys.argv[2]: leases._kernel = lambda path: sys.argv[2]
 with leases.lease(Path(sys.argv[1])) as mine, Store(Path(sys.argv[1])).scratch("model", {KEY!r}, {KEPT!r}) as out:
     mine.hold("tokens/bbbbbbbbbbbb")

@@ -17,9 +17,9 @@ import pytest
 from tasks.store import memo as memos
 from tasks.store import parts as store_parts
 from tasks.store.collect import garbage
-from tasks.store.folders import Store
 from tasks.store.memo import Keys, Memo, first_places, taken
 from tasks.store.parts import fault, parts
+from tasks.store.store import Store
 from tests.waiting import ended, started
 
 ROOT = Path(__file__).parents[2]

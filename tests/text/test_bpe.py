@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tasks.errors import ConfigurationError
 from tasks.text import bpe
 from tasks.text.bpe import Vocabulary, gpt2, ids_of, is_gpt2, loaded, trained
-from tasks.text.chat import SPECIALS, XML
+from tasks.text.templates import SPECIALS, XML
 
 TEXTS = ["The cat sat on the mat, the cat.", "Paris is the capital of France.\n\n", "Die Katze saß auf der Matte."] * 3
 pieces = st.lists(

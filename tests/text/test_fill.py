@@ -4,10 +4,10 @@ from itertools import chain
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.text.branches import Piece, Sizes, cut
 from tasks.text.fill import fill
 from tasks.text.pack import best_fit
-from tests.text.test_branches import BLOCK, START, TAIL, in_turns, tokens, tree, trees
+from tasks.text.split_trees import Piece, Sizes, cut
+from tests.text.test_split_trees import BLOCK, START, TAIL, in_turns, tokens, tree, trees
 
 Drawn = tuple[list[int], list[int]]
 rooms = st.integers(BLOCK, 3 * BLOCK)

@@ -14,12 +14,12 @@ from tasks.artifacts import DIALOGUE_COLUMNS, Dialogues, Tokens, arrow_schema, p
 from tasks.encode import EncodeParams, EncodeRuntime, encode
 from tasks.errors import GateError
 from tasks.store.manifest import Manifest
-from tasks.text import gate, said
-from tasks.text import written as writing
-from tasks.text.chat import Dialect, load_dialect
+from tasks.text import gate, gate_source
+from tasks.text import gate_reader as writing
 from tasks.text.gate import check
-from tasks.text.rules import trained_as_often
-from tasks.text.written import Stored, Written
+from tasks.text.gate_checks import trained_as_often
+from tasks.text.gate_reader import Stored, Written
+from tasks.text.templates import Dialect, load_dialect
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ MESSAGES = {
 def frame(messages: dict[str, Said]) -> pl.LazyFrame:
     """Return messages as the gate reads them."""
     rows = [("t", name, said.parent, said.role, said.split, said.text) for name, said in messages.items()]
-    return pl.LazyFrame(rows, schema=dict.fromkeys(said.SAID, pl.String), orient="row")
+    return pl.LazyFrame(rows, schema=dict.fromkeys(gate_source.SAID, pl.String), orient="row")
 
 
 SAID = frame(MESSAGES)
@@ -265,7 +265,7 @@ def test_a_sequence_may_lie_in_a_chunk_of_its_own(
     written: Written, dialect: Dialect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writing, "CHUNK", 1)
-    monkeypatch.setattr(said, "SLICE", 1)
+    monkeypatch.setattr(gate_source, "SLICE", 1)
     assert check(written, dialect, SAID) == len(MESSAGES)
     other_reply(written, dialect)
     with pytest.raises(GateError, match="b0"):
@@ -282,7 +282,7 @@ def test_what_is_stored_is_read_in_slices_as_it_was_written(tokens: Tokens) -> N
 def test_of_much_text_a_sample_is_read_and_of_little_all(
     written: Written, dialect: Dialect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(said, "SAMPLE", 30)
+    monkeypatch.setattr(gate_source, "SAMPLE", 30)
     assert 0 < check(written, dialect, SAID) < len(MESSAGES)
 
 
@@ -290,7 +290,7 @@ def test_of_much_text_a_sample_is_read_and_of_little_all(
 def test_a_text_that_was_not_drawn_is_still_checked_for_its_bytes(
     name: str, written: Written, dialect: Dialect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(said, "SAMPLE", -1)
+    monkeypatch.setattr(gate_source, "SAMPLE", -1)
     assert check(written, dialect, SAID) == 0
     {"p1": other_prompt, "b0": other_reply}[name](written, dialect)
     with pytest.raises(GateError) as caught:

@@ -1,0 +1,51 @@
+"""The way a run is computed: what decides how its sums are rounded, never what they are sums of.
+
+It is settled when a run begins, and noted in its checkpoints. Who goes on from one keeps to it where the choice is
+ours, so that the run ends the same to the bit; where it cannot be kept, that is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import GPT2LMHeadModel
+
+from tasks.gpt.attention import way_set
+from tasks.gpt.training_run import Machine
+
+
+def way_of(model: GPT2LMHeadModel, machine: Machine, micro_batch: int) -> dict[str, Any]:
+    """Return how a run is computed, as JSON values.
+
+    Args:
+        model: With its attention chosen.
+        machine: Where, and how fast.
+        micro_batch: Sequences at once.
+    """
+    device = machine.device
+    return {
+        "torch": torch.__version__,
+        "device": _name(device),
+        "threads": torch.get_num_threads(),
+        "processes": machine.world.size,
+        "sharding": "full" if machine.sharded else "none",
+        "micro_batch": micro_batch,
+        "recompute": machine.recompute,
+        "compile": machine.compile,
+        "attention": way_set(model),
+    }
+
+
+def _name(device: torch.device) -> str:
+    """Return what must be the same for products to be summed in the same order."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
+
+
+def strayed(first: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say in what a run goes on otherwise than it began; empty where in nothing, or where that was not noted."""
+    changed = {name: was for name, was in first.items() if name in now and now[name] != was}
+    return ", ".join(f"{name} {was} -> {now[name]}" for name, was in changed.items())
