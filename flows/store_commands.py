@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from flows import chain
 from flows.terminal import artifact_table, console, print_json, remembered, size
 from tasks.artifacts import Artifact, Dialogues, Model
-from tasks.dialogue.markdown import printable
 from tasks.errors import ParameterError
 from tasks.lookup import seen
+from tasks.report.markdown import printable
 from tasks.step import home
 from tasks.store import collect, parts
 from tasks.store.integrity import forget

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tasks.dialogue.markdown import printable
 from tasks.progress import NOBODY, Bar
+from tasks.report.markdown import printable
 from tasks.store.store import SHORT
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from flows import reports
 from flows.terminal import asked_of_texts
 from flows.views import adapters
 from tasks.artifacts import Dialogues, Model, Report
-from tasks.dialogue.markdown import named
 from tasks.notices import told
 from tasks.progress import Bar, Listener
+from tasks.report.markdown import named
 from tasks.step import Outcome
 from tasks.store.manifest import Notice
 
@@ -84,7 +84,7 @@ def summary(recipe: str, outcomes: Sequence[Outcome]) -> str:
 
 def notices(found: Iterable[Notice]) -> list[str]:
     """Say what was lost, in one block; for nothing, none."""
-    from tasks.dialogue.scorecard import losses
+    from tasks.report.page import losses
 
     said = [(one.code, f"{one.cause}. {one.setting}.") for one in found]
     return [losses(said)] if said else []
@@ -109,7 +109,7 @@ def _cell(value: Any) -> str:
 
 def _with_pictures(report: Report) -> str:
     """Return the report without texts of the data, and with its pictures inside: the UI cannot reach files."""
-    from tasks.dialogue.scorecard import render
+    from tasks.report.page import render
 
     page = render(report.figures(), heads=False)
     for name in report.manifest.files:
@@ -124,15 +124,15 @@ def _inline(svg: bytes) -> str:
 
 def _funnel(dialogues: Dialogues) -> str:
     """Return the funnel by rule and language, with ids and evidence of the first cases; texts stay in the store."""
-    from tasks.dialogue.funnel import render
-    from tasks.gpt.figures import funnel_svg
+    from tasks.report.funnel import render
+    from tasks.report.plots import funnel_svg
 
     return "\n\n".join(render(dialogues.curation(), heads=False, picture=_inline(funnel_svg(dialogues.counts))))
 
 
 def _losses(model: Model) -> str:
     """Return the loss curve, and the validation losses as a table."""
-    from tasks.gpt.figures import loss_svg
+    from tasks.report.plots import loss_svg
 
     train, validation = (
         [(entry["step"], entry[name]) for entry in model.log() if entry.get(name) is not None]

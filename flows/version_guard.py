@@ -2,8 +2,9 @@
 
 A person raises a step's version when its files change, and that of a function whose rows are remembered when its rows
 do; this module notices that code changed at all, since `tasks/versions.lock` was written. It follows imports through
-`tasks.*` and ignores comments, docstrings and layout. What cannot change files or rows is left out: errors,
-notices, progress, and the store, `step.py`, `rows.py` and `remembered.py`, which a golden key and their tests guard.
+`tasks.*` and ignores comments, docstrings and layout. Tables (`*.tsv`) beside an imported module count as code. What
+cannot change files or rows is left out: errors, notices, progress, and the store, `step.py`, `rows.py` and
+`remembered.py`, which a golden key and their tests guard.
 """
 
 from __future__ import annotations
@@ -57,6 +58,12 @@ def _imports(path: Path, root: Path) -> list[str]:
     return [name for name in names if name.startswith("tasks.") and _path(name, root).is_file()]
 
 
+def tables_of(modules: Sequence[str], root: Path = ROOT) -> list[str]:
+    """List the tables (`*.tsv`) in the folders of the modules: data that lies beside code is read by it."""
+    folders = {_path(name, root).parent for name in modules}
+    return sorted(path.relative_to(root).as_posix() for folder in folders for path in folder.glob("*.tsv"))
+
+
 def digest(path: Path) -> str:
     """Return a digest of a module's code that comments, docstrings and layout do not touch."""
     tree = ast.parse(path.read_bytes())
@@ -95,13 +102,16 @@ def functions_of(steps: Sequence[Step[Any, Any]]) -> list[Remembered]:
 
 def current(steps: Sequence[Step[Any, Any]], root: Path = ROOT) -> dict[str, Any]:
     """Return what the lock should hold: step, or function that is remembered -> version and module digests."""
-    known = {step.name: _entry("files", step.version, step.__module__, root) for step in steps}
-    return known | {one.name: _entry("rows", one.version, one.module, root) for one in functions_of(steps)}
+    known = {step.name: lock_entry("files", step.version, step.__module__, root) for step in steps}
+    return known | {one.name: lock_entry("rows", one.version, one.module, root) for one in functions_of(steps)}
 
 
-def _entry(makes: str, version: int, module: str, root: Path) -> dict[str, Any]:
-    modules = {name: digest(_path(name, root)) for name in modules_of(module, root)}
-    return {"makes": makes, "version": version, "modules": modules}
+def lock_entry(makes: str, version: int, module: str, root: Path = ROOT) -> dict[str, Any]:
+    """Return a step's entry in the lock: what it makes, its version, and the digests of its modules and tables."""
+    names = modules_of(module, root)
+    tables = {name: hashlib.sha256((root / name).read_bytes()).hexdigest()[:16] for name in tables_of(names, root)}
+    modules = {name: digest(_path(name, root)) for name in names}
+    return {"makes": makes, "version": version, "modules": modules | tables}
 
 
 def stale(now: dict[str, Any], locked: dict[str, Any]) -> list[str]:

@@ -264,7 +264,7 @@ def _reader(params: CurateParams) -> Reader:
     from tasks.dialogue import contamination, language, pii
     from tasks.dialogue.contamination import Asked, Facts, Told
     from tasks.dialogue.text_rules import Reader
-    from tasks.oasst.facts import facts_of
+    from tasks.sample.facts import facts_of
 
     chars = params.text_language_chars
     told = tuple(

@@ -152,7 +152,7 @@ def _pieces(params: Input, pinned: Source, run: DownloadRuntime) -> Iterator[byt
         path = fetch_file(*where, repo_type="dataset", size=pinned.bytes, patience=patience)
         yield from read_pieces(path, "copy")
     else:
-        from tasks.oasst.sample import sample_bytes
+        from tasks.sample.dataset import sample_bytes
 
         yield sample_bytes()
 

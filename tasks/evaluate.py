@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from tasks.gpt.batches import Split
     from tasks.gpt.preference import Floats, Replies
-    from tasks.gpt.report import Exam, Result
+    from tasks.report.figures import Exam, Result
 
 
 # Threads spend more time on waiting for each other than they save where matrices are small: on 2 cores that others use,
@@ -68,7 +68,7 @@ class EvaluateParams(Params):
     @field_validator("facts")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        from tasks.oasst.facts import facts_of
+        from tasks.sample.facts import facts_of
 
         facts_of(names)
         return names
@@ -104,11 +104,11 @@ class EvaluateRuntime(Runtime):
 @step("evaluate", version=7, makes=Report)
 def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, run: EvaluateRuntime) -> Counts:
     """Write the report: `report.json`, `report.md`, plots, and every reply in `samples.jsonl`."""
-    from tasks.dialogue.scorecard import render
     from tasks.gpt.device import at_work, device_of
-    from tasks.gpt.report import figures, samples
     from tasks.gpt.run_plan import shortage_named
     from tasks.gpt.weights import build_start, load_model
+    from tasks.report.figures import figures, samples
+    from tasks.report.page import render
 
     refuse_strangers(model, tokens)
     start, tuned = model.json("start.json"), made_of(model)
@@ -176,8 +176,8 @@ def refuse_long(exam: Exam, positions: int) -> None:
 
 def exam_of(model: Model, tokens: Tokens, params: EvaluateParams) -> tuple[str | None, Exam]:
     """Return what all models are put to, and the name of its split."""
-    from tasks.gpt.report import Exam
-    from tasks.oasst.facts import held_out_questions
+    from tasks.report.figures import Exam
+    from tasks.sample.facts import held_out_questions
     from tasks.text.templates import load_dialect
 
     name, split = split_of(tokens, params.split)
@@ -220,8 +220,8 @@ def split_of(tokens: Tokens, asked: str) -> tuple[str | None, Split | None]:
 
 def examine(model: GPT2LMHeadModel, exam: Exam, params: EvaluateParams, run: EvaluateRuntime, label: str) -> Result:
     """Put one model to the exam."""
-    from tasks.gpt.report import Result
     from tasks.gpt.sampling import generate
+    from tasks.report.figures import Result
 
     model.eval()
     nats = total_nats(model, exam.split, run.batch, label) if exam.split else None
@@ -275,7 +275,7 @@ def total_nats(model: GPT2LMHeadModel, split: Split, batch: int | None, label: s
 
 def write_plots(out: Path, report: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> None:
     """Write the loss curve, the bars by region where facts with regions were asked, and the funnel of the data."""
-    from tasks.gpt.figures import facts_svg, funnel_svg, loss_svg
+    from tasks.report.plots import facts_svg, funnel_svg, loss_svg
 
     train, validation = (
         [(entry["step"], entry[name]) for entry in log if entry.get(name) is not None] for name in ("loss", "val_nll")

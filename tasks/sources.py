@@ -53,7 +53,7 @@ class HubModel:
 _OASST2 = ("OpenAssistant/oasst2", "179dd21fc55192153d94adb0e0ce8f69e222bf75")
 _OASST1 = ("OpenAssistant/oasst1", "fdf72ae0827c1cda404aff25b6603abec9e3399b")
 
-# Embedded sources (no repository) are made by `tasks.oasst.sample`, the same bytes on every machine.
+# Embedded sources (no repository) are made by `tasks.sample.dataset`, the same bytes on every machine.
 SOURCES: Mapping[str, Source] = {
     "sample": Source(
         "sample.trees.jsonl.gz",

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STEPS = {"download", "parse", "curate", "encode", "train", "evaluate", "pair", "refer", "prefer"}
-NOUNS = {"dialogue", "oasst", "chats", "text", "gpt"}
+NOUNS = {"dialogue", "oasst", "chats", "text", "gpt", "sample", "report"}
 FRAMES = {"parquet", "ndjson", "csv", "ipc"}  # what polars reads from a path
 LEAVES = {"errors", "progress", "jsonfile"}  # import nothing of ours
 TOP = {"pyproject.toml", "README.md", "LICENSE", "flows", "tasks", "tests", "artifacts"}
@@ -63,6 +63,12 @@ def test_imports_go_one_way(path: Path) -> None:
     if part(me) in NOUNS:
         allowed = NOUNS | LEAVES
         assert {part(module) for module in found} <= allowed, "nouns know values and paths, nothing of the store"
+        if part(me) != "report":
+            assert not {part(module) for module in found} & ({"report", "sample"} - {part(me)}), (
+                "only a report reads them"
+            )
+        if part(me) == "sample":
+            assert {part(module) for module in found} <= {"sample", *LEAVES}
     if part(me) == "store":
         assert {part(module) for module in found} <= {"store", *LEAVES}
     if part(me) in LEAVES:

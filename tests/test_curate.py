@@ -30,9 +30,9 @@ from tasks.dialogue.record import RULES, Limits
 from tasks.dialogue.split import split_of
 from tasks.errors import InputError, ParameterError, SourceChanged
 from tasks.notices import of_curate
-from tasks.oasst.sample import SAMPLE_NAME, planted, sample_bytes
 from tasks.parse import ParseParams, parse
 from tasks.rows import Tally, remembering
+from tasks.sample.dataset import SAMPLE_NAME, planted, sample_bytes
 from tasks.store.manifest import FileEntry, Manifest
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"

@@ -15,12 +15,12 @@ import torch
 from pydantic import ValidationError
 
 from tasks.artifacts import Encoding, Model, Report, Tokens, read_encoding, write_encoding
-from tasks.dialogue.funnel import WAYS
 from tasks.errors import InputError, ParameterError, TrainingError
 from tasks.evaluate import EvaluateParams, EvaluateRuntime, evaluate
 from tasks.gpt.hf_folder import digests
 from tasks.gpt.weights import build_start, load_model
 from tasks.initial_weights import ROOTS
+from tasks.report.funnel import WAYS
 from tasks.store.manifest import Manifest
 from tasks.text import bpe
 from tasks.text.templates import TEMPLATES, load_dialect, tags

@@ -14,12 +14,12 @@ from flows.__main__ import parser
 from flows.recipe import Recipe, load
 from tasks.artifacts import Artifact, Tokens
 from tasks.curate import CurateRuntime, curate
-from tasks.dialogue.markdown import printable
-from tasks.dialogue.scorecard import _notices
 from tasks.download import DownloadParams, DownloadRuntime, download
 from tasks.encode import EncodeRuntime, encode
 from tasks.notices import FEWEST, NAMED, told
 from tasks.parse import parse
+from tasks.report.markdown import printable
+from tasks.report.page import _notices
 from tasks.sources import ROOTS
 from tasks.step import Outcome
 from tasks.store.manifest import Manifest, Notice

@@ -33,11 +33,11 @@ from tasks.artifacts import (
 from tasks.errors import InputError
 from tasks.notices import of_parse
 from tasks.oasst.reader import Bad, Dump, loads
-from tasks.oasst.sample import sample_bytes
 from tasks.oasst.strict_reader import Layout
 from tasks.oasst.validators import Fault
 from tasks.parse import ParseParams, parse
 from tasks.rows import Tally, remembering
+from tasks.sample.dataset import sample_bytes
 from tasks.store.manifest import FileEntry, Manifest
 from tests.memory import taken
 

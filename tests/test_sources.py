@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from tasks.download import DownloadParams
-from tasks.oasst.sample import SAMPLE_NAME, sample_bytes
+from tasks.sample.dataset import SAMPLE_NAME, sample_bytes
 from tasks.sources import MODELS, SOURCES, FileName, LocalPath, RepoId, Revision, Sha256
 
 GOOD: dict[str, Any] = {
@@ -159,7 +159,7 @@ def test_keys_are_made_without_the_hubs_client_and_its_libraries() -> None:
 import sys
 from tasks.download import DownloadParams
 DownloadParams(source="oasst2").keyed()
-heavy = {"huggingface_hub", "httpx2", "polars", "pyarrow", "numpy", "prefect", "torch", "tasks.oasst.sample"}
+heavy = {"huggingface_hub", "httpx2", "polars", "pyarrow", "numpy", "prefect", "torch", "tasks.sample.dataset"}
 print(sorted(heavy & set(sys.modules)))
 """
     root = Path(__file__).resolve().parents[1]

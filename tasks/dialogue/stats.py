@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from tasks.dialogue.funnel import HEAD, cases, summed
 from tasks.dialogue.pii import masked
 from tasks.dialogue.record import PROTECTION, Verdicts
 from tasks.dialogue.texts import Texts
 from tasks.dialogue.tree import parent_rows
 
 TOP_LANGUAGES = 20  # what a summary can show
+CASES = 3  # shown of each rule and language
+HEAD = 80  # characters of a case's text
+COLUMNS = 6  # languages that have a column of their own in a report, and cases of a rule
 
 
 def counts(table: pl.DataFrame, verdicts: Verdicts) -> dict[str, Any]:
@@ -77,6 +79,27 @@ def told(table: pl.DataFrame, verdicts: Verdicts, found: pl.DataFrame) -> int:
     """Return how many facts the kept replies of the train split tell; `found` holds `row` and `fact`."""
     stays = pl.Series(verdicts.kept(), dtype=pl.Boolean) & (table["split"] == "train")
     return int(found.filter(stays.gather(found["row"]))["fact"].n_unique())
+
+
+def summed(reasons: Sequence[str | None], langs: Sequence[str | None]) -> dict[str, dict[str, int]]:
+    """Count what each rule dropped, by language, the most frequent first; `unknown` where no language is given."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for reason, lang in zip(reasons, langs, strict=True):
+        if reason is not None:
+            found[reason][lang or "unknown"] += 1
+    return {reason: dict(sorted(by.items(), key=lambda one: (-one[1], one[0]))) for reason, by in found.items()}
+
+
+def cases(reasons: Sequence[str | None], langs: Sequence[str | None]) -> dict[str, list[int]]:
+    """Return the first rows that each rule dropped of each of its most frequent languages, the most frequent first."""
+    found: dict[str, dict[str, list[int]]] = {
+        rule: {lang: [] for lang in [*by][:COLUMNS]} for rule, by in summed(reasons, langs).items()
+    }
+    for row, (reason, lang) in enumerate(zip(reasons, langs, strict=True)):
+        rows = found[reason].get(lang or "unknown") if reason is not None else None
+        if rows is not None and len(rows) < CASES:
+            rows.append(row)
+    return {rule: [row for rows in by.values() for row in rows] for rule, by in found.items()}
 
 
 def curation(table: pl.DataFrame, texts: Texts, verdicts: Verdicts, counts: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from markdown_it import MarkdownIt
 
 from flows import ui
 from tasks.artifacts import Dialogues, Messages
-from tasks.dialogue.funnel import WAYS
-from tasks.dialogue.markdown import named, printable
+from tasks.report.funnel import WAYS
+from tasks.report.markdown import named, printable
 from tasks.step import Outcome
 from tasks.store.manifest import Manifest
 

@@ -19,14 +19,14 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "tasks" / "parse.py").write_text(
         "def parse():\n    from tasks.oasst.strict_reader import walk\n    return walk()\n"
     )
-    (tmp_path / "tasks" / "oasst" / "tree.py").write_text('def walk():\n    """Walk."""\n    return [1]  # one\n')
+    (tmp_path / "tasks" / "oasst" / "strict_reader.py").write_text(
+        'def walk():\n    """Walk."""\n    return [1]  # one\n'
+    )
     return tmp_path
 
 
 def state(project: Path, version: int = 1) -> dict[str, object]:
-    modules = version_guard.modules_of("tasks.parse", project)
-    digests = {name: version_guard.digest(project / f"{name.replace('.', '/')}.py") for name in modules}
-    return {"parse": {"makes": "files", "version": version, "modules": digests}}
+    return {"parse": version_guard.lock_entry("files", version, "tasks.parse", project)}
 
 
 def test_an_import_inside_a_function_is_followed(project: Path) -> None:
@@ -35,11 +35,30 @@ def test_an_import_inside_a_function_is_followed(project: Path) -> None:
 
 def test_a_changed_helper_is_named(project: Path) -> None:
     before = state(project)
-    (project / "tasks" / "oasst" / "tree.py").write_text("def walk():\n    return [2]\n")
+    (project / "tasks" / "oasst" / "strict_reader.py").write_text("def walk():\n    return [2]\n")
     (line,) = version_guard.stale(state(project), before)
     assert line.startswith(
         "parse: tasks.oasst.strict_reader changed since version 1 was locked. Other files now? Raise version."
     )
+
+
+def test_a_changed_table_beside_a_helper_is_named(project: Path) -> None:
+    (project / "tasks" / "oasst" / "labels.tsv").write_text("name\tlimit\nspam\t1\n")
+    (project / "tasks" / "gpt").mkdir()
+    (project / "tasks" / "gpt" / "unrelated.tsv").write_text("name\n")
+    before = state(project)
+    (project / "tasks" / "gpt" / "unrelated.tsv").write_text("title\n")
+    assert version_guard.stale(state(project), before) == []
+    (project / "tasks" / "oasst" / "labels.tsv").write_text("name\tlimit\nspam\t2\n")
+    (line,) = version_guard.stale(state(project), before)
+    assert line.startswith("parse: tasks/oasst/labels.tsv changed since version 1 was locked.")
+
+
+def test_the_facts_of_the_sample_are_guarded_for_every_step_that_reads_them() -> None:
+    now = version_guard.current(chain.STEPS)
+    reading = {name for name, entry in now.items() if "tasks/sample/facts.tsv" in entry["modules"]}
+    assert {"download", "curate", "evaluate"} <= reading
+    assert reading == {name for name, entry in now.items() if "tasks.sample.facts" in entry["modules"]}
 
 
 def test_a_function_whose_rows_are_remembered_is_guarded_like_a_step() -> None:
@@ -58,7 +77,9 @@ def test_a_function_whose_rows_are_remembered_is_guarded_like_a_step() -> None:
 
 def test_comments_docstrings_and_layout_are_not_code(project: Path) -> None:
     before = state(project)
-    (project / "tasks" / "oasst" / "tree.py").write_text('# new\n\ndef walk():\n    """Stroll."""\n    return [ 1 ]\n')
+    (project / "tasks" / "oasst" / "strict_reader.py").write_text(
+        '# new\n\ndef walk():\n    """Stroll."""\n    return [ 1 ]\n'
+    )
     assert version_guard.stale(state(project), before) == []
 
 

@@ -11,8 +11,8 @@ from tasks.artifacts import MESSAGE_COLUMNS, arrow_schema
 from tasks.oasst.again import rows_of
 from tasks.oasst.fast_reader import read
 from tasks.oasst.laid import trees_in
-from tasks.oasst.sample import sample_bytes
 from tasks.oasst.tables import arrays
+from tasks.sample.dataset import sample_bytes
 
 SCHEMA, MAX_TEXT = arrow_schema(MESSAGE_COLUMNS), 1 << 20
 LINES = gzip.decompress(sample_bytes()).splitlines()[:200]

@@ -1,4 +1,4 @@
-"""The scorecard: what a report says of some models, the base first, as a page of Markdown.
+"""The page of a report: what it says of some models, the base first, in Markdown.
 
 What a model says and what stands in the data stands only in fenced blocks, see `markdown.py`.
 """
@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from tasks.dialogue import funnel
-from tasks.dialogue.markdown import code, entry, fenced, named, table
+from tasks.report import funnel
+from tasks.report.markdown import code, entry, fenced, named, table
 
 Figures = Mapping[str, Any]  # report.json, or a part of it
 MARKS = {"stopped": "", "cut": " …", "looping": " ↻"}  # after a reply, by how it ended

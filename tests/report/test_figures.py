@@ -9,9 +9,9 @@ import pytest
 
 from tasks.gpt.batches import Split
 from tasks.gpt.preference import Replies
-from tasks.gpt.report import Exam, Result, figures, samples
 from tasks.gpt.sampling import End, Reply
-from tasks.oasst.facts import Fact, Question
+from tasks.report.figures import Exam, Result, figures, samples
+from tasks.sample.facts import Fact, Question
 from tasks.text.templates import Dialect
 
 

@@ -13,7 +13,7 @@ from tasks.gpt.batches import Split
 from tasks.gpt.metrics import bits_per_byte, nll, perplexity, share
 from tasks.gpt.preference import Floats, Replies
 from tasks.gpt.sampling import End, Reply
-from tasks.oasst.facts import Question, is_right
+from tasks.sample.facts import Question, is_right
 from tasks.text.templates import Dialect
 
 RATES: Mapping[End, str] = {"stopped": "stop_rate", "looping": "loop_rate", "cut": "cut_rate"}

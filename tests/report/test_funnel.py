@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from tasks.dialogue.funnel import cases, render, summed
+from tasks.report.funnel import render
 
 CURATION: dict[str, Any] = {
     "counts": {
@@ -25,20 +25,6 @@ CURATION: dict[str, Any] = {
 
 def page(curation: dict[str, Any], heads: bool = True) -> str:
     return "\n\n".join(render(curation, heads, "funnel.svg"))
-
-
-def test_rules_and_languages_are_counted_and_the_first_rows_kept() -> None:
-    reasons, langs = ["a", None, "b", "a", "a", "a"], ["en", "en", None, "de", "de", "en"]
-    assert summed(reasons, langs) == {"a": {"de": 2, "en": 2}, "b": {"unknown": 1}}
-    assert cases(reasons, langs) == {"a": [3, 4, 0, 5], "b": [2]}
-    assert (summed([], []), cases([], [])) == ({}, {})
-
-
-def test_cases_are_the_first_three_of_each_of_a_rules_six_most_frequent_languages() -> None:
-    langs = [f"l{number}" for number in range(9) for _ in range(9 - number)]
-    found = cases(["a"] * len(langs), langs)["a"]
-    assert [langs[row] for row in found] == [f"l{number}" for number in range(6) for _ in range(3)]
-    assert found[:6] == [0, 1, 2, 9, 10, 11]
 
 
 def test_the_page_tells_every_rule_that_dropped_something_by_language() -> None:

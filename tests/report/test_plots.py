@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import pytest
 
-from tasks.gpt.figures import facts_svg, funnel_svg, loss_svg, thinned
+from tasks.report.plots import facts_svg, funnel_svg, loss_svg, thinned
 
 TRAIN = [(float(step), 8 / (1 + step / 50)) for step in range(1, 5_001)]
 VALIDATION = [(float(step), 8 / (1 + step / 45)) for step in range(0, 5_001, 250)]
@@ -38,7 +38,9 @@ def test_equal_numbers_make_equal_bytes_whatever_the_users_style() -> None:
 
 
 def test_another_process_makes_the_same_bytes() -> None:
-    code = "import sys; from tasks.gpt.figures import facts_svg; sys.stdout.buffer.write(facts_svg({'A|<b>': (0, .5)}))"
+    code = (
+        "import sys; from tasks.report.plots import facts_svg; sys.stdout.buffer.write(facts_svg({'A|<b>': (0, .5)}))"
+    )
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
     assert made == facts_svg({"A|<b>": (0, 0.5)})
     assert b"<b>" not in made

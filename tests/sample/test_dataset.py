@@ -13,8 +13,8 @@ from typing import Any
 import orjson
 import pytest
 
-from tasks.oasst.facts import FAMILIES, Fact, facts, held_out_questions, is_right, normalise, trained_questions
-from tasks.oasst.sample import SAMPLE_NAME, planted, sample_bytes, sample_trees
+from tasks.sample.dataset import SAMPLE_NAME, planted, sample_bytes, sample_trees
+from tasks.sample.facts import FAMILIES, Fact, facts, held_out_questions, is_right, normalise, trained_questions
 
 TREE_KEYS = ["message_tree_id", "tree_state", "prompt", "origin"]
 NODE_KEYS = [
@@ -53,7 +53,7 @@ def messages(trees: list[Node]) -> list[Link]:
 
 
 def test_the_same_bytes_come_from_every_process_whatever_its_hash_seed() -> None:
-    code = "import hashlib; from tasks.oasst.sample import *; print(hashlib.sha256(sample_bytes()).hexdigest())"
+    code = "import hashlib; from tasks.sample.dataset import *; print(hashlib.sha256(sample_bytes()).hexdigest())"
     env = {**os.environ, "PYTHONHASHSEED": "12345", "TZ": "Asia/Tokyo"}
     other = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
     assert other.strip() == hashlib.sha256(sample_bytes()).hexdigest()

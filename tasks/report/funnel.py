@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tasks.dialogue.markdown import fenced, named, printable, table
-
-CASES = 3  # shown of each rule and language
-HEAD = 80  # characters of a case's text
-COLUMNS = 6  # languages that have a column of their own, and cases of a rule
+from tasks.dialogue.stats import CASES, COLUMNS
+from tasks.report.markdown import fenced, named, printable, table
 
 WAYS = {  # name in counts["shared_across_splits"] -> what a reader is told
     "kept": "what was written",
@@ -18,27 +15,6 @@ WAYS = {  # name in counts["shared_across_splits"] -> what a reader is told
     "by_row": "by message at random",
     "by_file_order": "in the order of the file",
 }
-
-
-def summed(reasons: Sequence[str | None], langs: Sequence[str | None]) -> dict[str, dict[str, int]]:
-    """Count what each rule dropped, by language, the most frequent first; `unknown` where no language is given."""
-    found: dict[str, Counter[str]] = defaultdict(Counter)
-    for reason, lang in zip(reasons, langs, strict=True):
-        if reason is not None:
-            found[reason][lang or "unknown"] += 1
-    return {reason: dict(sorted(by.items(), key=lambda one: (-one[1], one[0]))) for reason, by in found.items()}
-
-
-def cases(reasons: Sequence[str | None], langs: Sequence[str | None]) -> dict[str, list[int]]:
-    """Return the first rows that each rule dropped of each of its most frequent languages, the most frequent first."""
-    found: dict[str, dict[str, list[int]]] = {
-        rule: {lang: [] for lang in [*by][:COLUMNS]} for rule, by in summed(reasons, langs).items()
-    }
-    for row, (reason, lang) in enumerate(zip(reasons, langs, strict=True)):
-        rows = found[reason].get(lang or "unknown") if reason is not None else None
-        if rows is not None and len(rows) < CASES:
-            rows.append(row)
-    return {rule: [row for rows in by.values() for row in rows] for rule, by in found.items()}
 
 
 def render(curation: Mapping[str, Any], heads: bool, picture: str) -> Iterator[str]:

@@ -2,17 +2,29 @@
 
 A fact is trained in most of its phrasings and a phrasing is trained with most facts, but about one question in six is
 never in the dataset. Those held-out questions ask whether the model learnt the fact, not the sentence.
+
+The facts are the rows of `facts.tsv`. Of the answers in a row, separated by `; `, the first is the one that is taught;
+the others count as right, too. For a place, the first is the capital by law, or else in practice; the others are other
+names of the same city, and cities that share the title (Bolivia, Eswatini, South Africa, ...). A seat of government or
+parliament without the title does not count: The Hague, Putrajaya, Valparaíso. Accents and apostrophes need no alias:
+`is_right` does not see them.
+
+Countries are the 193 members of the United Nations, its two observers (Vatican City, Palestine), and Taiwan and
+Kosovo. Names are those that a question would use; regions are the five of the UN's M49 list, which puts Cyprus,
+Turkey and the Caucasus in Asia. A place that official bodies place differently stands here as reference works print
+it, taking no side. Three states are named with care: Georgia is also a country, Washington a city, Punjab a province
+of Pakistan, too.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-
-from tasks.oasst.capitals import COUNTRIES, INDIAN_STATES, US_STATES, Place
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -164,58 +176,22 @@ FAMILIES = {
     ),
 }
 
-_ELEMENTS = """
-hydrogen H, helium He, lithium Li, beryllium Be, boron B, carbon C, nitrogen N, oxygen O, fluorine F, neon Ne,
-sodium Na, magnesium Mg, aluminum Al, silicon Si, phosphorus P, sulfur S, chlorine Cl, argon Ar, potassium K,
-calcium Ca, scandium Sc, titanium Ti, vanadium V, chromium Cr, manganese Mn, iron Fe, cobalt Co, nickel Ni, copper Cu,
-zinc Zn, gallium Ga, germanium Ge, arsenic As, selenium Se, bromine Br, krypton Kr, rubidium Rb, strontium Sr,
-yttrium Y, zirconium Zr, niobium Nb, molybdenum Mo, silver Ag, cadmium Cd, indium In, tin Sn, antimony Sb, iodine I,
-xenon Xe, cesium Cs, barium Ba, tungsten W, platinum Pt, gold Au, mercury Hg, lead Pb, bismuth Bi, radon Rn,
-radium Ra, uranium U
-"""
-_OPPOSITES = """
-hot cold/cool, big small/little, up down, left right, day night, fast slow, young old, happy sad/unhappy, rich poor,
-strong weak, wet dry, full empty, open closed/shut/close, true false, early late, high low, long short, wide narrow,
-thick thin, loud quiet/silent/soft, easy hard/difficult, clean dirty, safe dangerous/unsafe, cheap expensive,
-near far, inside outside, above below/beneath, before after, first last, always never, love hate/hatred, buy sell,
-push pull, win lose/loss, north south, east west, heavy light, alive dead
-"""
-_YOUNG = """
-dog a puppy/a pup, cat a kitten, cow a calf, horse a foal/a colt/a filly, sheep a lamb, goat a kid, pig a piglet,
-lion a cub, bear a cub, kangaroo a joey, frog a tadpole, duck a duckling, goose a gosling, swan a cygnet,
-owl an owlet, deer a fawn, fox a kit/a cub/a pup, chicken a chick, seal a pup, hare a leveret
-"""
-_PLURALS = """
-mouse mice, goose geese, foot feet, tooth teeth, child children, man men, woman women, ox oxen, sheep sheep,
-deer deer, person people/persons, leaf leaves, knife knives, wolf wolves, half halves, loaf loaves,
-cactus cacti/cactuses, crisis crises, thesis theses, wife wives
-"""
 
-
-def _of_places(family: str, places: Sequence[Place]) -> Iterator[Fact]:
-    return (Fact(family, place.name, place.capital, place.aliases, place.region) for place in places)
-
-
-def _of_pairs(family: str, table: str) -> Iterator[Fact]:
-    """Read `subject answer/alias/alias, subject answer, ...`."""
-    for pair in table.strip().replace("\n", " ").split(","):
-        subject, right = pair.strip().split(" ", 1)
-        answer, *aliases = right.split("/")
-        yield Fact(family, subject, answer, tuple(aliases))
+def table_rows(name: str) -> Iterator[dict[str, str]]:
+    """Yield the rows of a tab-separated file beside this module, by column name; quotation marks are plain text."""
+    lines = Path(__file__).with_name(name).read_text(encoding="utf-8").splitlines()
+    yield from csv.DictReader(lines, dialect=csv.excel_tab, quoting=csv.QUOTE_NONE, strict=True)
 
 
 @cache
 def facts() -> tuple[Fact, ...]:
-    """Return every fact, family by family, in the order of the tables."""
-    return (
-        *_of_places("capital", COUNTRIES),
-        *_of_places("us_state", US_STATES),
-        *_of_places("indian_state", INDIAN_STATES),
-        *_of_pairs("element", _ELEMENTS),
-        *_of_pairs("opposite", _OPPOSITES),
-        *_of_pairs("young", _YOUNG),
-        *_of_pairs("plural", _PLURALS),
-    )
+    """Return every fact, family by family, in the order of `facts.tsv`."""
+    return tuple(_fact(**row) for row in table_rows("facts.tsv"))
+
+
+def _fact(family: str, region: str, subject: str, answers: str) -> Fact:
+    answer, *aliases = answers.split("; ")
+    return Fact(family, subject, answer, tuple(aliases), region)
 
 
 def facts_of(families: Sequence[str]) -> tuple[Fact, ...]:

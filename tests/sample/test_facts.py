@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.oasst.capitals import COUNTRIES, INDIAN_STATES, US_STATES
-from tasks.oasst.facts import (
+from tasks.sample.facts import (
     FAMILIES,
     Fact,
     facts,
+    facts_of,
     held_out_questions,
     is_right,
     normalise,
@@ -26,9 +26,10 @@ def fact(subject: str, family: str = "capital") -> Fact:
 
 
 def test_every_country_stands_once_in_its_region() -> None:
-    assert len({normalise(place.name) for place in COUNTRIES}) == len(COUNTRIES) == 193 + 2 + 2
+    countries = facts_of(["capital"])
+    assert len({normalise(country.subject) for country in countries}) == len(countries) == 193 + 2 + 2
     # M49 has 54, 35, 47, 43 and 14 members; Palestine and Taiwan go to Asia, Vatican City and Kosovo to Europe.
-    assert Counter(place.region for place in COUNTRIES) == {
+    assert Counter(country.region for country in countries) == {
         "Africa": 54,
         "Americas": 35,
         "Asia": 49,
@@ -38,8 +39,8 @@ def test_every_country_stands_once_in_its_region() -> None:
 
 
 def test_every_state_stands_once() -> None:
-    assert len({place.name for place in US_STATES}) == 50
-    assert len({place.name for place in INDIAN_STATES}) == 28
+    assert len({state.subject for state in facts_of(["us_state"])}) == 50
+    assert len({state.subject for state in facts_of(["indian_state"])}) == 28
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Figures of a report, as SVG whose bytes depend on the numbers alone: no date, no random ids, no user's style file.
+"""Plots of a report, as SVG whose bytes depend on the numbers alone: no date, no random ids, no user's style file.
 
 matplotlib is used through its objects, never `pyplot`, which keeps every figure in a global list and picks a window
 system.

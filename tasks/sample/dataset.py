@@ -22,8 +22,8 @@ from typing import Any
 
 import orjson
 
-from tasks.oasst.capitals import IN_OTHER_LANGUAGES
-from tasks.oasst.facts import (
+from tasks.progress import track
+from tasks.sample.facts import (
     FAMILIES,
     Fact,
     Question,
@@ -32,9 +32,9 @@ from tasks.oasst.facts import (
     is_right,
     sentence_reply,
     short_reply,
+    table_rows,
     trained_questions,
 )
-from tasks.progress import track
 
 SAMPLE_NAME = "sample.trees.jsonl.gz"
 
@@ -141,6 +141,18 @@ _VARIANTS = (  # one word more at the start, at the end, in the middle: the prom
     ("Can you write a short text about {}?", lambda text: f"{text} Enjoy!"),
     ("I need a short text about {}.", lambda text: text.replace(" is ", " is indeed ", 1)),
 )
+
+
+_OTHER_LANGUAGES = {  # the question for a country's capital, and the end of the reply
+    "de": ("Was ist die Hauptstadt von {}?", "."),
+    "es": ("¿Cuál es la capital de {}?", "."),
+    "fr": ("Quelle est la capitale {} ?", "."),
+    "it": ("Qual è la capitale {}?", "."),
+    "pt-BR": ("Qual é a capital {}?", "."),
+    "ru": ("Назовите столицу {}.", "."),
+    "ja": ("{}の首都はどこですか?", "。"),
+    "zh": ("{}的首都是哪里？", "。"),
+}
 
 
 @dataclass(frozen=True)
@@ -270,11 +282,11 @@ def _other_plans() -> Iterator[Plan]:
         prompt, reply = line.split(" > ")
         kinds = ("endoftext",) if "<|endoftext|>" in line else ("unicode",) if max(line) > "\u02ff" else ()
         yield Plan(f"talk|{prompt}", Turn(prompt, (_best(reply),), kinds))
-    for lang, (question, stop, table) in IN_OTHER_LANGUAGES.items():
-        for pair in table.split():
-            country, capital = pair.replace("_", " ").split("=")
-            root = Turn(question.format(country), (_best(capital + stop, lang=lang),), ("other_language",), lang=lang)
-            yield Plan(f"world|{lang}|{country}", root)
+    for row in table_rows("other_languages.tsv"):
+        lang, country = row["lang"], row["country"]
+        question, stop = _OTHER_LANGUAGES[lang]
+        best = _best(row["capital"] + stop, lang=lang)
+        yield Plan(f"world|{lang}|{country}", Turn(question.format(country), (best,), ("other_language",), lang=lang))
     for topic, essay in _essays():
         yield Plan(f"essay|{topic}", Turn(f"Write a short text about {topic}.", (_best(essay),)))
         for prompt, change in _VARIANTS:

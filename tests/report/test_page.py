@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from tasks.dialogue.markdown import fenced, printable
-from tasks.dialogue.scorecard import render
+from tasks.report.markdown import fenced, printable
+from tasks.report.page import render
 
 
 def reply(text: str, end: str = "stopped") -> dict[str, Any]:
