@@ -192,4 +192,4 @@ def test_every_folder_of_the_code_has_a_line_in_the_tree() -> None:
         for folder in (ROOT / top).iterdir()
         if folder.is_dir() and any(path.suffix != ".pyc" for path in folder.rglob("*") if path.is_file())
     }
-    assert there <= drawn
+    assert there == drawn
