@@ -19,14 +19,14 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "tasks" / "parse.py").write_text(
         "def parse():\n    from tasks.oasst.strict_reader import walk\n    return walk()\n"
     )
-    (tmp_path / "tasks" / "oasst" / "tree.py").write_text('def walk():\n    """Walk."""\n    return [1]  # one\n')
+    (tmp_path / "tasks" / "oasst" / "strict_reader.py").write_text('def walk():\n    """Walk."""\n    return [1]  # one\n')
     return tmp_path
 
 
 def state(project: Path, version: int = 1) -> dict[str, object]:
     modules = version_guard.modules_of("tasks.parse", project)
     digests = {name: version_guard.digest(project / f"{name.replace('.', '/')}.py") for name in modules}
-    return {"parse": {"makes": "files", "version": version, "modules": digests}}
+    return {"parse": {"version": version, "modules": digests}}
 
 
 def test_an_import_inside_a_function_is_followed(project: Path) -> None:
@@ -35,30 +35,28 @@ def test_an_import_inside_a_function_is_followed(project: Path) -> None:
 
 def test_a_changed_helper_is_named(project: Path) -> None:
     before = state(project)
-    (project / "tasks" / "oasst" / "tree.py").write_text("def walk():\n    return [2]\n")
+    (project / "tasks" / "oasst" / "strict_reader.py").write_text("def walk():\n    return [2]\n")
     (line,) = version_guard.stale(state(project), before)
     assert line.startswith(
         "parse: tasks.oasst.strict_reader changed since version 1 was locked. Other files now? Raise version."
     )
 
 
-def test_a_function_whose_rows_are_remembered_is_guarded_like_a_step() -> None:
+def test_functions_of_single_texts_are_guarded_with_the_step_that_maps_them() -> None:
     now = version_guard.current(chain.STEPS)
-    assert {name for name, entry in now.items() if entry["makes"] == "rows"} == {
-        "trees", "language", "personal", "asked", "near-fingerprint", "near-pairs", "gpt2-ids", "trained-ids",
-        "exported-ids",
-    }  # fmt: skip
     before = copy.deepcopy(now)
-    before["near-fingerprint"]["modules"]["tasks.dialogue.normalize"] = "another"
-    assert version_guard.stale(now, before) == [
-        "near-fingerprint: tasks.dialogue.normalize changed since version 2 was locked. Other rows now? Raise version. "
-        "Then python -m flows lock"
-    ]
+    before["curate"]["modules"]["tasks.dialogue.minhash"] = "another"
+    (line,) = version_guard.stale(now, before)
+    assert line.startswith("curate: tasks.dialogue.minhash changed since version")
+    assert {"tasks.text.bpe", "tasks.text.gate"} <= {*now["encode"]["modules"]}
+    assert {"tasks.dialogue.language", "tasks.dialogue.pii", "tasks.dialogue.contamination"} <= {
+        *now["curate"]["modules"]
+    }
 
 
 def test_comments_docstrings_and_layout_are_not_code(project: Path) -> None:
     before = state(project)
-    (project / "tasks" / "oasst" / "tree.py").write_text('# new\n\ndef walk():\n    """Stroll."""\n    return [ 1 ]\n')
+    (project / "tasks" / "oasst" / "strict_reader.py").write_text('# new\n\ndef walk():\n    """Stroll."""\n    return [ 1 ]\n')
     assert version_guard.stale(state(project), before) == []
 
 
