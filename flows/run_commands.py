@@ -17,7 +17,6 @@ from flows.chain import STEP_NAMES
 from flows.reports import bound_patience, surviving
 from flows.terminal import (
     Bars,
-    asked_of_texts,
     console,
     plan_table,
     print_json,
@@ -81,9 +80,6 @@ def _run(asked: argparse.Namespace) -> int:
         made = _work(wanted, asked)
     rows = [(step, cached, seconds, why, one.counts, one.path) for step, cached, seconds, why, one in made]
     console().print(summary_table(f"{wanted.recipe.name}: {time.monotonic() - started:.1f} s", rows))
-    for step, cached, *_, one in made:
-        for line in [] if cached else asked_of_texts(one.manifest):
-            console().print(f"{step}: {line}", highlight=False)
     print_notices(told(one.manifest for *_, one in made))
     print(made[-1][-1].id)
     return 0

@@ -4,7 +4,7 @@ On a cluster each task run of Prefect gets some thousand texts and sends rows ba
 so its files are the same wherever they were worked on. Workers need this checkout and its packages, and no store.
 
 A cluster is named by the environment, not by a setting: whoever may fill in a form must not choose whose code we trust.
-Without a name, one is started on this machine, with the first text that is not remembered.
+Without a name, one is started on this machine, with the first texts that come.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal
 
 from tasks.errors import ParameterError, UnavailableError
-from tasks.rows import mapping
+from tasks.text_chunks import text_executor
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from tasks.remembered import Compute
+    from tasks.text_chunks import ChunkFunction
 
 Runner = Literal["threads", "dask", "ray"]
 ADDRESS = {"dask": "TREELINE_DASK_SCHEDULER", "ray": "TREELINE_RAY_ADDRESS"}
@@ -43,7 +43,7 @@ def on(runner: Runner) -> Iterator[None]:
         return
     token = _running.set(True)
     try:
-        with ExitStack() as stack, mapping(_Cluster(runner, stack), ROWS):
+        with ExitStack() as stack, text_executor(_Cluster(runner, stack), ROWS):
             yield
     finally:
         _running.reset(token)
@@ -57,14 +57,14 @@ class _Cluster:
         self.stack = stack
         self.started: Any = None
 
-    def __call__(self, compute: Compute, chunks: Iterable[pa.StringArray]) -> Iterator[pa.RecordBatch]:
+    def __call__(self, function: ChunkFunction, chunks: Iterable[pa.StringArray]) -> Iterator[pa.RecordBatch]:
         """Compute chunks on the workers, and yield their rows in order."""
         from prefect import task
         from prefect.cache_policies import NO_CACHE
 
         self.started = self.started or self._start()
         work = task(name="texts", cache_policy=NO_CACHE, persist_result=False)(_work)
-        given = [{"compute": _Sealed(compute), "texts": _packed([chunk])} for chunk in chunks]
+        given = [{"compute": _Sealed(function), "texts": _packed([chunk])} for chunk in chunks]
         for future in [self.started.submit(work, parameters=one) for one in given]:
             yield from _unpacked(future.result())
 
@@ -88,7 +88,7 @@ class _Cluster:
 class _Sealed:
     """Holds a function so that Prefect, which looks into parameters, leaves it as it is."""
 
-    def __init__(self, compute: Compute) -> None:
+    def __init__(self, compute: ChunkFunction) -> None:
         self.compute = compute
 
     def __repr__(self) -> str:

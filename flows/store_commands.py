@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from flows import chain
-from flows.terminal import artifact_table, console, print_json, remembered, size
+from flows.terminal import artifact_table, console, print_json, size
 from tasks.artifacts import Artifact, Dialogues, Model
 from tasks.errors import ParameterError
 from tasks.lookup import seen
 from tasks.report.markdown import printable
 from tasks.step import home
-from tasks.store import collect, parts
-from tasks.store.integrity import forget
+from tasks.store import collect
 from tasks.store.store import SHORT, Store
 
 
@@ -42,8 +41,6 @@ def ls(asked: argparse.Namespace) -> int:
         )
     elif found:
         console().print(artifact_table(found))
-        for line in remembered(parts.memos(home())):
-            print(line)
     else:
         print(f"no artifacts in {home()}; `python -m flows run` makes some")
     _say_passed_over(Store(home()))
@@ -111,21 +108,14 @@ def verify(asked: argparse.Namespace) -> int:
         for fault in store.verify(folder)
     ]
     corrupt += [{"id": kind, "file": "", "what": "is a link: nothing behind it is used"} for kind in store.links()]
-    written = [part for folder in parts.memos(home()) for part in parts.parts(folder)]
-    faults = [(part, what) for part in written if (what := parts.fault(part)) and part.exists()]
-    for part, _ in faults:
-        forget(parts.memory_of(home(), part.parent.name))
-    corrupt += [{"id": f"{parts.FOLDER}/{part.parent.name}", "file": part.name, "what": what} for part, what in faults]
     if asked.json:
-        print_json({"checked": len(folders), "remembered": len(written), "corrupt": corrupt})
+        print_json({"checked": len(folders), "corrupt": corrupt})
     else:
         for entry in corrupt:
             print(f"{entry['id']}: {entry['file']} {entry['what']}")
         if corrupt:
             print("the next run moves aside what was altered and rebuilds it; what was added, or is a link, stays")
-        print(
-            f"{len(folders)} artifacts and {len(written)} parts of what is remembered checked, {len(corrupt)} corrupt"
-        )
+        print(f"{len(folders)} artifacts checked, {len(corrupt)} corrupt")
     return 65 if corrupt else 0
 
 

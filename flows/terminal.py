@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -139,26 +139,10 @@ def size(manifest: Manifest) -> int:
     return sum(entry.bytes for entry in manifest.files.values())
 
 
-def asked_of_texts(manifest: Manifest) -> list[str]:
-    """Say of each remembered function how many texts, or pairs of them, it was asked for, and what was remembered."""
-    asked: dict[str, dict[str, int]] = manifest.origin.get("texts", {})
-    return [
-        f"{PurePath(name).name}: asked for {tally['asked']:,}, "
-        f"{tally['remembered']:,} remembered, {tally['computed']:,} computed"
-        for name, tally in asked.items()
-    ]
-
-
 def print_notices(notices: Iterable[Notice]) -> None:
     """Print what a run lost, a line each; names of fields in it are strangers' words."""
     for notice in notices:
         console().print(printable(str(notice)), markup=False, highlight=False, soft_wrap=True, style="yellow")
-
-
-def remembered(memos: Sequence[Path]) -> list[str]:
-    """Say what is remembered of texts: which function, how many bytes."""
-    sizes = [sum(part.stat().st_size for part in memo.glob("*.arrow")) for memo in memos]
-    return [f"{memo.parent.name}/{memo.name}  {size:,} bytes" for memo, size in zip(memos, sizes, strict=True)]
 
 
 def brief(counts: Mapping[str, Any], most: int = 4) -> str:

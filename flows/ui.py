@@ -10,7 +10,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from flows import reports
-from flows.terminal import asked_of_texts
 from flows.views import adapters
 from tasks.artifacts import Dialogues, Model, Report
 from tasks.notices import told
@@ -60,7 +59,6 @@ def card(outcome: Outcome) -> str:
     parts = [head, f"{named(outcome.why)}; {outcome.seconds:.1f} s; in {named(str(artifact.path))}"]
     parts += notices(notice for notice in artifact.manifest.notices if notice.step == outcome.step)
     parts.append(_with_pictures(artifact) if isinstance(artifact, Report) else counts_table(artifact.counts))
-    parts += [] if outcome.cached else [named(line) for line in asked_of_texts(artifact.manifest)]
     if isinstance(artifact, Model):
         parts += [named(line) for line in [adapters(artifact)] if line]
         parts.append(_losses(artifact))

@@ -1,10 +1,9 @@
-"""The guard of versions: digests of all code that a step's files, or remembered rows, may depend on.
+"""The guard of versions: digests of all code that a step's files may depend on.
 
-A person raises a step's version when its files change, and that of a function whose rows are remembered when its rows
-do; this module notices that code changed at all, since `tasks/versions.lock` was written. It follows imports through
-`tasks.*` and ignores comments, docstrings and layout. Tables (`*.tsv`) beside an imported module count as code. What
-cannot change files or rows is left out: errors, notices, progress, and the store, `step.py`, `rows.py` and
-`remembered.py`, which a golden key and their tests guard.
+A person raises a step's version when its files change; this module notices that code changed at all, since
+`tasks/versions.lock` was written. It follows imports through `tasks.*` and ignores comments, docstrings and layout.
+Tables (`*.tsv`) beside an imported module count as code. What cannot change files is left out: errors, notices,
+progress, and the store, `step.py` and `text_chunks.py`, which a golden key and their tests guard.
 """
 
 from __future__ import annotations
@@ -13,11 +12,9 @@ import ast
 import hashlib
 import json
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tasks.remembered import Remembered
 from tasks.step import ROOT, Step
 
 LOCK = ROOT / "tasks" / "versions.lock"
@@ -25,10 +22,9 @@ LEFT_OUT = (
     "tasks.errors",
     "tasks.notices",
     "tasks.progress",
-    "tasks.remembered",
-    "tasks.rows",
     "tasks.step",
     "tasks.store",
+    "tasks.text_chunks",
 )
 
 
@@ -93,29 +89,21 @@ def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def functions_of(steps: Sequence[Step[Any, Any]]) -> list[Remembered]:
-    """List the functions that the steps' modules declare, or modules beside them that they import."""
-    names = sorted({name for step in steps for name in modules_of(step.__module__) if name.count(".") == 1})
-    declared = (value for name in names for value in vars(import_module(name)).values())
-    return list({one.name: one for one in declared if isinstance(one, Remembered)}.values())
-
-
 def current(steps: Sequence[Step[Any, Any]], root: Path = ROOT) -> dict[str, Any]:
-    """Return what the lock should hold: step, or function that is remembered -> version and module digests."""
-    known = {step.name: lock_entry("files", step.version, step.__module__, root) for step in steps}
-    return known | {one.name: lock_entry("rows", one.version, one.module, root) for one in functions_of(steps)}
+    """Return what the lock should hold: step -> version and digests of its modules and tables."""
+    return {step.name: lock_entry(step.version, step.__module__, root) for step in steps}
 
 
-def lock_entry(makes: str, version: int, module: str, root: Path = ROOT) -> dict[str, Any]:
-    """Return a step's entry in the lock: what it makes, its version, and the digests of its modules and tables."""
+def lock_entry(version: int, module: str, root: Path = ROOT) -> dict[str, Any]:
+    """Return a step's entry in the lock: its version, and the digests of its modules and tables."""
     names = modules_of(module, root)
     tables = {name: hashlib.sha256((root / name).read_bytes()).hexdigest()[:16] for name in tables_of(names, root)}
     modules = {name: digest(_path(name, root)) for name in names}
-    return {"makes": makes, "version": version, "modules": modules | tables}
+    return {"version": version, "modules": modules | tables}
 
 
 def stale(now: dict[str, Any], locked: dict[str, Any]) -> list[str]:
-    """Say, a line a step or function, where the code is not what was locked."""
+    """Say, a line a step, where the code is not what was locked."""
     lines = []
     for name, entry in now.items():
         old = locked.get(name, {"version": None, "modules": {}})
@@ -127,7 +115,7 @@ def stale(now: dict[str, Any], locked: dict[str, Any]) -> list[str]:
         if changed and entry["version"] == old["version"]:
             lines.append(
                 f"{name}: {', '.join(changed)} changed since version {entry['version']} was locked. "
-                f"Other {entry['makes']} now? Raise version. Then python -m flows lock"
+                f"Other files now? Raise version. Then python -m flows lock"
             )
         elif entry["version"] != old["version"]:
             lines.append(f"{name}: version {entry['version']} is not locked yet. Run python -m flows lock")

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from flows.terminal import asked_of_texts
 from tasks.artifacts import Artifact, Contests, Dialogues, Messages, Model, RawTrees, References, Report, Tokens
 from tasks.dialogue.record import named_in
 from tasks.errors import ParameterError
@@ -47,8 +46,8 @@ def text(artifact: Artifact, count: int) -> str:
         Report: lambda made, n: made.markdown(),
     }
     manifest = artifact.manifest
-    asked = "".join(f"{line}\n" for line in (*asked_of_texts(manifest), *manifest.notices))
-    head = f"{artifact.id}  {artifact.path}\n{json.dumps(artifact.counts, ensure_ascii=False)}\n{asked}"
+    notices = "".join(f"{notice}\n" for notice in manifest.notices)
+    head = f"{artifact.id}  {artifact.path}\n{json.dumps(artifact.counts, ensure_ascii=False)}\n{notices}"
     return f"{head}\n{shown[type(artifact)](artifact, count)}"
 
 

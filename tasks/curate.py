@@ -41,11 +41,10 @@ from tasks.dialogue.record import (
 )  # fmt: skip
 from tasks.errors import InputError, SourceChanged
 from tasks.notices import DECIDES, of_curate, spent
-from tasks.remembered import UNICODE, PerText, Remembered
-from tasks.rows import per_text
 from tasks.sources import LocalPath, allowed_file
 from tasks.step import Params, TextsRuntime, step
 from tasks.store.canonical import sha256_file
+from tasks.text_chunks import map_texts
 
 if TYPE_CHECKING:
     import polars as pl
@@ -53,14 +52,9 @@ if TYPE_CHECKING:
 
     from tasks.dialogue.text_rules import Reader, Seen
     from tasks.dialogue.texts import Masks, Texts
+    from tasks.text_chunks import ChunkFunction
 
 ROWS = 16_384  # of a row group: some 10 MB of text, so memory stays flat and readers can skip
-# What it asks of each text alone, and of two.
-LANGUAGE = Remembered("language", 2, "tasks.dialogue.language", ("pycld2", "polars"))
-PERSONAL = Remembered("personal", 4, "tasks.dialogue.pii", ("polars", UNICODE))
-ASKED = Remembered("asked", 1, "tasks.dialogue.contamination", ("polars",))
-NEAR_FINGERPRINT = Remembered("near-fingerprint", 2, "tasks.dialogue.minhash", ("polars", UNICODE))
-NEAR_PAIRS = Remembered("near-pairs", 1, "tasks.dialogue.near_duplicates", ("polars", UNICODE))
 SCORES = {"labels": [f"label_{name}" for name in LABELS], "detoxify": [f"detoxify_{name}" for name in DETOXIFY]}
 
 LIMITS_OF: Mapping[RuleName, tuple[str, ...]] = {  # rule -> settings that do nothing without it
@@ -161,7 +155,7 @@ def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRunti
     table = messages.scan().select(name for name in MESSAGE_COLUMNS if name in asked).collect()
     table = table.with_columns(splits(table["message_tree_id"], params.test_share, params.val_share))
     texts = Texts(messages.scan())
-    verdicts, seen, shared = decide(table, texts, params)
+    verdicts, seen, shared = decide(table, texts, params, run.workers)
     counts = {
         **stats.counts(table, verdicts),
         "funnel": stats.funnel(verdicts, stages(params)),
@@ -181,19 +175,22 @@ def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRunti
     return counts
 
 
-def decide(table: pl.DataFrame, texts: Texts, params: CurateParams) -> tuple[Verdicts, Seen, dict[str, dict[str, int]]]:
+def decide(
+    table: pl.DataFrame, texts: Texts, params: CurateParams, workers: int = 0
+) -> tuple[Verdicts, Seen, dict[str, dict[str, int]]]:
     """Judge every message.
 
     Args:
         table: N messages, parents first, with `split` and the columns that the rules ask for, but for the text.
         texts: The texts of these.
         params: The settings.
+        workers: Threads that work on texts; 0: one a core.
 
     Returns:
         One verdict a message, kept only if its parent is; what was seen in the texts; and how many messages the splits
         share, see `shared_across_splits`.
     """
-    from tasks.deduplicate import Copies, prints_of, remembering, shared_across_splits
+    from tasks.deduplicate import Copies, prints_of, shared_across_splits
     from tasks.dialogue.dedupe import likeness
     from tasks.dialogue.leakage import Compared
     from tasks.dialogue.texts import compared, opening
@@ -205,7 +202,7 @@ def decide(table: pl.DataFrame, texts: Texts, params: CurateParams) -> tuple[Ver
         verdicts = _filtered(table, texts, parents, params)
         bar.advance(note="filtered")
         own = replace(texts, opens=opening(texts.messages, SYSTEM_CHARS))
-        reader = _reader(params)
+        reader = _reader(params, workers)
         seen = _read(table, texts, own, parents, verdicts, reader)
         own = compared(own, seen.masks, reader.personal)
         if params.whole_threads:
@@ -215,9 +212,9 @@ def decide(table: pl.DataFrame, texts: Texts, params: CurateParams) -> tuple[Ver
         filtered = verdicts.kept()
         bar.advance(note="read")
         replies = (table["role"] == "assistant").to_numpy()
-        prints, through = prints_of(own, filtered, params, NEAR_FINGERPRINT), remembering(params, NEAR_PAIRS)
-        given = Compared(replies, table["split"], prints, own.of, params, through)
-        alike = likeness(table, prints, own.of, filtered, params, through)
+        prints = prints_of(own, filtered, params, workers)
+        given = Compared(replies, table["split"], prints, own.of, params)
+        alike = likeness(table, prints, own.of, filtered, params)
         copies = Copies(table, parents, verdicts, given, alike, settle)
         bar.advance(note="compared")
         if params.separate_splits:
@@ -260,7 +257,7 @@ def _read(
     return reader.read(windows, replies, verdicts)
 
 
-def _reader(params: CurateParams) -> Reader:
+def _reader(params: CurateParams, workers: int) -> Reader:
     from tasks.dialogue import contamination, language, pii
     from tasks.dialogue.contamination import Asked, Facts, Told
     from tasks.dialogue.text_rules import Reader
@@ -274,23 +271,22 @@ def _reader(params: CurateParams) -> Reader:
     prompts = tuple(Asked(where, text) for where, text in params.prompts())
     if "contaminated" not in params.rules:
         prompts = ()
-    sought = prompts, params.overlap_words, told
-    asked = ASKED.of(partial(contamination.scan, *sought), {"sought": sha256(repr(sought).encode()).hexdigest()})
+    overlap = partial(contamination.scan, prompts, params.overlap_words, told)
     return Reader(
         params,
-        partial(_rows_of, LANGUAGE.of(partial(language.detect, chars=chars), {"chars": chars})),
-        partial(_rows_of, PERSONAL.of(pii.scan, {})),
-        partial(_rows_of, asked) if prompts or told else None,
+        partial(_rows_of, partial(language.detect, chars=chars), workers),
+        partial(_rows_of, pii.scan, workers),
+        partial(_rows_of, overlap, workers) if prompts or told else None,
         Facts(told),
         len(prompts),
     )
 
 
-def _rows_of(function: PerText, texts: pl.Series) -> pl.DataFrame:
-    """Return what a function gives for texts, of which it remembers those that it has seen."""
+def _rows_of(function: ChunkFunction, workers: int, texts: pl.Series) -> pl.DataFrame:
+    """Return what a function gives for texts."""
     import polars as pl
 
-    return pl.DataFrame(per_text(function, texts))
+    return pl.DataFrame(map_texts(texts, function, workers))
 
 
 def _keep_whole(table: pl.DataFrame, parents: list[int], verdicts: Verdicts) -> None:

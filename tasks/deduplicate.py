@@ -1,7 +1,7 @@
 """Copies: the part of curation that compares texts, drops what is said twice, and counts what splits share.
 
-No step, but the curate step's own: it stands between the nouns, which compare, and `rows`, which remembers what they
-found.
+No step, but the curate step's own: it stands between the nouns, which compare, and `text_chunks`, which maps them
+over all texts.
 """
 
 from __future__ import annotations
@@ -9,12 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
-from numpy.typing import NDArray
 
 from tasks.dialogue.dedupe import (
     Likeness,
@@ -27,17 +24,23 @@ from tasks.dialogue.dedupe import (
 )
 from tasks.dialogue.leakage import Compared, crossing
 from tasks.dialogue.minhash import bands, compute
-from tasks.dialogue.near_duplicates import Count, Prints, Through, similarities
+from tasks.dialogue.near_duplicates import Prints, jaccard
 from tasks.dialogue.record import PROTECTION, CopyLimits, Verdicts, near_evidence
 from tasks.dialogue.split import in_order, splits
 from tasks.dialogue.texts import Texts
 from tasks.dialogue.tree import nearest_above
-from tasks.remembered import Remembered
-from tasks.rows import per_name, per_text
+from tasks.text_chunks import map_texts
 
 
-def prints_of(texts: Texts, kept: list[bool], limits: CopyLimits, fingerprint: Remembered) -> Prints:
-    """Return the fingerprints of the kept messages' texts; zeros stand for those of the others."""
+def prints_of(texts: Texts, kept: list[bool], limits: CopyLimits, workers: int = 0) -> Prints:
+    """Return the fingerprints of the kept messages' texts; zeros stand for those of the others.
+
+    Args:
+        texts: Of N messages.
+        kept: (N,) the rows to look at.
+        limits: What counts as alike.
+        workers: Threads, as in `map_texts`.
+    """
     rows = np.flatnonzero(kept)
     count, _ = bands(limits.near_permutations, limits.near_threshold)
     made = Prints(
@@ -45,28 +48,14 @@ def prints_of(texts: Texts, kept: list[bool], limits: CopyLimits, fingerprint: R
         np.zeros(len(kept), dtype=np.int32),
         np.zeros((len(kept), count), dtype=np.uint32),
     )
-    settings: dict[str, Any] = {
-        name: getattr(limits, f"near_{name}") for name in ("ngram", "permutations", "threshold")
-    }
-    function, done = fingerprint.of(partial(compute, **settings), settings), 0
+    settings = {name: getattr(limits, f"near_{name}") for name in ("ngram", "permutations", "threshold")}
+    fingerprint, done = partial(compute, **settings), 0
     for part, within in texts.parts(rows):
-        found = Prints.of(per_text(function, part.gather(within)))
+        found = Prints.of(map_texts(part.gather(within), fingerprint, workers))
         own = rows[done : done + len(within)]
         made.digests[own], made.chars[own], made.keys[own] = found.digests, found.chars, found.keys
         done += len(within)
     return made
-
-
-def remembering(limits: CopyLimits, pairs: Remembered) -> Through:
-    """Return what counts of pairs of texts only those that were never counted."""
-    function = pairs.named({"ngram": limits.near_ngram})
-
-    def through(names: NDArray[np.uint64], count: Count) -> NDArray[np.float64]:
-        made = per_name(function, names, lambda places: pa.record_batch({"similarity": count(places)}))
-        similarity: NDArray[np.float64] = made["similarity"].to_numpy()
-        return similarity
-
-    return through
 
 
 @dataclass(frozen=True)
@@ -115,7 +104,7 @@ class Copies:
             self.settle()
             if not found or not alike.crowded:
                 break
-            alike = likeness(table, given.prints, given.texts_of, verdicts.kept(), limits, given.through)
+            alike = likeness(table, given.prints, given.texts_of, verdicts.kept(), limits)
 
     def follow(self) -> None:
         """Let evidence name messages that are kept: a twin may have gone for its own twin, or with what stood above."""
@@ -124,8 +113,7 @@ class Copies:
         if not moved:
             return
         rows, ends = (np.array([*side], dtype=np.int64) for side in (moved.keys(), moved.values()))
-        limits = given.limits
-        similarity = similarities(given.prints, given.texts_of, limits.near_ngram, rows, ends, given.through).tolist()
+        similarity = jaccard(given.texts_of, given.limits.near_ngram, rows, ends).tolist()
         above = nearest_above(self.parents, [not stays for stays in verdicts.kept()])
         for (row, last), index in zip(moved.items(), similarity, strict=True):
             if verdicts.reasons[last] is None:

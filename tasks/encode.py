@@ -24,12 +24,10 @@ from tasks.artifacts import (
 from tasks.errors import InputError
 from tasks.notices import of_encode
 from tasks.progress import track
-from tasks.remembered import PerText, Remembered
-from tasks.rows import per_text
 from tasks.step import Params, TextsRuntime, step
-from tasks.store.canonical import sha256_file
 from tasks.store.manifest import Manifest
-from tasks.token_arrays import SPLITS, encoded, ids_of, spans, write_arrays
+from tasks.text_chunks import map_texts
+from tasks.token_arrays import SPLITS, encoded, encoder, spans, write_arrays
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,13 +38,12 @@ if TYPE_CHECKING:
     from tasks.text.bpe import Vocabulary
     from tasks.text.linearize import Conversation, Forest
     from tasks.text.templates import Tags, Template
+    from tasks.text_chunks import TextFunction
 
 NAMES = ("message_id", "message_tree_id", "role", "split")  # what the index says of a row, besides its rank
 FEW = ("role", "split")  # columns that hold few values
 MOST = 65_535  # tokens of a sequence: places in it are uint16
 GROUP = 1 << 17  # rows of a row group of the index: 10 MB
-# What the gate asks of each text alone.
-EXPORTED_IDS = Remembered("exported-ids", 1, "tasks.text.gate", ("tokenizers",))
 
 
 class EncodeParams(Params):
@@ -114,7 +111,7 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRun
     template = TEMPLATES[params.template]
     vocabulary = _vocabulary(dialogues, template, params)
     pieces = tags(template, vocabulary.specials, vocabulary.encode)
-    talks = _talks(dialogues, ids_of(vocabulary), pieces, params)
+    talks = _talks(dialogues, encoder(vocabulary, run.workers), pieces, params)
     written = _write(out, dialogues, talks, params, vocabulary.specials[PAD])
     encoding = Encoding(
         block=params.block,
@@ -134,7 +131,7 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRun
         (out / told.name).write_bytes(told.read_bytes())
     counts = _counts(written, talks, encoding)
     del talks, vocabulary  # the gate reads everything anew
-    return {**counts, "gated": _gate(out, dialogues)}
+    return {**counts, "gated": _gate(out, dialogues, run.workers)}
 
 
 def _trees(dialogues: Dialogues) -> tuple[Forest, NDArray[np.bool_], pl.Series]:
@@ -194,7 +191,7 @@ class _Talks:
     counts: Counts
 
 
-def _talks(dialogues: Dialogues, function: PerText, tags: Tags, params: EncodeParams) -> _Talks:
+def _talks(dialogues: Dialogues, encode_texts: TextFunction, tags: Tags, params: EncodeParams) -> _Talks:
     """Lay the trees out, encode the texts that are asked for, and end every conversation on a reply that fits.
 
     Raises:
@@ -210,7 +207,7 @@ def _talks(dialogues: Dialogues, function: PerText, tags: Tags, params: EncodePa
     asked = np.full(len(replies), found is None)
     if found is not None:
         asked[flat(found)[0]] = True
-    texts, utf8 = encoded(dialogues, asked, function, "encode")
+    texts, utf8 = encoded(dialogues, asked, encode_texts, "encode")
     nowhere = np.zeros(len(replies), np.bool_)  # what stands at the ends of a conversation is counted apart
     lengths = texts.lengths + sum(around(replies, nowhere, nowhere, tags))
     laid = (
@@ -391,7 +388,7 @@ def _counts(written: dict[str, _Tally], talks: _Talks, encoding: Encoding) -> Co
     }
 
 
-def _gate(out: Path, dialogues: Dialogues) -> int:
+def _gate(out: Path, dialogues: Dialogues, workers: int) -> int:
     """Read everything back as a reader of the artifact would, and check it."""
     import polars as pl
 
@@ -408,7 +405,6 @@ def _gate(out: Path, dialogues: Dialogues) -> int:
     index = tokens.index().with_columns(few).collect()
     written = Written(ids, mask, positions, ends, index, encoding.splits, once)
     tokenizer = (out / "tokenizer.json").read_text(encoding="utf-8")
-    settings = {"tokenizer": sha256_file(out / "tokenizer.json")}
-    again = EXPORTED_IDS.of(partial(ids_again, tokenizer), settings)
+    encode_again = partial(map_texts, function=partial(ids_again, tokenizer), workers=workers)
     dialect, said = load_dialect(out, engine(tokenizer)), dialogues.scan().select(SAID).with_columns(few)
-    return check(written, dialect, said, partial(per_text, again))
+    return check(written, dialect, said, encode_again)

@@ -26,9 +26,8 @@ from tasks.artifacts import (
     write_encoding,
 )
 from tasks.errors import InputError
-from tasks.remembered import PerText
 from tasks.step import Params, step
-from tasks.token_arrays import SPLITS, encoded, ids_of, spans, write_arrays
+from tasks.token_arrays import SPLITS, encoded, encoder, spans, write_arrays
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from tasks.text.assemble import Texts, Turns
     from tasks.text.linearize import Forest
     from tasks.text.templates import Dialect
+    from tasks.text_chunks import TextFunction
 
 
 class PairParams(Params):
@@ -62,7 +62,7 @@ def pair(out: Path, dialogues: Dialogues, tokens: Tokens, params: PairParams) ->
     dialect, encoding = load_dialect(tokens.path), tokens.encoding()
     vocabulary = loaded(tokens.path / "tokenizer.json", dialect.template.plain())
     rows = dialogues.scan().select(*LINKS, "role", "split").collect()
-    table = _Table.of(dialogues, rows, dialect, ids_of(vocabulary), (encoding.block, encoding.length))
+    table = _Table.of(dialogues, rows, dialect, encoder(vocabulary), (encoding.block, encoding.length))
     found = list(table.contests(params.replies))
     kept = {split: [one for one in found if table.splits[one.prompt] == split] for split in SPLITS}
     if not kept["train"]:
@@ -120,7 +120,7 @@ class _Table:
 
     @classmethod
     def of(
-        cls, dialogues: Dialogues, rows: pl.DataFrame, dialect: Dialect, function: PerText, sizes: tuple[int, int]
+        cls, dialogues: Dialogues, rows: pl.DataFrame, dialect: Dialect, encode: TextFunction, sizes: tuple[int, int]
     ) -> _Table:
         """Read the dialogues, and encode what any contest may hold."""
         import numpy as np
@@ -134,7 +134,7 @@ class _Table:
         asked = np.zeros(rows.height, np.bool_)
         for one in contests(trees.children, replies.tolist(), ranks):
             asked[[*trees.path(one.prompt), *one.replies]] = True
-        texts, _ = encoded(dialogues, asked, function, "pair: encode")
+        texts, _ = encoded(dialogues, asked, encode, "pair: encode")
         nowhere = np.zeros(rows.height, np.bool_)  # what stands at the ends of a conversation is counted apart
         each = (texts.lengths + sum(around(replies, nowhere, nowhere, dialect.tags))).tolist()
         return cls(trees, replies, ranks, rows["split"].to_list(), texts, each, dialect, *sizes)

@@ -23,13 +23,11 @@ from tasks.artifacts import (
     Counts,
     Messages,
     RawTrees,
-    arrow_schema,
     parquet_writer,
 )  # fmt: skip
 from tasks.errors import InputError, TreelineError
 from tasks.notices import of_parse
 from tasks.progress import bar
-from tasks.remembered import Remembered
 from tasks.step import Params, step
 
 if TYPE_CHECKING:
@@ -41,8 +39,6 @@ GROUP = 20_000  # rows of a row group: what is held in memory, and what a reader
 MB = 1 << 20
 HEAD = 200  # bytes of a bad line that are shown
 NAMED = 3  # bad lines that an error names
-# What it asks of each line alone.
-TREES = Remembered("trees", 1, "tasks.oasst.again", ("msgspec",))
 WAYS = ("in", "rejected", "repeated")  # in = out + rejected + repeated, of trees and of messages
 
 
@@ -81,7 +77,6 @@ def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
     from tasks.oasst.jsonl import Limits
     from tasks.oasst.reader import Dump, Found
     from tasks.oasst.strict_reader import Layout
-    from tasks.trees import remembering
 
     files = raw.data()
     layout = Layout(LABELS, DETOXIFY, int(params.max_text_mb * MB))
@@ -91,8 +86,7 @@ def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
         _no_collection(),
         _Intake(out, files) as intake,
     ):
-        quick = remembering(TREES, layout.max_text, arrow_schema(MESSAGE_COLUMNS))
-        dump = Dump(files, layout, limits, shown.advance, {rows.KEY: rows.tree_of}, quick)
+        dump = Dump(files, layout, limits, shown.advance, {rows.KEY: rows.tree_of})
         for found in dump:
             intake.take(found) if isinstance(found, Found) else intake.reject(found)
             if intake.trees == params.max_trees:

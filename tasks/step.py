@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from tasks.artifacts import Artifact, Counts
 from tasks.errors import StoreError
 from tasks.provenance import origin_of
-from tasks.rows import Desk, remembering
 from tasks.store.canonical import sha256_of
 from tasks.store.disk import disk_error, refusal
 from tasks.store.explain import why_missing
@@ -65,7 +64,7 @@ class Runtime(BaseModel):
 
 
 class TextsRuntime(Runtime):
-    """How a step computes what it asks of each text."""
+    """How a step works on texts."""
 
     workers: int = Field(default=0, ge=0, le=1_024)
     """Threads that work on texts; 0: one a core. Any number gives the same files."""
@@ -275,8 +274,7 @@ class _Call:
         """Run the step's function in a scratch folder, and tell what it wrote."""
         started = time.time()
         try:
-            with self.remembering() as desk:
-                counts = self.step.function(out, **self.bound)
+            counts = self.step.function(out, **self.bound)
             files = entries(out)
         except Exception as error:
             if not out.exists():
@@ -292,7 +290,6 @@ class _Call:
         origin = {
             **origin_of(self.run.recipe, self.runtime()),
             "seconds": round(time.time() - started, 3),
-            "texts": desk.counts(),
         }
         return Manifest(self.key, self.kind, self.recipe, files, digest, counts, origin, notices=self.notices(counts))
 
@@ -316,12 +313,6 @@ class _Call:
         """Return how fast it was asked to work, as JSON values."""
         given: Runtime | None = self.bound.get(self.step.runtime_name)
         return given.model_dump(mode="json") if given else {}
-
-    def remembering(self) -> AbstractContextManager[Desk]:
-        """Open the memos of functions of one text; a forced build trusts nothing that is remembered, and mends it."""
-        hold = self.run.lease.hold if self.run.lease else lambda name: None
-        workers = getattr(self.bound.get(self.step.runtime_name), "workers", 0)
-        return remembering(self.store.root, workers, hold, fresh=self.forced)
 
 
 def _in_flow() -> bool:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from tasks.artifacts import ARRAYS, Dialogues
 from tasks.progress import bar, track
-from tasks.remembered import PerText, Remembered
-from tasks.rows import per_text
+from tasks.text_chunks import map_texts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,52 +20,54 @@ if TYPE_CHECKING:
     from tasks.text.assemble import Texts, Turns
     from tasks.text.bpe import Vocabulary
     from tasks.text.templates import Tags
+    from tasks.text_chunks import TextFunction
 
 SPLITS = ("train", "val", "test")  # in this order they lie in the files
 WINDOW = 1 << 16  # rows whose texts are in memory at a time: 40 MB
 CHUNK = 256  # sequences laid at a time: 2 MB an array at a block of 1,024, which caches hold
-# What is asked of each text alone.
-GPT2_IDS = Remembered("gpt2-ids", 1, "tasks.text.bpe", ("tiktoken",))
-TRAINED_IDS = Remembered("trained-ids", 1, "tasks.text.bpe", ("tiktoken",))
 
 
-def ids_of(vocabulary: Vocabulary) -> PerText:
-    """Return what gives the ids of a text; a run remembers them for the next one."""
+def encoder(vocabulary: Vocabulary, workers: int = 0) -> TextFunction:
+    """Return what gives the `ids` of texts.
+
+    Args:
+        vocabulary: Theirs.
+        workers: Threads, as in `map_texts`.
+    """
     from tasks.text import bpe
 
-    settings = {"vocabulary": vocabulary.digest}
-    if bpe.is_gpt2(vocabulary):
-        return GPT2_IDS.of(partial(bpe.gpt2_ids, vocabulary.apart), settings)
-    return TRAINED_IDS.of(partial(bpe.ids_of, vocabulary), settings)
+    gpt2 = bpe.is_gpt2(vocabulary)  # which every worker of a cluster has: only its special texts are sent there
+    function = partial(bpe.gpt2_ids, vocabulary.apart) if gpt2 else partial(bpe.ids_of, vocabulary)
+    return partial(map_texts, function=function, workers=workers)
 
 
 def encoded(
-    dialogues: Dialogues, asked: NDArray[np.bool_], function: PerText, doing: str
+    dialogues: Dialogues, wanted: NDArray[np.bool_], encode: TextFunction, label: str
 ) -> tuple[Texts, NDArray[np.int64]]:
-    """Encode the texts of the rows asked for, those that were never encoded before.
+    """Encode the texts of the wanted rows.
 
     Args:
         dialogues: R rows.
-        asked: (R,) which of them.
-        function: Gives `ids`, a list of uint16 for each text.
-        doing: What the progress bar says.
+        wanted: (R,) which of them.
+        encode: Gives `ids`, a list of uint16 for each text.
+        label: What the progress bar says.
 
     Returns:
-        The ids, and (R,) the UTF-8 bytes of each text, 0 where nobody asked.
+        The ids, and (R,) the UTF-8 bytes of each text, 0 where it is not wanted.
     """
     import numpy as np
 
     from tasks.text.assemble import Texts
 
     ids: list[NDArray[np.uint16]] = []
-    starts, lengths, utf8 = (np.zeros(len(asked), np.int64) for _ in range(3))
-    with bar(doing, int(asked.sum()), "messages") as shown:
-        for number, window in enumerate(_texts(dialogues, len(asked))):
-            chosen = np.flatnonzero(asked[number * WINDOW : number * WINDOW + len(window)])
+    starts, lengths, utf8 = (np.zeros(len(wanted), np.int64) for _ in range(3))
+    with bar(label, int(wanted.sum()), "messages") as shown:
+        for number, window in enumerate(_texts(dialogues, len(wanted))):
+            chosen = np.flatnonzero(wanted[number * WINDOW : number * WINDOW + len(window)])
             texts = window.gather(chosen)
-            made = per_text(function, texts).column("ids").combine_chunks()
-            ids.append(made.flatten().to_numpy())
-            rows, ends = number * WINDOW + chosen, made.offsets.to_numpy().astype(np.int64)
+            lists = encode(texts).column("ids").combine_chunks()
+            ids.append(lists.flatten().to_numpy())
+            rows, ends = number * WINDOW + chosen, lists.offsets.to_numpy().astype(np.int64)
             starts[rows], lengths[rows] = ends[:-1] - ends[0], np.diff(ends)
             utf8[rows] = texts.str.len_bytes().to_numpy()
             shown.advance(len(chosen))

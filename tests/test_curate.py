@@ -31,7 +31,6 @@ from tasks.dialogue.split import split_of
 from tasks.errors import InputError, ParameterError, SourceChanged
 from tasks.notices import of_curate
 from tasks.parse import ParseParams, parse
-from tasks.rows import Tally, remembering
 from tasks.sample.dataset import SAMPLE_NAME, planted, sample_bytes
 from tasks.store.manifest import FileEntry, Manifest
 
@@ -673,43 +672,3 @@ def test_every_setting_is_described_for_the_form() -> None:
     fields = CurateParams.model_json_schema()["properties"]
     assert all(field.get("description") for field in fields.values())
     assert CurateParams().keyed()["rules"] == list(RULES)
-
-
-# ---- what is remembered
-
-
-def remembered(store: Path, messages: Messages, out: Path) -> dict[str, Tally]:
-    """Curate with a store's memory, and return by name of a function what it was asked for."""
-    with remembering(store, 1, lambda name: None) as desk:
-        curated(messages, out, CurateParams(near_threshold=0.5))
-    return {name.split("/")[1].rsplit("-", 1)[0]: tally for name, tally in desk.tallies.items()}
-
-
-def resorted(messages: Messages, folder: Path, trees: int) -> Messages:
-    """Write the first trees again, the last first."""
-    table = messages.scan().collect()
-    order = pl.DataFrame({"message_tree_id": table["message_tree_id"].unique(maintain_order=True)[:trees].reverse()})
-    folder.mkdir()
-    with parquet_writer(folder / "messages.parquet", MESSAGE_COLUMNS) as writer:
-        chosen = order.join(table, on="message_tree_id", maintain_order="left_right").select(table.columns)
-        writer.write_table(chosen.to_arrow().cast(arrow_schema(MESSAGE_COLUMNS)))
-    return Messages(folder, sealed("messages"))
-
-
-def test_only_new_texts_and_pairs_are_computed_and_the_same_is_written(opened: Open, tmp_path: Path) -> None:
-    messages = opened(SAMPLE_NAME)
-    trees = messages.scan().collect()["message_tree_id"].n_unique()
-    parts = {"most": trees * 9 // 10, "all": trees, "again": trees}
-    told = {}
-    for name, count in parts.items():
-        given = resorted(messages, tmp_path / f"in {name}", count)
-        told[name] = remembered(tmp_path / "store", given, tmp_path / name)
-        curated(given, tmp_path / f"{name} cold", CurateParams(near_threshold=0.5))
-        for file in ("dialogues.parquet", "dropped.parquet", "curation.json"):
-            assert (tmp_path / name / file).read_bytes() == (tmp_path / f"{name} cold" / file).read_bytes()
-    assert {"near-fingerprint", "near-pairs"} <= set(told["all"])
-    for function, tally in told["all"].items():
-        assert 0 < tally.remembered < tally.asked, function
-        assert told["again"][function].computed == 0
-    remade = remembered(tmp_path / "store", messages, tmp_path / "as published")
-    assert [tally.computed for tally in remade.values()] == [0] * len(remade)

@@ -4,7 +4,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,11 +12,10 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from tasks import rows as row_functions
+from tasks import text_chunks
 from tasks.artifacts import DIALOGUE_COLUMNS, Dialogues, Tokens, arrow_schema, parquet_writer
 from tasks.encode import EncodeParams, EncodeRuntime, encode
 from tasks.errors import InputError
-from tasks.step import session
 from tasks.store.manifest import Manifest
 from tasks.text.templates import load_dialect
 
@@ -173,12 +172,6 @@ def test_the_same_dialogues_give_the_same_bytes(tmp_path: Path, params: EncodePa
     assert digest(encoded(tmp_path / "1", rows, params).path) == digest(encoded(tmp_path / "2", rows, params).path)
 
 
-def asked(made: Tokens) -> dict[str, tuple[int, int]]:
-    """Return (remembered, computed) of each function of texts."""
-    texts = made.manifest.origin["texts"]
-    return {PurePath(name).name[:-13]: (tally["remembered"], tally["computed"]) for name, tally in texts.items()}
-
-
 @pytest.fixture
 def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tokens]:
     """Give what runs the step on rows, in a store of that name."""
@@ -193,39 +186,13 @@ def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., To
     return run
 
 
-def test_a_text_is_tokenized_once_for_all_revisions_and_recipes(publish: Callable[..., Tokens]) -> None:
-    trees = [talk(name, f"Question {name}?", f"Answer {name * 9}.", "Really?", f"Yes {name}.") for name in "abcdefgh"]
-    rows = [row for tree in trees for row in tree]
-    texts = len({row["text"] for row in rows})
-    first = publish("warm", rows)
-    assert asked(first) == {"gpt2-ids": (0, texts), "exported-ids": (0, texts)}
-    again = {"gpt2-ids": (texts, 0), "exported-ids": (texts, 0)}
-    resorted = [row for tree in reversed(trees) for row in tree]
-    assert asked(publish("warm", resorted)) == asked(publish("warm", rows, layout="top1")) == again
-    fewer = publish("warm", rows[8:])
-    assert asked(fewer)["gpt2-ids"] == (texts - 6, 0)  # as a stricter filter in curate would leave
-    more = [*rows, *talk("new", "Question a?", "What is new.")]
-    made = publish("warm", more)
-    assert asked(made) == {"gpt2-ids": (texts, 1), "exported-ids": (texts, 1)}
-    for number, (warm, given) in enumerate([(first, rows), (fewer, rows[8:]), (made, more)]):
-        assert publish(f"cold{number}", given).manifest.files == warm.manifest.files
-
-
 def test_any_number_of_workers_gives_the_same_bytes(
     publish: Callable[..., Tokens], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_functions, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(text_chunks, "CHUNK_ROWS", 5)
     rows = [row for number in range(60) for row in talk(f"t{number}", f"Ask {number}", f"Say é{number} 中")]
     made = [publish(f"store{workers}", rows, workers=workers).manifest for workers in (1, 2, 5)]
     assert len({one.digest for one in made}) == 1
-
-
-def test_a_forced_build_trusts_nothing_that_is_remembered(publish: Callable[..., Tokens]) -> None:
-    rows = talk("a", "Hi", "Hello")
-    first = publish("store", rows)
-    with session(force=frozenset({"encode"})):
-        again = publish("store", rows)
-    assert (asked(again)["gpt2-ids"], again.manifest.digest) == ((0, 2), first.manifest.digest)
 
 
 def test_texts_of_a_megabyte_are_encoded_and_left_out_where_they_fit_no_block(tmp_path: Path) -> None:

@@ -36,8 +36,6 @@ from tasks.oasst.reader import Bad, Dump, loads
 from tasks.oasst.strict_reader import Layout
 from tasks.oasst.validators import Fault
 from tasks.parse import ParseParams, parse
-from tasks.rows import Tally, remembering
-from tasks.sample.dataset import sample_bytes
 from tasks.store.manifest import FileEntry, Manifest
 from tests.memory import taken
 
@@ -796,65 +794,3 @@ def test_a_tree_that_comes_again_is_known_whichever_reader_took_it(tmp_path: Pat
     counts, messages, _ = parsed(tmp_path, lines(*([one, two] if quick_first else [two, one])))
     assert (counts["trees"], counts["trees_repeated"], counts["trees_replaced"]) == (1, 1, 0)
     assert messages["label_spam_count"].to_list() == [None, 200]
-
-
-# ------------------------------------------------------------------------------------------------- what is remembered
-
-
-def again(
-    folder: Path, content: bytes, fresh: bool = False, params: ParseParams | None = None
-) -> tuple[Parsed, Tally, list[bytes]]:
-    """Run the bare step with a memory beside it; give what it gave, what it asked of lines, and the files."""
-    with remembering(folder / "store", 1, lambda name: None, fresh) as desk:
-        found = parsed(folder, content, params or ALL_BAD)
-    (tally,) = desk.tallies.values()
-    return found, tally, [(folder / "out" / file).read_bytes() for file in Messages.files]
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.lists(TREES | FAULTS, min_size=1, max_size=12),
-    st.randoms(use_true_random=False),
-    st.sampled_from([1, 300, 1 << 24]),
-    st.integers(1, 8),
-)
-def test_what_is_remembered_of_other_lines_changes_no_byte(
-    tmp_path_factory: pytest.TempPathFactory, found: list[Any], order: random.Random, size: int, trees: int
-) -> None:
-    """Trees good and bad, of this reader and that, again, changed and in another order; few lines at a time, or all."""
-    folder = tmp_path_factory.mktemp("memory")
-    content = [one if isinstance(one, bytes) else lines(nested(one)).strip() for one in found]
-    params = ParseParams(max_bad=1, max_trees=trees)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tasks.oasst.reader.MANY", size)
-        again(folder, b"\n".join(content[: len(content) // 2 + 1]))
-        order.shuffle(content)
-        (counts, *_), _, files = again(folder, b"\n".join(content), params=params)
-    expected, *_ = parsed(folder, b"\n".join(content), params)
-    assert {**counts, "bytes": 0, "lines": 0} == {**expected, "bytes": 0, "lines": 0}
-    assert files == [(folder / "out" / file).read_bytes() for file in Messages.files]
-
-
-def test_a_line_is_read_once_wherever_it_stands_and_a_changed_one_again(tmp_path: Path) -> None:
-    content = gzip.decompress(sample_bytes()).splitlines()[:200]
-    odd = lines(tree("odd", unknown=1)).strip()  # read carefully, each time
-    for known, now, computed in (
-        ([], content, len(content)),
-        (content, [*reversed(content)], 0),
-        (content, [content[0].replace(b'"role"', b' "role"', 1), *content[1:]], 1),
-        (content, [odd, *content, odd.replace(b"odd", b"even")], 2),
-        ([odd], [odd], 0),
-    ):
-        for one in (known, now):
-            _, tally, files = again(tmp_path, b"\n".join(one)) if one else (None, None, None)
-        assert tally
-        assert tally.computed == computed
-        parsed(tmp_path, b"\n".join(now), ALL_BAD)
-        assert files == [(tmp_path / "out" / file).read_bytes() for file in Messages.files]
-
-
-def test_a_forced_build_reads_every_line_and_mends_what_is_remembered(tmp_path: Path) -> None:
-    content = lines(tree("a", message("b")), tree("c"))
-    *_, files = again(tmp_path, content)
-    _, tally, forced = again(tmp_path, content, fresh=True)
-    assert (tally.computed, forced) == (2, files)

@@ -22,7 +22,7 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tasks.dialogue.near_duplicates import Prints, TextsOf, Through, counted, numbered, pairs
+from tasks.dialogue.near_duplicates import Prints, TextsOf, numbered, pairs
 from tasks.dialogue.record import PROTECTION, CopyLimits, Split
 from tasks.dialogue.tree import holds
 
@@ -111,7 +111,6 @@ def likeness(
     texts_of: TextsOf,
     kept: Sequence[bool],
     limits: CopyLimits,
-    through: Through = counted,
 ) -> Likeness:
     """Compare first prompts and long later ones with each other, and long replies with each other.
 
@@ -121,7 +120,6 @@ def likeness(
         texts_of: Gives the texts of rows.
         kept: (N,) the rows to look at.
         limits: What is compared, and what counts as alike.
-        through: Counts the pairs that it does not remember, see `pairs`.
     """
     said = np.full(len(messages), -1, dtype=np.int64)
     near: dict[int, list[tuple[int, float]]] = defaultdict(list)
@@ -133,7 +131,7 @@ def likeness(
         rows = np.flatnonzero(compared & (replies == side))
         number, one_of = numbered(prints, rows)
         said[rows] = first + number
-        found = pairs(prints.take(one_of), _places(texts_of, one_of), limits.near_ngram, limits.near_threshold, through)
+        found = pairs(prints.take(one_of), _places(texts_of, one_of), limits.near_ngram, limits.near_threshold)
         columns = (first + found.left, first + found.right, found.similarity)
         for one, other, similarity in zip(*(column.tolist() for column in columns), strict=True):
             near[one].append((other, similarity))

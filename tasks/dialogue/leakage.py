@@ -17,7 +17,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from tasks.dialogue.dedupe import Likeness, Twin
-from tasks.dialogue.near_duplicates import Prints, TextsOf, Through, counted, jaccard, ngrams_of, similarities
+from tasks.dialogue.near_duplicates import Prints, TextsOf, jaccard, ngrams_of
 from tasks.dialogue.record import PROTECTION, CopyLimits, Split
 
 I64 = NDArray[np.int64]
@@ -40,7 +40,6 @@ class Compared:
         prints: Of each text.
         texts_of: Gives the texts of rows.
         limits: What counts as alike.
-        through: Counts pairs of texts, as in `near.pairs`.
     """
 
     replies: NDArray[np.bool_]
@@ -48,7 +47,6 @@ class Compared:
     prints: Prints
     texts_of: TextsOf
     limits: CopyLimits
-    through: Through = counted
 
 
 def crossing(given: Compared, alike: Likeness, kept: Sequence[bool], yielding: Split) -> dict[int, Twin]:
@@ -96,7 +94,7 @@ def _settled(given: Compared, asks: I64, guards: I64) -> dict[int, Twin]:
             large.append((asks[band_asks], guards[band_guards]))
     pairs = np.unique(np.concatenate(small))
     left, right = asks[(pairs >> _HALF).astype(np.int64)], guards[(pairs & _LOW).astype(np.int64)]
-    similarity = similarities(given.prints, given.texts_of, given.limits.near_ngram, left, right, given.through)
+    similarity = jaccard(given.texts_of, given.limits.near_ngram, left, right)
     for at in np.flatnonzero(similarity >= given.limits.near_threshold).tolist():
         found.setdefault(int(left[at]), (int(right[at]), float(similarity[at])))
     for crowd, others in large:

@@ -1,7 +1,7 @@
 """Near copies: texts whose sets of word n-grams overlap, found by their fingerprints and verified by counting.
 
 Two texts are alike by the Jaccard index of their sets of word n-grams. MinHash only proposes pairs; counting decides,
-so nothing is reported on an estimate. What is counted depends on two texts alone, so whoever asks may remember it.
+so nothing is reported on an estimate.
 
 Letters: N texts; S n-grams; P pairs.
 """
@@ -23,8 +23,6 @@ U32 = NDArray[np.uint32]
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 F64 = NDArray[np.float64]
-Count = Callable[[I64], F64]  # places in a list of pairs, in order, each once -> their Jaccard index
-Through = Callable[[U64, Count], F64]  # (P, 4) digests of pairs, the lesser first; what counts -> all their indices
 TextsOf = Callable[[I64], pa.Array]  # rows, in order, each once -> their texts
 
 _WINDOW = 64  # neighbours in a bucket that a text is compared with: a bucket of thousands would cost their square
@@ -80,11 +78,6 @@ class Pairs:
     crowded: bool
 
 
-def counted(names: U64, count: Count) -> F64:
-    """Count all pairs: what remembers nothing."""
-    return count(np.arange(len(names)))
-
-
 def numbered(prints: Prints, rows: I64) -> tuple[I64, I64]:
     """Number the texts of some rows in the order of their digests; equal texts have one number.
 
@@ -100,7 +93,7 @@ def numbered(prints: Prints, rows: I64) -> tuple[I64, I64]:
     return number, rows[order[fresh]]
 
 
-def pairs(prints: Prints, texts_of: TextsOf, ngram: int, threshold: float, through: Through = counted) -> Pairs:
+def pairs(prints: Prints, texts_of: TextsOf, ngram: int, threshold: float) -> Pairs:
     """Find texts that are alike.
 
     Args:
@@ -109,29 +102,11 @@ def pairs(prints: Prints, texts_of: TextsOf, ngram: int, threshold: float, throu
         texts_of: Gives the texts that have to be compared.
         ngram: Words of an n-gram, at least 1; a shorter text is one n-gram.
         threshold: Jaccard index from which on texts are alike, over 0 and up to 1.
-        through: Counts what it does not remember of an earlier call with the same `ngram`.
     """
     left, right, crowded = _candidates(prints.keys)
-    similarity = similarities(prints, texts_of, ngram, left, right, through)
+    similarity = jaccard(texts_of, ngram, left, right)
     alike = similarity >= threshold
     return Pairs(left[alike], right[alike], similarity[alike], crowded)
-
-
-def similarities(prints: Prints, texts_of: TextsOf, ngram: int, left: I64, right: I64, through: Through) -> F64:
-    """Return the Jaccard index of pairs of texts, counted or remembered: (P,).
-
-    Args:
-        prints: Of all texts.
-        texts_of: Gives the texts that have to be compared.
-        ngram: Words of an n-gram.
-        left: (P,) texts.
-        right: (P,) the other text of each pair.
-        through: As in `pairs`.
-    """
-    one, other = prints.digests[left], prints.digests[right]
-    swapped = (one[:, 0] > other[:, 0]) | ((one[:, 0] == other[:, 0]) & (one[:, 1] > other[:, 1]))
-    names = np.where(swapped[:, None], np.hstack((other, one)), np.hstack((one, other)))
-    return through(names, lambda places: jaccard(texts_of, ngram, left[places], right[places]))
 
 
 def _bytes(column: pa.ChunkedArray) -> bytes:
@@ -169,7 +144,14 @@ def _crowded(keys: U32) -> I64:
 
 
 def jaccard(texts_of: TextsOf, ngram: int, left: I64, right: I64) -> F64:
-    """Count what pairs of texts share: (P,) the Jaccard index of their sets of n-grams."""
+    """Count what pairs of texts share: (P,) the Jaccard index of their sets of n-grams.
+
+    Args:
+        texts_of: Gives the texts that have to be compared.
+        ngram: Words of an n-gram.
+        left: (P,) texts.
+        right: (P,) the other text of each pair.
+    """
     similarity = np.empty(len(left), dtype=np.float64)
     if not len(left):
         return similarity

@@ -28,18 +28,14 @@ from tasks.oasst.fast_reader import (
     rest_of,
 )
 from tasks.oasst.jsonl import Limits, Line, Lines
-from tasks.oasst.laid import Laid
 from tasks.oasst.parquet_rows import is_parquet, parquet_rows
 from tasks.oasst.strict_reader import TREE, Layout, arrange, flat_tree_id, messages_in
 from tasks.oasst.validators import Fault, as_json, wrong
 
 Form = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # a row of another dataset -> a nested tree; may raise Fault
-# Lines -> id and messages of each good nested tree; None where the careful reader must look.
-Quick = Callable[[Sequence[bytes | memoryview]], Sequence[tuple[str, Arranged | Laid] | None]]
 
 TOGETHER = 1 << 18  # bytes of lines that are looked at together: some 15 trees, whose objects stay in a cache
 ALONE = 1_000  # flat messages that are looked at together
-MANY = 1 << 24  # of them, where trees are remembered: to look one up alone costs more than to read it
 
 
 class Place(NamedTuple):
@@ -55,7 +51,7 @@ class Found(NamedTuple):
 
     place: Place
     tree_id: str
-    content: Arranged | Laid
+    content: Arranged
     repeats: int = 0
     conflicts: int = 0
 
@@ -122,16 +118,13 @@ class Dump:
         limits: Limits | None = None,
         advance: Callable[[float], None] = lambda _: None,
         forms: Mapping[str, Form] | None = None,
-        quick: Quick | None = None,
     ) -> None:
         """Prepare to read `files` in this order; `advance` is told of every byte of them that was read.
 
         Lines and tables of other datasets are known by a field: `forms` says of it how a row becomes a nested tree.
-        Good nested trees are read by `quick`, which may remember them; without it, here and now.
         """
         self._files, self._layout, self._limits, self._advance = files, layout, limits, advance
         self._forms = forms or {}
-        self._quick, self._together = (quick, MANY) if quick else (self._read, TOGETHER)
         self._groups: dict[str, _Group] = {}
         self.bytes, self.lines, self.unreadable = 0, 0, 0
 
@@ -151,7 +144,7 @@ class Dump:
     def _of_jsonl(self, index: int, path: Path) -> Iterator[Found | Bad]:
         lines, before = Lines(path, self._limits, self._advance), self.bytes
         flat = False  # so far in this file
-        for some in _batches(lines, self._together):
+        for some in _batches(lines, TOGETHER):
             self.bytes = before + lines.bytes
             left = some if flat else (yield from self._of_trees(index, some))
             flat = flat or left is not None
@@ -161,7 +154,8 @@ class Dump:
 
     def _of_trees(self, index: int, lines: Sequence[Line]) -> Generator[Found | Bad, None, Sequence[Line] | None]:
         """Read lines of nested trees; return those after the first flat message, None if there is none."""
-        for number, (line, good) in enumerate(zip(lines, self._quick([line.raw for line in lines]), strict=True), 1):
+        quick = read([line.raw for line in lines], self._layout.max_text)
+        for number, (line, good) in enumerate(zip(lines, quick, strict=True), 1):
             self.lines += 1
             place = Place(index, line.number, line.offset)
             if good:
@@ -188,9 +182,6 @@ class Dump:
         group = self._groups.get(tree_id) or self._groups.setdefault(tree_id, _Group(tree_id, place))
         group.messages += 1
         return group
-
-    def _read(self, raws: Sequence[bytes | memoryview]) -> Sequence[tuple[str, Arranged] | None]:
-        return read(raws, self._layout.max_text)
 
     def _carefully(self, place: Place, raw: bytes, flat: bool) -> Found | Bad | None:
         """Read a line field by field; None for a flat message that was put to its tree."""

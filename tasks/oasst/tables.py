@@ -16,7 +16,6 @@ from msgspec.structs import astuple
 
 from tasks.oasst import timestamps
 from tasks.oasst.fast_reader import NO_SCORES, NO_VOTES, Arranged, Message, Rest, Votes
-from tasks.oasst.laid import Laid
 from tasks.oasst.strict_reader import DEPTH
 
 PIECE = 500  # rows held as Python objects: these take several times the memory of arrays, and no cache holds more
@@ -83,35 +82,19 @@ class MessageTable(Table):
     def __init__(self, writer: pq.ParquetWriter, group: int) -> None:
         super().__init__(writer, group)
         self._waiting = Arranged([], [], [], {})
-        self._laid: Laid | None = None  # trees that lie one after another, taken together
 
-    def add(self, tree: Arranged | Laid) -> None:
+    def add(self, tree: Arranged) -> None:
         """Add a tree's messages."""
         self.rows += tree.size
-        if isinstance(tree, Laid):
-            self._join(tree)
-            return
-        if self._laid:
-            self._turn()
         for part in tree.parts(PIECE):
             self._waiting.append(part)
             if self._waiting.size >= PIECE:
                 self._turn()
 
-    def _join(self, tree: Laid) -> None:
-        if self._laid and (joined := self._laid.followed_by(tree)):
-            self._laid = joined
-        else:
-            self._turn()
-            self._laid = tree
-
     def _turn(self) -> None:
         if self._waiting.messages:
             self._hold(columns(self._waiting))
             self._waiting = Arranged([], [], [], {})
-        if self._laid:
-            self._hold(self._laid.columns())
-            self._laid = None
 
 
 class RowTable(Table):
@@ -132,11 +115,6 @@ class RowTable(Table):
         if self._waiting:
             self._hold(zip(*self._waiting, strict=True))
             self._waiting = []
-
-
-def arrays(found: Arranged, kinds: Iterable[pa.DataType]) -> list[pa.Array]:
-    """Return the columns of a table of messages, which have these types: (M,) each."""
-    return [_array(values, kind) for values, kind in zip(columns(found), kinds, strict=True)]
 
 
 def columns(found: Arranged) -> list[Sequence[Any] | pa.Array]:

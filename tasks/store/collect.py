@@ -1,11 +1,11 @@
 """Collecting: which artifacts nobody needs any more, and removing them.
 
 Kept are the artifacts of the last run of each recipe, those that a running program has taken hold of, everything that
-these were made from, what is remembered of texts and was asked for these, and whatever was made or used within the
-grace time. The rest is garbage, as are what was moved aside and the scratch folders of dead processes; one that a next
-try could go on with (a checkpoint) is kept for a week after its last change, with all that it was begun with, unless
-what it was to become is finished by now. With them go the leases of dead processes and what is left over in the store's
-own folders: drafts of files, locks that nobody holds, and what was noted of artifacts that are gone.
+these were made from, and whatever was made within the grace time. The rest is garbage, as are what was moved aside and
+the scratch folders of dead processes; one that a next try could go on with (a checkpoint) is kept for a week after its
+last change, with all that it was begun with, unless what it was to become is finished by now. With them go the leases
+of dead processes and what is left over in the store's own folders: drafts of files, locks that nobody holds, and what
+was noted of artifacts that are gone.
 
 Times are the file system's own, so no machine's clock matters.
 """
@@ -24,7 +24,6 @@ from tasks.store import lease
 from tasks.store.disk import clock, mark, writing
 from tasks.store.lock import try_lock
 from tasks.store.manifest import Manifest, Relied, UnreadableManifest, read_manifest
-from tasks.store.parts import ABOUT, FOLDER, memos
 from tasks.store.store import CHECKPOINTS, RECIPE, RESUMABLE, Store
 
 RESUME_TIME = 7 * 86_400.0  # seconds that an unfinished, resumable build is kept
@@ -55,10 +54,8 @@ def garbage(
     wanted = [path for path in scratch if _wanted(path, finished, now, {path.name for path in alive})]
     begun_with = {digest for path in wanted for digest in _digests(_recipe(path))}
     needed = lineage(manifests, {*_roots(store, forgotten), *_in_use(alive), *_made(manifests, begun_with)})
-    needed |= {name for folder, made in manifests if _id(folder) in needed for name in made.origin.get("texts", {})}
-    unused = [
-        folder for folder in [*(folder for folder, _ in manifests), *memos(store.root)] if _id(folder) not in needed
-    ]
+    unused = [folder for folder, _ in manifests if _id(folder) not in needed]
+    unused += store.root.glob(".memo")  # results for single texts, which earlier versions kept there
     aside = sorted((store.root / ".aside").glob("*"))
     dead = [path for path in scratch if path not in wanted]
     return [
@@ -175,15 +172,13 @@ def _ids(path: Path, found: object) -> list[str]:
 
 
 def _left_over(root: Path, now: float) -> Iterator[Path]:
-    """Yield drafts that nobody will finish, free locks, and what was noted of artifacts and memos that are gone."""
-    places = [root / ".refs", root / ".verified", root / lease.FOLDER, *memos(root)]
+    """Yield drafts that nobody will finish, free locks, and what was noted of artifacts that are gone."""
+    places = [root / ".refs", root / ".verified", root / lease.FOLDER]
     drafts = [path for place in places for path in sorted(place.glob(".*"))]
     yield from (path for path in [*drafts, *sorted(root.glob(".clock.*"))] if _newest(path) < now - STOPPED)
     yield from (path for path in sorted((root / ".locks").glob("*.lock")) if _free(path))
     for path in sorted((root / ".verified").glob("[!.]*")):
-        memo = path.stem.removeprefix("memo-")
-        noted = root / FOLDER / memo if memo != path.stem else root / path.stem.replace("-", "/", 1)
-        if not noted.exists():
+        if not (root / path.stem.replace("-", "/", 1)).exists():
             yield path
 
 
@@ -205,9 +200,9 @@ def _wanted(path: Path, finished: Collection[str], now: float, alive: Collection
 
 
 def _newest(path: Path) -> float:
-    """Return when a folder or its checkpoints last changed, or a memo was used, in seconds, by either of two clocks."""
+    """Return when a folder or its checkpoints last changed, in seconds, by either of two clocks."""
     newest = 0.0
-    for one in (path, path / ABOUT, path / CHECKPOINTS):
+    for one in (path, path / CHECKPOINTS):
         with suppress(OSError):
             found = one.lstat()
             newest = max(newest, found.st_mtime, found.st_ctime)

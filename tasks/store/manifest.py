@@ -89,12 +89,11 @@ _MANIFEST = TypeAdapter(Manifest)
 
 
 class Relied(BaseModel):
-    """What commands rely on in a recipe and an origin: a manifest may come from elsewhere, and its seal is a hash."""
+    """What commands rely on in a recipe: a manifest may come from elsewhere, and its seal is a hash."""
 
     step: str = ""
     params: dict[str, Any] = {}
     inputs: dict[str, str] = {}
-    texts: dict[str, dict[str, int]] = {}
 
 
 def content_digest(files: dict[str, FileEntry], records: frozenset[str] = frozenset()) -> str:
@@ -130,7 +129,7 @@ def read_manifest(folder: Path) -> Manifest:
         if seal != sha256_of(body):
             raise UnreadableManifest("manifest was altered: its seal does not match")
         made = _MANIFEST.validate_python(body)
-        Relied.model_validate({**made.origin, **made.recipe})
+        Relied.model_validate(made.recipe)
     except UnreadableManifest:
         raise
     except FileNotFoundError:

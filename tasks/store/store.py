@@ -3,7 +3,6 @@
 <root>/<kind>/<12 hex of the key>/      a finished artifact: manifest.json and files
 <root>/.scratch/<kind>-<12 hex>.<16 hex>  being built, by whom a lease of that name tells; `.left`: for the next try
 <root>/.aside/                          what was found broken or was replaced
-<root>/.memo/                           what is remembered of texts, see `parts`
 <root>/.verified/, .locks/, .leases/    hashes remembered; waits spared; who is alive, see `lease`
 <root>/.refs/<recipe>.json              the artifacts of the last run of each recipe
 """

@@ -10,7 +10,7 @@ and works out from these what must stand there.
   that, texts drawn by a hash of their bytes, as many as come to about that much. The library makes half a million
   tokens a second, a quarter of what tiktoken does, so reading all again would take four times as long as encoding.
 
-What texts give is asked of `Again`, which may remember it. Structure is in `rules`, the input's side in `said`.
+Texts are encoded again by `Again`, over threads or a cluster. Structure is in `rules`, the input's side in `said`.
 """
 
 from __future__ import annotations

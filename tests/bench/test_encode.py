@@ -1,7 +1,7 @@
 """The whole encode step beside bare tokenizing by its peers, in CPU seconds of one process each, in one run.
 
 `pytest -m bench -n 0 -s tests/bench`. The peers only make ids (nanoGPT's recipe: a memmap of them); ours makes masks,
-templates, packing, the index, reads everything back through the gate, remembers the ids, and publishes the artifact.
+templates, packing, the index, reads everything back through the gate, and publishes the artifact.
 `$BENCH_DIALOGUES` names a folder with a `dialogues.parquet`; without it, texts are made up, of words drawn by Zipf's
 law. `$BENCH_PYTHON` is the interpreter that has the peers, if not this one; `$BENCH_ROUNDS` (1): the least counts.
 """
@@ -44,13 +44,11 @@ from tasks.encode import EncodeParams, EncodeRuntime, encode
 from tasks.store.manifest import Manifest
 given = Dialogues(data, Manifest(key="0" * 64, kind="dialogues", recipe={}, files={}, digest="0" * 64))
 def run(**settings):
-    made = encode(given, EncodeParams(**settings), EncodeRuntime(workers=1))
-    print(made.manifest.origin["texts"], file=sys.stderr)
+    encode(given, EncodeParams(**settings), EncodeRuntime(workers=1))
 with tempfile.TemporaryDirectory() as out:
     os.environ["TREELINE_ARTIFACTS"] = out
 """
 COLD = OURS + "    start = cpu(); run(); done(start)"
-WARM = OURS + "    run(); start = cpu(); run(block=1_023); done(start)"
 LOOP = """
 engine = gpt2()._engine; some = texts(); start = cpu()
 made = [np.array(engine.encode_ordinary(text), np.uint16) for text in some]; done(start)
@@ -145,11 +143,3 @@ def test_the_encode_step_beside_bare_tokenizing(peer: str, data: Path) -> None:
     peak = max(pair[0]["peak_mb"] for pair in pairs)
     print(f"\nencode {ours:.2f} CPU s (peak {peak:.0f} MB), {peer} {theirs:.2f}: {theirs / ours:.2f} times as fast")
     assert theirs / ours >= PEERS[peer][2]
-
-
-@pytest.mark.bench
-@pytest.mark.timeout(3_600)
-def test_texts_that_are_remembered_cost_their_look_up(data: Path) -> None:
-    pairs = [(measured(COLD, data), measured(WARM, data)) for _ in range(ROUNDS)]
-    cold, warm = (min(pair[side]["cpu"] for pair in pairs) for side in (0, 1))
-    print(f"\nencode {cold:.2f} CPU s, with all texts remembered {warm:.2f}: {warm / cold:.0%}")

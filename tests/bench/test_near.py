@@ -1,4 +1,4 @@
-"""Copies and near copies against rensa, datasketch, text-dedup and datatrove, and one per cent of new texts.
+"""Copies and near copies against rensa, datasketch, text-dedup and datatrove.
 
 `python -m pytest -m bench -n 0 -s tests/bench/test_near.py`. The texts are OASST2-sized where $TREELINE_BENCH_TREES
 names a file that `shared/bench/make_oasst.py` made, with its truth file beside it; otherwise they are made here, a
@@ -25,7 +25,7 @@ import pyarrow as pa
 import pytest
 
 from tasks.dialogue.minhash import compute
-from tasks.dialogue.near_duplicates import Count, Pairs, Prints, Through, counted, numbered, pairs
+from tasks.dialogue.near_duplicates import Pairs, Prints, numbered, pairs
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(1200)]
 NGRAM, PERMUTATIONS, THRESHOLD = 3, 128, 0.8
@@ -81,10 +81,10 @@ def prints_of(texts: pa.Array) -> Prints:
     return Prints.of(compute(texts, NGRAM, PERMUTATIONS, THRESHOLD))
 
 
-def compared(prints: Prints, texts: pa.Array, through: Through = counted) -> tuple[np.ndarray, Pairs]:
+def compared(prints: Prints, texts: pa.Array) -> tuple[np.ndarray, Pairs]:
     """Return of each row the first row of the same text, and pairs of such rows that are alike."""
     number, first = numbered(prints, np.arange(len(texts)))
-    found = pairs(prints.take(first), lambda at: texts.take(pa.array(first[at])), NGRAM, THRESHOLD, through)
+    found = pairs(prints.take(first), lambda at: texts.take(pa.array(first[at])), NGRAM, THRESHOLD)
     return first[number], replace(found, left=first[found.left], right=first[found.right])
 
 
@@ -186,34 +186,3 @@ def test_near_copies_are_found_faster_than_by(peer: Callable[[list[str]], Links]
     assert found["ours"] >= 0.99
     told = ", ".join(f"{name} {spent:.2f} CPU s, recall {found[name]:.3f}" for name, spent in best.items())
     print(f"\n{len(texts):,} texts: {told}: {best[peer.__name__] / best['ours']:.1f} times as fast")
-
-
-def test_one_per_cent_of_new_texts_costs_little_and_gives_the_same() -> None:
-    texts, _ = given()
-    column = pa.array(texts, pa.large_string())
-    old = len(texts) - len(texts) // 100
-    stored = compute(column[:old], NGRAM, PERMUTATIONS, THRESHOLD)
-    known: dict[bytes, float] = {}
-
-    def through(names: np.ndarray, count: Count) -> np.ndarray:
-        keys = [name.tobytes() for name in names]
-        places = np.array([at for at, key in enumerate(keys) if key not in known], dtype=np.int64)
-        known.update(zip([keys[at] for at in places], count(places).tolist(), strict=True))
-        return np.array([known[key] for key in keys])
-
-    compared(Prints.of(stored), column[:old], through)
-    before = dict(known)
-
-    def grown() -> tuple[np.ndarray, Pairs]:
-        known.clear()
-        known.update(before)
-        added = compute(column[old:], NGRAM, PERMUTATIONS, THRESHOLD)
-        return compared(Prints.of(pa.Table.from_batches([stored, added])), column, through)
-
-    full, cold = seconds(lambda: compared(prints_of(column), column))
-    spent, warm = min((seconds(grown) for _ in range(3)), key=lambda one: one[0])
-    assert np.array_equal(warm[0], cold[0])
-    for name in ("left", "right", "similarity"):
-        assert np.array_equal(getattr(warm[1], name), getattr(cold[1], name))
-    size = stored.nbytes + len(before) * (32 + 8)
-    print(f"\n{len(texts):,} texts: {full:.2f} CPU s cold, {spent:.2f} with 99 % remembered in {size / 1e6:.0f} MB")

@@ -15,10 +15,9 @@ from tasks.dialogue.dedupe import (
     shared,
 )
 from tasks.dialogue.minhash import compute
-from tasks.dialogue.near_duplicates import Prints, Through, counted
+from tasks.dialogue.near_duplicates import Prints
 from tasks.dialogue.record import CopyLimits
 from tasks.dialogue.tree import parent_rows
-from tests.pairs import Remembered
 
 Row = tuple[str, str | None, str, dict[str, Any]]  # id, parent, text, other fields
 FIELDS = {"split": "train", "rank": None, "label_quality": None}
@@ -48,10 +47,10 @@ def prints(messages: pl.DataFrame) -> Prints:
     return Prints.of(compute(messages["text"].to_arrow(), 3, 128, 0.8))
 
 
-def compared(messages: pl.DataFrame, chars: int = 5, through: Through = counted) -> Likeness:
+def compared(messages: pl.DataFrame, chars: int = 5) -> Likeness:
     limits, every = CopyLimits(copy_chars=chars), [True] * len(messages)
     texts = messages["text"].to_arrow().cast(pa.string())
-    return likeness(messages, prints(messages), lambda rows: texts.take(pa.array(rows)), every, limits, through)
+    return likeness(messages, prints(messages), lambda rows: texts.take(pa.array(rows)), every, limits)
 
 
 def paths(messages: pl.DataFrame) -> list[tuple[Any, ...]]:
@@ -261,21 +260,3 @@ def test_the_order_of_the_trees_does_not_decide_which_near_copy_stays(order: lis
     ]
     mixed = table(*(row for at in order for row in trees[at]))
     assert nearly_gone(mixed) == nearly_gone(table(*(row for tree in trees for row in tree)))
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.permutations(range(12)), st.integers(0, 12))
-def test_grown_from_any_part_in_any_order_the_data_is_judged_as_if_it_had_been_there_at_once(
-    order: list[int], old: int
-) -> None:
-    texts = [LONG, NEAR, f"zero {LONG}", FAR, f"{FAR} now", f"{FAR} and then"]
-    trees: list[tuple[Row, Row]] = [
-        ((f"p{at:02}", None, f"{at}", {}), (f"r{at:02}", f"p{at:02}", texts[at % 6], {})) for at in order
-    ]
-    cold = compared(table(*(row for tree in trees for row in tree)))
-    known = Remembered()
-    if old:
-        compared(table(*(row for tree in trees[:old] for row in tree)), through=known.through)
-    warm = compared(table(*(row for tree in trees for row in tree)), through=known.through)
-    assert warm.said.tolist() == cold.said.tolist()
-    assert warm.near == cold.near

@@ -3,16 +3,14 @@ import random
 import re
 import time
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.dialogue.minhash import compute
-from tasks.dialogue.near_duplicates import Pairs, Prints, Through, counted, pairs
+from tasks.dialogue.near_duplicates import Pairs, Prints, pairs
 from tasks.dialogue.normalize import normalised
-from tests.pairs import Remembered
 
 PROSE = """The tide is the slow rise and fall of the sea. The moon pulls on the water that faces it more strongly than
 on the solid earth, so two bulges form, and most coasts pass through both of them each day."""
@@ -58,10 +56,10 @@ def jaccard(one: str, other: str, ngram: int = 3) -> float:
     return len(grams(one) & grams(other)) / len(grams(one) | grams(other))
 
 
-def compared(texts: list[str], ngram: int = 3, threshold: float = 0.8, through: Through = counted) -> Pairs:
+def compared(texts: list[str], ngram: int = 3, threshold: float = 0.8) -> Pairs:
     column = pa.array(texts, pa.string())
     prints = Prints.of(compute(column, ngram, 128, threshold))
-    return pairs(prints, lambda rows: column.take(pa.array(rows)), ngram, threshold, through)
+    return pairs(prints, lambda rows: column.take(pa.array(rows)), ngram, threshold)
 
 
 def found(texts: list[str], ngram: int = 3, threshold: float = 0.8) -> dict[tuple[int, int], float]:
@@ -119,23 +117,6 @@ def test_the_order_of_the_texts_and_their_blocks_change_nothing(monkeypatch: pyt
     monkeypatch.setattr("tasks.dialogue.normalize._BLOCK", 100)
     monkeypatch.setattr("tasks.dialogue.near_duplicates._PART", 50)
     assert {frozenset((texts[one], texts[other])): index for (one, other), index in found(texts).items()} == once
-
-
-def test_what_was_counted_once_is_not_asked_for_again_and_gives_the_same() -> None:
-    old, new = crowd(60), crowd(70)
-    known, cold = Remembered(), compared(new)
-    compared(old, through=known.through)
-    asked: list[int] = []
-
-    def texts_of(rows: np.ndarray) -> pa.Array:
-        asked.extend(rows.tolist())
-        return pa.array([new[row] for row in rows])
-
-    again = pairs(Prints.of(compute(pa.array(new), 3, 128, 0.8)), texts_of, 3, 0.8, known.through)
-    for one, other in ((again.left, cold.left), (again.right, cold.right), (again.similarity, cold.similarity)):
-        assert np.array_equal(one, other)
-    assert set(asked).isdisjoint(range(len(old)))
-    assert len(asked) < len(set(cold.left.tolist()) | set(cold.right.tolist())) / 2
 
 
 def test_nothing_and_the_empty_text_and_short_texts_are_compared_whole() -> None:

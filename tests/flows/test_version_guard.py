@@ -26,7 +26,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def state(project: Path, version: int = 1) -> dict[str, object]:
-    return {"parse": version_guard.lock_entry("files", version, "tasks.parse", project)}
+    return {"parse": version_guard.lock_entry(version, "tasks.parse", project)}
 
 
 def test_an_import_inside_a_function_is_followed(project: Path) -> None:
@@ -61,18 +61,16 @@ def test_the_facts_of_the_sample_are_guarded_for_every_step_that_reads_them() ->
     assert reading == {name for name, entry in now.items() if "tasks.sample.facts" in entry["modules"]}
 
 
-def test_a_function_whose_rows_are_remembered_is_guarded_like_a_step() -> None:
+def test_functions_of_single_texts_are_guarded_with_the_step_that_maps_them() -> None:
     now = version_guard.current(chain.STEPS)
-    assert {name for name, entry in now.items() if entry["makes"] == "rows"} == {
-        "trees", "language", "personal", "asked", "near-fingerprint", "near-pairs", "gpt2-ids", "trained-ids",
-        "exported-ids",
-    }  # fmt: skip
     before = copy.deepcopy(now)
-    before["near-fingerprint"]["modules"]["tasks.dialogue.normalize"] = "another"
-    assert version_guard.stale(now, before) == [
-        "near-fingerprint: tasks.dialogue.normalize changed since version 2 was locked. Other rows now? Raise version. "
-        "Then python -m flows lock"
-    ]
+    before["curate"]["modules"]["tasks.dialogue.minhash"] = "another"
+    (line,) = version_guard.stale(now, before)
+    assert line.startswith("curate: tasks.dialogue.minhash changed since version")
+    assert {"tasks.text.bpe", "tasks.text.gate"} <= {*now["encode"]["modules"]}
+    assert {"tasks.dialogue.language", "tasks.dialogue.pii", "tasks.dialogue.contamination"} <= {
+        *now["curate"]["modules"]
+    }
 
 
 def test_comments_docstrings_and_layout_are_not_code(project: Path) -> None:

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,8 +19,6 @@ from tasks.store.integrity import Fault
 from tasks.store.lease import lease
 from tasks.store.lock import single_flight
 from tasks.store.manifest import FileEntry, Manifest, content_digest
-from tasks.store.memo import Memo
-from tasks.store.parts import memos
 from tasks.store.store import Store, entries
 
 LATER = time.time() + 86_400
@@ -79,31 +75,19 @@ def test_a_run_that_stopped_early_takes_nothing_away(store: Store) -> None:
     assert garbage(store, 0, LATER) == []
 
 
-def remember(store: Store, version: int) -> str:
-    memo = Memo(store.root, "test", version, {})
-    memo.add(np.array([[1, 2]], np.uint64), pa.record_batch({"n": pa.array([3])}))
-    memo.close()
-    return f".memo/{memo.name}"
-
-
-def test_what_is_remembered_stays_while_an_artifact_that_asked_for_it_does_or_a_program_uses_it(store: Store) -> None:
-    old, new, used = (remember(store, version) for version in (1, 2, 3))
-    made = publish(store, "tokens", "ids", {}, {"texts": {new: {"asked": 1, "remembered": 0, "computed": 1}}})
+def test_the_results_for_single_texts_of_an_earlier_version_go(store: Store) -> None:
+    made = publish(store, "tokens", "ids", {}, {"texts": {".memo/test-0123456789ab": {"asked": 1}}})
     store.note_run("quickstart", {"encode": name(made)})
-    with lease(store.root) as held:
-        held.hold(used)
-        assert garbage(store, 0, time.time() - 60) == []
-        assert [f".memo/{path.name}" for path in garbage(store, 0, LATER)] == [old]
-        remove(garbage(store, 0, LATER), store)
-    assert [f".memo/{path.name}" for path in memos(store.root)] == sorted([new, used])
-    assert [f".memo/{path.name}" for path in garbage(store, 0, LATER)] == [used]
-
-
-def test_use_keeps_what_is_remembered_within_the_grace(store: Store) -> None:
-    remember(store, 1)
-    (memo,) = memos(store.root)
-    os.utime(memo / "about.json", (LATER, LATER))
-    assert garbage(store, 60, LATER) == []
+    part = store.root / ".memo" / "test-0123456789ab" / f"{'0' * 64}.arrow"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"rows")
+    (store.root / ".verified").mkdir(exist_ok=True)
+    hashes = store.root / ".verified" / "memo-test-0123456789ab.json"
+    hashes.write_text("{}")
+    assert garbage(store, 0, LATER) == [store.root / ".memo", hashes]
+    remove(garbage(store, 0, LATER), store)
+    assert not part.exists()
+    assert garbage(store, 0, LATER) == []
 
 
 @pytest.mark.parametrize("recipe", ["../x", "a/b", "", ".x", "x" * 65])
