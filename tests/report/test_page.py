@@ -197,5 +197,5 @@ def test_names_outside_of_fences_stand_as_code() -> None:
     hostile["start"] |= {"start": "gpt2", "repo": "a`<b>|[x](y)"}
     hostile["facts"]["by_region"] = {"A|b`<i>": {"base": 0.0, "tuned": 1.0, "n": 4}}
     page = render(hostile)
-    assert r"is `` a`<b>\x7c[x](y) ``; the tuned" in page
+    assert r"is `` a`<b>\x7c[x](y) ``. The tuned" in page
     assert re.search(r"\| `` A\\x7cb`<i> `` +\|", page)
