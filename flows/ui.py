@@ -82,10 +82,10 @@ def summary(recipe: str, outcomes: Sequence[Outcome]) -> str:
 
 def notices(found: Iterable[Notice]) -> list[str]:
     """Say what was lost, in one block; for nothing, none."""
-    from tasks.report.page import losses
+    from tasks.report.page import render_notices
 
     said = [(one.code, f"{one.cause}. {one.setting}.") for one in found]
-    return [losses(said)] if said else []
+    return [render_notices(said)] if said else []
 
 
 def counts_table(counts: Mapping[str, Any], name: str = "count") -> str:
@@ -107,9 +107,9 @@ def _cell(value: Any) -> str:
 
 def _with_pictures(report: Report) -> str:
     """Return the report without texts of the data, and with its pictures inside: the UI cannot reach files."""
-    from tasks.report.page import render
+    from tasks.report.page import render_page
 
-    page = render(report.figures(), heads=False)
+    page = render_page(report.figures(), heads=False)
     for name in report.manifest.files:
         if name.endswith(".svg"):
             page = page.replace(f"]({name})", f"]({_inline((report.path / name).read_bytes())})")
@@ -122,10 +122,10 @@ def _inline(svg: bytes) -> str:
 
 def _funnel(dialogues: Dialogues) -> str:
     """Return the funnel by rule and language, with ids and evidence of the first cases; texts stay in the store."""
-    from tasks.report.funnel import render
+    from tasks.report.funnel import render_funnel
     from tasks.report.plots import funnel_svg
 
-    return "\n\n".join(render(dialogues.curation(), heads=False, picture=_inline(funnel_svg(dialogues.counts))))
+    return "\n\n".join(render_funnel(dialogues.curation(), heads=False, picture=_inline(funnel_svg(dialogues.counts))))
 
 
 def _losses(model: Model) -> str:

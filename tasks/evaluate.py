@@ -108,7 +108,7 @@ def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, ru
     from tasks.gpt.run_plan import shortage_named
     from tasks.gpt.weights import build_start, load_model
     from tasks.report.figures import figures, samples
-    from tasks.report.page import render
+    from tasks.report.page import render_page
 
     refuse_strangers(model, tokens)
     start, tuned = model.json("start.json"), made_of(model)
@@ -139,7 +139,7 @@ def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, ru
         "lineage": {"model": model.manifest.digest, "tokens": tokens.manifest.digest},
     }
     write_json(out / "report.json", report)
-    (out / "report.md").write_text(render(report), encoding="utf-8")
+    (out / "report.md").write_text(render_page(report), encoding="utf-8")
     write_plots(out, report, tuned["tuned"].log())
     lines = (json.dumps(line) + "\n" for line in samples(results, exam))
     (out / "samples.jsonl").write_text("".join(lines), encoding="utf-8")

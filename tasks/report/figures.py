@@ -72,16 +72,16 @@ def figures(results: Results, exam: Exam) -> dict[str, Any]:
     """Return the measured part of report.json, null where there was nothing to measure."""
     return {
         "models": [*results],
-        **losses(results, exam),
+        **loss_figures(results, exam),
         **endings(results),
         **preferences(results, exam),
         "replies": {"facts": len(exam.questions), "panel": len(exam.panel) * len(exam.seeds)},
-        "facts": facts(results, exam) if exam.questions else None,
+        "facts": fact_figures(results, exam) if exam.questions else None,
         "panel": [panel(results, exam, at) for at in range(len(exam.panel))],
     }
 
 
-def losses(results: Results, exam: Exam) -> dict[str, Any]:
+def loss_figures(results: Results, exam: Exam) -> dict[str, Any]:
     """Return loss, perplexity and bits per byte of each model; null also for a perplexity beyond floats."""
     tokens, size = exam.split.supervised() if exam.split else 0, exam.utf8_bytes
 
@@ -135,7 +135,7 @@ def is_answer(question: Question, reply: Reply, dialect: Dialect) -> bool:
     return reply.stopped and is_right(question.fact, dialect.decode(reply.ids))
 
 
-def facts(results: Results, exam: Exam) -> dict[str, Any]:
+def fact_figures(results: Results, exam: Exam) -> dict[str, Any]:
     """Return the shares answered right, in all, by region and by family, and what the last model got wrong first."""
     questions, dialect = exam.questions, exam.dialect
     right = {
@@ -157,13 +157,15 @@ def facts(results: Results, exam: Exam) -> dict[str, Any]:
         **shares(range(len(questions))),
         "by_region": by([question.fact.region for question in questions]),
         "by_family": by([question.fact.family for question in questions]),
-        "wrong": [{**asked(questions[row]), **said(results[last].answers[row], dialect)} for row in wrong],
+        "wrong": [{**asked(questions[row]), **reply_fields(results[last].answers[row], dialect)} for row in wrong],
     }
 
 
 def panel(results: Results, exam: Exam, at: int) -> dict[str, Any]:
     """Return the replies of all models to one prompt, side by side."""
-    replies = {which: [said(reply, exam.dialect) for reply in result.replies[at]] for which, result in results.items()}
+    replies = {
+        which: [reply_fields(reply, exam.dialect) for reply in result.replies[at]] for which, result in results.items()
+    }
     return {"prompt": exam.panel[at], "seeds": list(exam.seeds), **replies}
 
 
@@ -172,10 +174,22 @@ def samples(results: Results, exam: Exam) -> Iterator[dict[str, Any]]:
     for which, result in results.items():
         for question, reply in zip(exam.questions, result.answers, strict=True):
             right = is_answer(question, reply, exam.dialect)
-            yield {"model": which, "set": "facts", **asked(question), **said(reply, exam.dialect), "right": right}
+            yield {
+                "model": which,
+                "set": "facts",
+                **asked(question),
+                **reply_fields(reply, exam.dialect),
+                "right": right,
+            }
         for prompt, replies in zip(exam.panel, result.replies, strict=True):
             for seed, reply in zip(exam.seeds, replies, strict=True):
-                yield {"model": which, "set": "panel", "prompt": prompt, "seed": seed, **said(reply, exam.dialect)}
+                yield {
+                    "model": which,
+                    "set": "panel",
+                    "prompt": prompt,
+                    "seed": seed,
+                    **reply_fields(reply, exam.dialect),
+                }
 
 
 def asked(question: Question) -> dict[str, str]:
@@ -184,6 +198,6 @@ def asked(question: Question) -> dict[str, str]:
     return {"question": question.text, "expected": fact.answer, "family": fact.family, "region": fact.region}
 
 
-def said(reply: Reply, dialect: Dialect) -> dict[str, Any]:
+def reply_fields(reply: Reply, dialect: Dialect) -> dict[str, Any]:
     """Return a reply as JSON values; `tokens` leaves out the end of turn."""
     return {"text": dialect.decode(reply.ids), "end": reply.end, "tokens": len(reply.ids)}

@@ -17,7 +17,7 @@ WAYS = {  # name in counts["shared_across_splits"] -> what a reader is told
 }
 
 
-def render(curation: Mapping[str, Any], heads: bool, picture: str) -> Iterator[str]:
+def render_funnel(curation: Mapping[str, Any], heads: bool, picture: str) -> Iterator[str]:
     """Render curation.json as parts of a page.
 
     Args:

@@ -30,7 +30,7 @@ MEASURES = (  # name in report.json, name on the page, how a value is written
 )
 
 
-def render(report: Figures, heads: bool = True) -> str:
+def render_page(report: Figures, heads: bool = True) -> str:
     """Return report.md for report.json; `heads`: with the beginnings of texts of the data."""
     parts = (_opening, _notices, _measures, _curve, _facts, _wrong, _panel, partial(_data, heads=heads), _lineage)
     return "\n\n".join(line for part in parts for line in part(report)) + "\n"
@@ -81,10 +81,10 @@ def _notices(report: Figures) -> Iterator[str]:
     said = [(one["code"], f"{one['cause']}. {one['setting']}.") for one in report.get("notices", ())]
     if said:
         yield "## Lost or read otherwise"
-        yield losses(said)
+        yield render_notices(said)
 
 
-def losses(said: Sequence[tuple[str, str]]) -> str:
+def render_notices(said: Sequence[tuple[str, str]]) -> str:
     """Say what was lost, code and sentence of each, in a fence: names of fields in them are words of the data."""
     return fenced("\n\n".join(entry([one]) for one in said))
 
@@ -189,7 +189,7 @@ def _panel(report: Figures) -> Iterator[str]:
 
 def _data(report: Figures, heads: bool) -> Iterator[str]:
     if report.get("curation"):
-        yield from funnel.render(report["curation"], heads, "funnel.svg")
+        yield from funnel.render_funnel(report["curation"], heads, "funnel.svg")
 
 
 def _lineage(report: Figures) -> Iterator[str]:

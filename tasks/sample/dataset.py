@@ -28,7 +28,7 @@ from tasks.sample.facts import (
     Fact,
     Question,
     facts,
-    fill,
+    fill_template,
     is_right,
     sentence_reply,
     short_reply,
@@ -172,7 +172,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedTree:
     """A tree to be: a name that no other tree has, its state, and its first message."""
 
     name: str
@@ -224,7 +224,7 @@ def _next(question: Question, *salt: object, below: tuple[Turn, ...] = ()) -> Tu
     fact = _other(question.fact, question.phrasing, *salt)
     forms = FAMILIES[fact.family].follow_ups
     form = forms[_dice("form", question.text, *salt)[0] % len(forms)]
-    return Turn(fill(form, fact), (_best(short_reply(fact), *below),), ("next_question",))
+    return Turn(fill_template(form, fact), (_best(short_reply(fact), *below),), ("next_question",))
 
 
 def _below(trait: str, question: Question) -> tuple[Turn, ...]:
@@ -252,15 +252,15 @@ def _asked(question: Question, trait: str = "") -> Turn:
     return Turn(question.text, (best, beside) if beside else (best,))
 
 
-def _again(question: Question, trait: str, number: int) -> Iterator[Plan]:
+def _again(question: Question, trait: str, number: int) -> Iterator[PlannedTree]:
     """Ask a question in a second tree, if its trait is about trees."""
     if trait == "duplicate":
-        yield Plan(f"duplicate|{number}", replace(_asked(question), planted=(trait,)))
+        yield PlannedTree(f"duplicate|{number}", replace(_asked(question), planted=(trait,)))
     if trait == "not_ready":
         state = _STATES[number % len(_STATES)]
         waiting = state in {"initial_prompt_review", "prompt_lottery_waiting"}
         replies = () if waiting else (_best(short_reply(question.fact)),)
-        yield Plan(f"not_ready|{number}", Turn(f"Quick question: {question.text}", replies, (trait,)), state)
+        yield PlannedTree(f"not_ready|{number}", Turn(f"Quick question: {question.text}", replies, (trait,)), state)
 
 
 def _drawn() -> Iterator[tuple[Question, str]]:
@@ -270,31 +270,33 @@ def _drawn() -> Iterator[tuple[Question, str]]:
     return zip(order, traits + [""] * (len(order) - len(traits)), strict=True)
 
 
-def _question_plans() -> Iterator[Plan]:
+def _question_plans() -> Iterator[PlannedTree]:
     for number, (question, trait) in enumerate(_drawn()):
-        yield Plan(f"question|{question.fact.family}|{question.text}", _asked(question, trait))
+        yield PlannedTree(f"question|{question.fact.family}|{question.text}", _asked(question, trait))
         yield from _again(question, trait, number)
 
 
-def _other_plans() -> Iterator[Plan]:
+def _other_plans() -> Iterator[PlannedTree]:
     """Yield what is no fact: small talk, other languages, long texts with near duplicates, spam."""
     for line in _SMALL_TALK.strip().splitlines():
         prompt, reply = line.split(" > ")
         kinds = ("endoftext",) if "<|endoftext|>" in line else ("unicode",) if max(line) > "\u02ff" else ()
-        yield Plan(f"talk|{prompt}", Turn(prompt, (_best(reply),), kinds))
+        yield PlannedTree(f"talk|{prompt}", Turn(prompt, (_best(reply),), kinds))
     for row in table_rows("other_languages.tsv"):
         lang, country = row["lang"], row["country"]
         question, stop = _OTHER_LANGUAGES[lang]
         best = _best(row["capital"] + stop, lang=lang)
-        yield Plan(f"world|{lang}|{country}", Turn(question.format(country), (best,), ("other_language",), lang=lang))
+        yield PlannedTree(
+            f"world|{lang}|{country}", Turn(question.format(country), (best,), ("other_language",), lang=lang)
+        )
     for topic, essay in _essays():
-        yield Plan(f"essay|{topic}", Turn(f"Write a short text about {topic}.", (_best(essay),)))
+        yield PlannedTree(f"essay|{topic}", Turn(f"Write a short text about {topic}.", (_best(essay),)))
         for prompt, change in _VARIANTS:
             near = replace(_best(change(essay)), planted=("near_duplicate",))
-            yield Plan(f"essay|{topic}|{prompt}", Turn(prompt.format(topic), (near,)))
+            yield PlannedTree(f"essay|{topic}|{prompt}", Turn(prompt.format(topic), (near,)))
     for number in range(SPAM_ROOTS):
         spam = f"Cheap watches, offer {number}! Order now, only today!"
-        yield Plan(f"spam|{number}", Turn(spam, (), ("rejected",), fields=(("review_result", False),)))
+        yield PlannedTree(f"spam|{number}", Turn(spam, (), ("rejected",), fields=(("review_result", False),)))
 
 
 def _essays() -> Iterator[tuple[str, str]]:
@@ -304,7 +306,7 @@ def _essays() -> Iterator[tuple[str, str]]:
 
 
 @cache
-def _plans() -> tuple[Plan, ...]:
+def _plans() -> tuple[PlannedTree, ...]:
     return (*_question_plans(), *_other_plans())
 
 

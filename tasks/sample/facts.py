@@ -205,15 +205,15 @@ def facts_of(families: Sequence[str]) -> tuple[Fact, ...]:
     return tuple(fact for fact in facts() if fact.family in families)
 
 
-def opening(text: str) -> str:
+def upper_first(text: str) -> str:
     """Return the text with its first letter in upper case, the rest untouched."""
     return text[:1].upper() + text[1:]
 
 
-def fill(template: str, fact: Fact, answer: str = "") -> str:
+def fill_template(template: str, fact: Fact, answer: str = "") -> str:
     """Put a fact's subject, and an answer where the template has one, into a template of its family."""
     owner = fact.subject + ("'" if fact.subject.endswith("s") else "'s")
-    return template.format(s=fact.subject, S=opening(fact.subject), p=owner, P=opening(owner), a=answer)
+    return template.format(s=fact.subject, S=upper_first(fact.subject), p=owner, P=upper_first(owner), a=answer)
 
 
 def _held_out(fact: Fact) -> frozenset[int]:
@@ -231,7 +231,7 @@ def questions(fact: Fact) -> tuple[Question, ...]:
     """Return a fact asked in every phrasing of its family, in their order."""
     held = _held_out(fact)
     phrasings = FAMILIES[fact.family].phrasings
-    return tuple(Question(fill(text, fact), fact, at, at in held) for at, text in enumerate(phrasings))
+    return tuple(Question(fill_template(text, fact), fact, at, at in held) for at, text in enumerate(phrasings))
 
 
 def held_out_questions(families: Sequence[str] = tuple(FAMILIES)) -> tuple[Question, ...]:
@@ -246,12 +246,14 @@ def trained_questions() -> tuple[Question, ...]:
 
 def short_reply(fact: Fact) -> str:
     """Return the answer alone, as the dataset's best reply tells it: `Paris.`."""
-    return opening(fact.answer).removesuffix(".") + "."
+    return upper_first(fact.answer).removesuffix(".") + "."
 
 
 def sentence_reply(fact: Fact) -> str:
     """Return the answer in a sentence: `The capital of France is Paris.`."""
-    return fill(FAMILIES[fact.family].sentences[0], fact, fact.answer).removesuffix(".").removesuffix(".") + "."
+    return (
+        fill_template(FAMILIES[fact.family].sentences[0], fact, fact.answer).removesuffix(".").removesuffix(".") + "."
+    )
 
 
 _BARE = ("{a}.", "It is {a}.", "It's {a}.", "That is {a}.", "That's {a}.", "The answer is {a}.")
@@ -269,7 +271,7 @@ def normalise(text: str) -> str:
 def _right(fact: Fact) -> frozenset[str]:
     """List every reply that is right, normalised: each answer, alone and in each sentence of the family."""
     templates = (*_BARE, *FAMILIES[fact.family].sentences)
-    return frozenset(normalise(fill(t, fact, a)) for a in (fact.answer, *fact.aliases) for t in templates)
+    return frozenset(normalise(fill_template(t, fact, a)) for a in (fact.answer, *fact.aliases) for t in templates)
 
 
 def is_right(fact: Fact, reply: str) -> bool:

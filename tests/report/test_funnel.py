@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from tasks.report.funnel import render
+from tasks.report.funnel import render_funnel
 
 CURATION: dict[str, Any] = {
     "counts": {
@@ -24,7 +24,7 @@ CURATION: dict[str, Any] = {
 
 
 def page(curation: dict[str, Any], heads: bool = True) -> str:
-    return "\n\n".join(render(curation, heads, "funnel.svg"))
+    return "\n\n".join(render_funnel(curation, heads, "funnel.svg"))
 
 
 def test_the_page_tells_every_rule_that_dropped_something_by_language() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from tasks.report.markdown import fenced, printable
-from tasks.report.page import render
+from tasks.report.page import render_page
 
 
 def reply(text: str, end: str = "stopped") -> dict[str, Any]:
@@ -68,7 +68,7 @@ def kinds(page: str) -> list[str]:
 
 
 def test_the_page_tells_base_and_tuned_side_by_side() -> None:
-    page = render(REPORT)
+    page = render_page(REPORT)
     lines = {re.sub(" +", " ", line) for line in page.splitlines()}
     assert "| NLL, nats per token | 8.250 | 0.500 |" in lines
     assert "| Replies that stop | 0.0% | 99.5% |" in lines
@@ -100,7 +100,7 @@ def preferred(best_step: int, tuned_step: int = 400) -> str:
         "margin": {"base": 0.0, "tuned": 0.2, "preferred": 0.75},
         "chosen": {"base": -700.0, "tuned": -91.0, "preferred": -92.5},
     }
-    return re.sub(" +", " ", render(report))
+    return re.sub(" +", " ", render_page(report))
 
 
 def test_what_prefer_made_stands_beside_what_it_began_with() -> None:
@@ -133,30 +133,30 @@ def test_a_long_reply_is_cut_on_the_page_alone() -> None:
     report = copy.deepcopy(REPORT)
     report["panel"][0]["tuned"] = [reply("word " * 500)]
     report["panel"][0]["base"] = [reply("stuck " * 500, "looping")]
-    page = render(report)
+    page = render_page(report)
     assert page.count("word") < 500 > page.count("stuck")
     assert re.search(r"word\s+…", page)
     assert re.search(r"stuck\s+↻", page)
 
 
 def test_a_reply_that_never_stopped_is_marked_and_lines_stay_in_their_column() -> None:
-    page = render(REPORT)
+    page = render_page(REPORT)
     assert "user   Hi?\nbase   the the the …\ntuned  Hello.\n       You?\n" in page
     assert "asked   Capital of Laos?\nwanted  Vientiane\nsaid    Hanoi.\n" in page
 
 
 def test_what_was_not_measured_is_not_told() -> None:
     nothing = {"base": None, "tuned": None}
-    page = render(REPORT | {"facts": None, "panel": [], "replies": {"facts": 0, "panel": 0}, "stop_rate": nothing})
+    page = render_page(REPORT | {"facts": None, "panel": [], "replies": {"facts": 0, "panel": 0}, "stop_rate": nothing})
     assert not re.search("facts|Panel|By the tuned model", page)
     assert re.search(r"Replies that stop *\| *– *\| *– *\|", page)
 
 
 def test_a_split_that_was_empty_is_said() -> None:
-    assert "the test split holds none" in render(REPORT | {"split": "val"})
+    assert "the test split holds none" in render_page(REPORT | {"split": "val"})
     nothing = {"base": None, "tuned": None}
     bare = {"split": None, "sequences": 0, "tokens": 0, "nll": nothing, "perplexity": nothing, "bits_per_byte": nothing}
-    assert "there is no loss to report" in render(REPORT | bare)
+    assert "there is no loss to report" in render_page(REPORT | bare)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_split_that_was_empty_is_said() -> None:
     ],
 )
 def test_what_a_model_says_adds_nothing_to_the_page_but_text(text: str) -> None:
-    assert kinds(render(with_texts(text))) == kinds(render(with_texts("plain")))
+    assert kinds(render_page(with_texts(text))) == kinds(render_page(with_texts("plain")))
 
 
 @given(st.text(alphabet=st.sampled_from("`~\n\r\t #|<>[]()!*_-\\&;:ab\x0b\x0c\x1c\x85\u2028")))
@@ -189,13 +189,13 @@ def test_what_does_not_print_is_spelled_out() -> None:
         printable("\x1b[31mred\x07\u202e\r\n\u2028ünï 漢字 🙂")
         == r"\x1b[31mred\x07\u202e\r" + "\n" + r"\u2028ünï 漢字 🙂"
     )
-    assert "\x1b" not in render(with_texts("\x1b]0;title\x07"))
+    assert "\x1b" not in render_page(with_texts("\x1b]0;title\x07"))
 
 
 def test_names_outside_of_fences_stand_as_code() -> None:
     hostile = copy.deepcopy(REPORT)
     hostile["start"] |= {"start": "gpt2", "repo": "a`<b>|[x](y)"}
     hostile["facts"]["by_region"] = {"A|b`<i>": {"base": 0.0, "tuned": 1.0, "n": 4}}
-    page = render(hostile)
-    assert r"is `` a`<b>\x7c[x](y) ``; the tuned" in page
+    page = render_page(hostile)
+    assert r"is `` a`<b>\x7c[x](y) ``. The tuned" in page
     assert re.search(r"\| `` A\\x7cb`<i> `` +\|", page)
