@@ -101,7 +101,7 @@ class EvaluateRuntime(Runtime):
     """CPU threads. None: one for a model narrower than 512, else as torch finds best."""
 
 
-@step("evaluate", version=7, makes=Report)
+@step("evaluate", version=8, makes=Report)
 def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, run: EvaluateRuntime) -> Counts:
     """Write the report: `report.json`, `report.md`, plots, and every reply in `samples.jsonl`."""
     from tasks.gpt.device import at_work, device_of

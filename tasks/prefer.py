@@ -42,7 +42,7 @@ class PreferRuntime(TuningRuntime):
     """How fast, and where. The outcome is the same but for rounding and the draws of dropout."""
 
 
-@step("prefer", version=5, makes=Model, inherits=(CHECKPOINTS, "log.jsonl"))
+@step("prefer", version=6, makes=Model, inherits=(CHECKPOINTS, "log.jsonl"))
 def prefer(
     out: Path, contests: Contests, references: References, model: Model, params: PreferParams, run: PreferRuntime
 ) -> Counts:

@@ -94,7 +94,7 @@ class TrainRuntime(TuningRuntime):
     """How fast, and where. The outcome is the same but for rounding and the draws of dropout."""
 
 
-@step("train", version=6, makes=Model, inherits=(CHECKPOINTS, "log.jsonl"))
+@step("train", version=7, makes=Model, inherits=(CHECKPOINTS, "log.jsonl"))
 def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> Counts:
     """Write the tuned model, its tokenizer and chat template, and how training went."""
     from tasks.gpt.objective import EachToken

@@ -50,8 +50,17 @@ class Api:
             self.headers |= {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "0" * 32}
         data = None if body is None else json.dumps(body).encode()
         asked = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json", **self.headers})
-        with urllib.request.urlopen(asked, timeout=patience(60)) as answer:
-            return json.load(answer)
+
+        def answered() -> list[Any] | None:
+            try:
+                with urllib.request.urlopen(asked, timeout=patience(60)) as answer:
+                    return [json.load(answer)]
+            except urllib.error.HTTPError as error:
+                if error.code != 503:  # its database is locked for now: Prefect's client asks again, too
+                    raise
+                return None
+
+        return awaited(answered)[0]
 
     def deployment(self) -> dict[str, Any]:
         found: dict[str, Any] = self("/deployments/name/treeline/quickstart")

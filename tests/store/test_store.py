@@ -260,10 +260,10 @@ def test_after_a_fresh_build_that_was_not_published_nobody_goes_back_to_what_was
 
 
 DEATHS = {
-    "before the manifest": "folders.write_manifest = die",
-    "in the manifest": "folders.write_manifest = lambda out, made: die((out / 'manifest.json').write_text('{'))",
-    "before the checkpoints are gone": "folders.Store._spent = die",
-    "between the renames": "folders.Store._rename = die",
+    "before the manifest": "store_module.write_manifest = die",
+    "in the manifest": "store_module.write_manifest = lambda out, made: die((out / 'manifest.json').write_text('{'))",
+    "before the checkpoints are gone": "store_module.Store._spent = die",
+    "between the renames": "store_module.Store._rename = die",
 }
 
 
@@ -272,17 +272,17 @@ def publish_in_a_process(store: Store, death: str) -> int:
     code = f"""
 import os
 from pathlib import Path
-from tasks.store import store
+from tasks.store import store as store_module
 from tasks.store.manifest import Manifest, content_digest
 die = lambda *given: os.kill(os.getpid(), 9)
 {DEATHS[death]}
-store = store.Store(Path({str(store.root)!r}))
+store = store_module.Store(Path({str(store.root)!r}))
 with store.scratch("model", {KEY!r}, inherits={KEPT!r}, recipe={RECIPE!r}) as out:
     made = store.built(out, {KEY!r}, {KEPT!r})
     if not made:
         (out / "checkpoints" / "step-7").mkdir()
         (out / "a.bin").write_bytes(b"hello")
-        files = store.entries(out)
+        files = store_module.entries(out)
         made = Manifest({KEY!r}, "model", {RECIPE!r}, files, content_digest(files))
     store.publish(out, made)
 """
