@@ -78,7 +78,7 @@ def until(last: str | None, chain: Sequence[Step[Any, Any]] = CHAIN) -> tuple[St
     """
     known = [step.name for step in STEPS]
     if last is not None and last not in known:
-        raise ParameterError(f"there is no step {last!r}", do=f"take one of {', '.join(known)}", code="param.step")
+        raise ParameterError(f"there is no step {last!r}", hint=f"take one of {', '.join(known)}", code="param.step")
     end = known.index(last) + 1 if last else len(known)
     return tuple(step for step in chain if known.index(step.name) < end)
 
@@ -111,7 +111,7 @@ def noted(
     """Open a session, as `session` does, and note at its end what the run of a recipe came to: `gc` keeps that."""
     with session(recipe, force, shown) as run:
         yield run
-        Store(home()).note_run(recipe, {outcome.step: outcome.artifact.id for outcome in run.outcomes})
+        Store(home()).record_run(recipe, {outcome.step: outcome.artifact.id for outcome in run.outcomes})
 
 
 def plan(

@@ -54,7 +54,7 @@ def export(form: str, artifact: Artifact, folder: Path) -> Counts:
     kind, write = FORMS[form]
     if not isinstance(artifact, kind):
         what = f"{form} is a form of {kind.kind}, found {artifact.id}"
-        raise ParameterError(what, do=f"`python -m flows ls {kind.kind}` lists them", code="param.artifact")
+        raise ParameterError(what, hint=f"`python -m flows ls {kind.kind}` lists them", code="param.artifact")
     with _whole(folder) as new:
         counts = write(artifact, new)
         if kind is Model:
@@ -235,7 +235,9 @@ def adapter(model: Model, folder: Path) -> Counts:
 
     if not (model.path / ARCHIVE).exists():
         what = f"{model.id} has no adapters: all of its weights were trained"
-        raise ParameterError(what, do="Open its folder with transformers, or train with train.lora_rank", code="param")
+        raise ParameterError(
+            what, hint="Open its folder with transformers, or train with train.lora_rank", code="param"
+        )
     base, encoding = build_start(*base_of(model)).eval(), model.encoding()
     (folder / BASE).mkdir()
     export(base, folder / BASE, stop=encoding.stop, pad=encoding.pad, used=encoding.used)

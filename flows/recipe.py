@@ -162,7 +162,7 @@ def _find(name: str) -> Path:
     near = difflib.get_close_matches(name, names(), 1)
     raise ParameterError(
         f"there is no recipe {name!r}",
-        do=f"did you mean {near[0]}" if near else f"take one of {', '.join(names())}, or the path of a .toml file",
+        hint=f"did you mean {near[0]}" if near else f"take one of {', '.join(names())}, or the path of a .toml file",
         code="param.recipe",
     )
 

@@ -98,9 +98,9 @@ def surviving(go_on: Callable[[], Any], run: Session | None = None) -> Iterator[
     except httpx.HTTPError as error:
         if run and not run.outcomes:
             url = os.environ.get("PREFECT_API_URL", "")
-            do = "Start it, or unset PREFECT_API_URL"
+            hint = "Start it, or unset PREFECT_API_URL"
             what = f"the Prefect server does not answer: {_line(error)}"
-            raise UnavailableError(what, url, do, "serve.gone") from error
+            raise UnavailableError(what, url, hint, "serve.gone") from error
         told = "prefect.server: it is gone (%s); the run goes on without it, and the UI does not show its end"
         log.warning(told, _line(error), extra=NOT_TO_SERVER)
         go_on()

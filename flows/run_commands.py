@@ -75,7 +75,7 @@ def _run(asked: argparse.Namespace) -> int:
     if chain.done(planned):
         made = [(entry.step, True, 0.0, entry.why, entry.artifact) for entry in planned if entry.artifact]
         with suppress(StoreError, PermissionRefused):  # a store that cannot be written needs no protection from `gc`
-            Store(home()).note_run(wanted.recipe.name, {step: artifact.id for step, _, _, _, artifact in made})
+            Store(home()).record_run(wanted.recipe.name, {step: artifact.id for step, _, _, _, artifact in made})
     else:
         made = _work(wanted, asked)
     rows = [(step, cached, seconds, why, one.counts, one.path) for step, cached, seconds, why, one in made]

@@ -79,9 +79,9 @@ class _Cluster:
         except (OSError, TimeoutError, RuntimeError, ConnectionError) as error:
             variable = ADDRESS[self.runner]
             where = os.environ.get(variable) or "a cluster of this machine"
-            do = f"Start it, mend ${variable}, or set runtime.runner to threads"
+            hint = f"Start it, mend ${variable}, or set runtime.runner to threads"
             raise UnavailableError(
-                f"the {self.runner} cluster does not answer: {error}", where, do, "runner"
+                f"the {self.runner} cluster does not answer: {error}", where, hint, "runner"
             ) from error
 
 

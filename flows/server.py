@@ -142,8 +142,8 @@ class Server:
         code = self.child.wait()
         if self.watched:
             how = f"signal {-code}" if code < 0 else f"code {code}"
-            do = "Start it again; a run that was under way goes on from its last checkpoint"
-            error = UnavailableError(f"the Prefect server has ended ({how})", str(self.log), do, code="prefect.ended")
+            hint = "Start it again; a run that was under way goes on from its last checkpoint"
+            error = UnavailableError(f"the Prefect server has ended ({how})", str(self.log), hint, code="prefect.ended")
             sys.stderr.write(f"{error}\n")
             self.died()
 

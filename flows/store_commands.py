@@ -87,7 +87,7 @@ def why_dropped(asked: argparse.Namespace) -> int:
     if not found:
         raise ParameterError(
             f"no message {asked.message!r} in {dialogues.id}",
-            do="`python -m flows show messages --json` lists ids; a bad line's messages are in rejected.parquet; "
+            hint="`python -m flows show messages --json` lists ids; a bad line's messages are in rejected.parquet; "
             "--dialogues ID looks into others",
             code="param.message",
         )
@@ -147,8 +147,8 @@ def _runs_like(store: Store, pattern: str) -> list[str]:
     found = fnmatch.filter(known, pattern)
     if not found:
         what = f"no last run of a recipe named {pattern!r} is noted"
-        do = f"Noted are {', '.join(known[:16])}{', ...' if len(known) > 16 else ''}" if known else ""
-        raise ParameterError(what, "--forget", do, code="param.run")
+        hint = f"Noted are {', '.join(known[:16])}{', ...' if len(known) > 16 else ''}" if known else ""
+        raise ParameterError(what, "--forget", hint, code="param.run")
     return found
 
 

@@ -207,15 +207,15 @@ def decide(
         own = compared(own, seen.masks, reader.personal)
         if params.whole_threads:
             _keep_whole(table, parents, verdicts)
-        settle = partial(_settle, table, parents, verdicts, params)
-        settle()
+        merge_versions = partial(_settle, table, parents, verdicts, params)
+        merge_versions()
         filtered = verdicts.kept()
         bar.advance(note="read")
         replies = (table["role"] == "assistant").to_numpy()
         prints = prints_of(own, filtered, params, workers)
         given = Compared(replies, table["split"], prints, own.of, params)
         alike = likeness(table, prints, own.of, filtered, params)
-        copies = Copies(table, parents, verdicts, given, alike, settle)
+        copies = Copies(table, parents, verdicts, given, alike, merge_versions)
         bar.advance(note="compared")
         if params.separate_splits:
             copies.separate()
@@ -259,13 +259,13 @@ def _read(
 
 def _reader(params: CurateParams, workers: int) -> Reader:
     from tasks.dialogue import contamination, language, pii
-    from tasks.dialogue.contamination import Asked, Facts, Told
+    from tasks.dialogue.contamination import Asked, FactQuery, Facts
     from tasks.dialogue.text_rules import Reader
     from tasks.sample.facts import facts_of
 
     chars = params.text_language_chars
     told = tuple(
-        Told(f"{fact.family} of {fact.subject}", fact.subject, (fact.answer, *fact.aliases))
+        FactQuery(f"{fact.family} of {fact.subject}", fact.subject, (fact.answer, *fact.aliases))
         for fact in facts_of(params.facts or ())
     )
     prompts = tuple(Asked(where, text) for where, text in params.prompts())

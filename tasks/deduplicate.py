@@ -76,7 +76,7 @@ class Copies:
     verdicts: Verdicts
     given: Compared
     alike: Likeness
-    settle: Callable[[], None]
+    merge_versions: Callable[[], None]
 
     def separate(self) -> None:
         """Drop what two splits share from the less protected one; first, so that no copy goes for one that leaks."""
@@ -85,7 +85,7 @@ class Copies:
             verdicts.drop_copies("leak", leaks(self.table, self.alike, verdicts.kept(), yielding), ids)
             if self.alike.crowded:
                 verdicts.drop_copies("leak", crossing(self.given, self.alike, verdicts.kept(), yielding), ids)
-            self.settle()
+            self.merge_versions()
 
     def thin(self) -> None:
         """Drop copies and near copies from the train split; where many are alike, until no more are found."""
@@ -94,14 +94,14 @@ class Copies:
         if not limits.repeat_prompts:
             found = repeated_prompts(table, alike, self.parents, verdicts.kept())
             verdicts.drop_copies("near_duplicate", found, ids)
-            self.settle()
+            self.merge_versions()
         if limits.dedupe:
             twins = duplicates(table, given.prints, self.parents, verdicts.kept())
             verdicts.drop_copies("duplicate", {row: (twin, 1.0) for row, twin in twins.items()}, ids)
         while limits.near_dedupe:
             found = near_duplicates(table, alike, self.parents, verdicts.kept())
             verdicts.drop_copies("near_duplicate", found, ids)
-            self.settle()
+            self.merge_versions()
             if not found or not alike.crowded:
                 break
             alike = likeness(table, given.prints, given.texts_of, verdicts.kept(), limits)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import polars as pl
     from numpy.typing import NDArray
 
-    from tasks.text.assemble import Texts, Turns
+    from tasks.text.assemble import MessageLayout, Texts
     from tasks.text.bpe import Vocabulary
     from tasks.text.linearize import Conversation, Forest
     from tasks.text.templates import Tags, Template
@@ -219,8 +219,8 @@ def _talks(dialogues: Dialogues, encode_texts: TextFunction, tags: Tags, params:
     if not laid[2]["train"]:
         what = f"the train split holds no reply that fits, with all above it, {params.block:,} tokens"
         where = f"{len(splits):,} messages came in, {(splits == 'train').sum():,} of them to train on"
-        do = f"Keep more messages in curate, or raise encode.block: {counts['room']['needed']} fit so many trees"
-        raise InputError(what, where, do, "encode.empty")
+        hint = f"Keep more messages in curate, or raise encode.block: {counts['room']['needed']} fit so many trees"
+        raise InputError(what, where, hint, "encode.empty")
     parents = np.array(trees.parents, np.int64)
     return _Talks(*laid[:3], tags, texts, parents, replies, utf8, splits, counts)
 
@@ -348,7 +348,7 @@ def _write(out: Path, dialogues: Dialogues, talks: _Talks, params: EncodeParams,
     return written
 
 
-def _write_index(path: Path, rows: pl.DataFrame, placed: Turns) -> None:
+def _write_index(path: Path, rows: pl.DataFrame, placed: MessageLayout) -> None:
     """Write the token ranges of messages, and which one each goes on from."""
     import polars as pl
     import pyarrow as pa

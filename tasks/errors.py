@@ -24,20 +24,20 @@ class TreelineError(Exception):
     Args:
         what: What went wrong, with what was expected and what was found.
         where: The file, line, step or setting.
-        do: What the reader can do about it.
+        hint: What the reader can do about it.
         code: A dotted name for machines, such as `gzip.truncated`; default: the class's own.
     """
 
     code = "internal"
     exit_code = 70
 
-    def __init__(self, what: str, where: str = "", do: str = "", code: str | None = None) -> None:
-        super().__init__(what, where, do, code)
-        self.what, self.where, self.do = what, where, do
+    def __init__(self, what: str, where: str = "", hint: str = "", code: str | None = None) -> None:
+        super().__init__(what, where, hint, code)
+        self.what, self.where, self.hint = what, where, hint
         self.code = code or type(self).code
 
     def __str__(self) -> str:
-        parts = [part.strip().rstrip(".") for part in (self.what, self.where, self.do) if part]
+        parts = [part.strip().rstrip(".") for part in (self.what, self.where, self.hint) if part]
         line = " ".join(" ".join(f"{part}." for part in parts).split())
         return f"error[{self.code}]: {line}"
 

@@ -20,7 +20,7 @@ from tasks.errors import InputError, ParameterError
 from tasks.initial_weights import folder_of, given_to_prefer, of_training
 from tasks.notices import told
 from tasks.step import Params, Runtime, hold, step
-from tasks.tuning import refuse_strangers, replies_of
+from tasks.tuning import check_same_encoding, replies_of
 from tasks.tuning import split_of as sequences_of
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from tasks.gpt.batches import Split
     from tasks.gpt.preference import Floats, Replies
-    from tasks.report.figures import Exam, Result
+    from tasks.report.figures import EvaluationSet, ModelOutputs
 
 
 # Threads spend more time on waiting for each other than they save where matrices are small: on 2 cores that others use,
@@ -110,7 +110,7 @@ def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, ru
     from tasks.report.figures import figures, samples
     from tasks.report.page import render_page
 
-    refuse_strangers(model, tokens)
+    check_same_encoding(model, tokens)
     start, tuned = model.json("start.json"), made_of(model)
     trainings = {which: one.json("training.json") for which, one in tuned.items()}
     split, exam = exam_of(model, tokens, params)
@@ -119,7 +119,7 @@ def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, ru
         "base": lambda: build_start(start, folder_of(start)),
         **{which: partial(load_model, one.path) for which, one in tuned.items()},
     }
-    results: dict[str, Result] = {}
+    results: dict[str, ModelOutputs] = {}
     device = device_of(run.device)
     less = "Set evaluate.batch and evaluate.replies to less"
     with at_work(device, run.threads, start["width"]), shortage_named("a model at its exam", device, less):
@@ -159,7 +159,7 @@ def made_of(model: Model) -> dict[str, Model]:
     return {"tuned": given, "preferred": model}
 
 
-def refuse_long(exam: Exam, positions: int) -> None:
+def refuse_long(exam: EvaluationSet, positions: int) -> None:
     """Raise an error for a question or prompt that leaves no room for a reply, before any work is done."""
     asked = {"evaluate.facts": [question.text for question in exam.questions], "evaluate.panel": exam.panel}
     for setting, texts in asked.items():
@@ -174,9 +174,9 @@ def refuse_long(exam: Exam, positions: int) -> None:
                 )
 
 
-def exam_of(model: Model, tokens: Tokens, params: EvaluateParams) -> tuple[str | None, Exam]:
+def exam_of(model: Model, tokens: Tokens, params: EvaluateParams) -> tuple[str | None, EvaluationSet]:
     """Return what all models are put to, and the name of its split."""
-    from tasks.report.figures import Exam
+    from tasks.report.figures import EvaluationSet
     from tasks.sample.facts import held_out_questions
     from tasks.text.templates import load_dialect
 
@@ -185,7 +185,7 @@ def exam_of(model: Model, tokens: Tokens, params: EvaluateParams) -> tuple[str |
     seeds = range(params.seed, params.seed + params.samples_per_prompt)
     dialect = load_dialect(model.path)
     questions, ranked = held_out_questions(params.facts), ranked_of(model, params.split)
-    return name, Exam(dialect, split, utf8_bytes, questions, params.panel, seeds, ranked)
+    return name, EvaluationSet(dialect, split, utf8_bytes, questions, params.panel, seeds, ranked)
 
 
 def ranked_of(model: Model, asked: str) -> tuple[Split, Replies] | None:
@@ -218,10 +218,12 @@ def split_of(tokens: Tokens, asked: str) -> tuple[str | None, Split | None]:
     return None, None
 
 
-def examine(model: GPT2LMHeadModel, exam: Exam, params: EvaluateParams, run: EvaluateRuntime, label: str) -> Result:
+def examine(
+    model: GPT2LMHeadModel, exam: EvaluationSet, params: EvaluateParams, run: EvaluateRuntime, label: str
+) -> ModelOutputs:
     """Put one model to the exam."""
     from tasks.gpt.sampling import generate
-    from tasks.report.figures import Result
+    from tasks.report.figures import ModelOutputs
 
     model.eval()
     nats = total_nats(model, exam.split, run.batch, label) if exam.split else None
@@ -234,10 +236,10 @@ def examine(model: GPT2LMHeadModel, exam: Exam, params: EvaluateParams, run: Eva
     seeds = [*exam.seeds] * len(exam.panel)
     said = generate(model, prompts, dialect.stop, params.max_new_tokens, seeds=seeds, label=f"panel, {label}", **how)
     replies = [said[first : first + many] for first in range(0, len(said), many)]
-    return Result(nats, answers, replies, ranked_logps(model, exam, run.batch, label))
+    return ModelOutputs(nats, answers, replies, ranked_logps(model, exam, run.batch, label))
 
 
-def ranked_logps(model: GPT2LMHeadModel, exam: Exam, batch: int | None, label: str) -> Floats | None:
+def ranked_logps(model: GPT2LMHeadModel, exam: EvaluationSet, batch: int | None, label: str) -> Floats | None:
     """Return how likely a model finds each ranked reply; None where there are none."""
     from tasks.gpt.memory_model import AT_ONCE
     from tasks.gpt.preference import all_logps

@@ -207,8 +207,8 @@ def _agreed(wanted: _Wanted, published: Any, most: int) -> _Wanted:
 
 
 def _changed(wanted: _Wanted, expected: str, found: str) -> SourceChanged:
-    do = "Find out why the file changed; if the new one is meant, pin its revision and sha256"
-    return SourceChanged(f"expected {expected}, found {found}", wanted.where, do)
+    hint = "Find out why the file changed; if the new one is meant, pin its revision and sha256"
+    return SourceChanged(f"expected {expected}, found {found}", wanted.where, hint)
 
 
 def _download(wanted: _Wanted, force: bool) -> Path:
@@ -321,8 +321,8 @@ def _refusal_of_status(status: int, error: Exception, wanted: _Wanted) -> Treeli
     if status in (401, 403):
         token = "HF_TOKEN is set, but does not open it" if os.environ.get("HF_TOKEN") else "HF_TOKEN is not set"
         what = f"the hub answered {status}: it is gated, private or does not exist, and {token}"
-        do = "Check the name; accept the conditions on the hub's page; put a token with read access into HF_TOKEN"
-        return PermissionRefused(what, wanted.where, do, "source.denied")
+        hint = "Check the name; accept the conditions on the hub's page; put a token with read access into HF_TOKEN"
+        return PermissionRefused(what, wanted.where, hint, "source.denied")
     if status in (404, 410):
         missing = {"RepositoryNotFoundError": "repository", "RevisionNotFoundError": "revision"}
         what = f"the hub has no such {missing.get(type(error).__name__, 'file')} (status {status})"

@@ -51,7 +51,7 @@ def of_parse(counts: Counts, params: ParseParams) -> Iterator[Notice]:
     if fields:
         named = ", ".join(f"{name} {count:,}" for name, count in [*fields.items()][:NAMED])
         others = f" and {len(fields) - NAMED:,} others" if len(fields) > NAMED else ""
-        found = [do for end, do in FOR_FIELD.items() if any(name.rpartition(".")[2] == end for name in fields)]
+        found = [hint for end, hint in FOR_FIELD.items() if any(name.rpartition(".")[2] == end for name in fields)]
         yield Notice(
             "parse.fields",
             sum(fields.values()),

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tasks.dialogue.preference import Contest
-    from tasks.text.assemble import Texts, Turns
+    from tasks.text.assemble import MessageLayout, Texts
     from tasks.text.linearize import Forest
     from tasks.text.templates import Dialect
     from tasks.text_chunks import TextFunction
@@ -171,7 +171,7 @@ class _Table:
 
         return [[first + place for place in places] for places in best_fit([*map(self.size, some)], self.length)]
 
-    def turns(self, order: list[Contest], packed: list[list[int]]) -> Turns:
+    def turns(self, order: list[Contest], packed: list[list[int]]) -> MessageLayout:
         """Give every message its place; what is above the replies is context."""
         import numpy as np
 
@@ -184,7 +184,7 @@ class _Table:
         return turns(conversations, contexts, packed, parents, self.replies, self.texts.lengths, self.dialect.tags)
 
 
-def _write_replies(path: Path, rows: pl.DataFrame, placed: Turns) -> None:
+def _write_replies(path: Path, rows: pl.DataFrame, placed: MessageLayout) -> None:
     """Write where the replies lie, by sequence; a contest's replies answer one message in one place."""
     import numpy as np
     import polars as pl

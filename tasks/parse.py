@@ -91,7 +91,7 @@ def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
             intake.take(found) if isinstance(found, Found) else intake.reject(found)
             if intake.trees == params.max_trees:
                 break
-        intake.settle()
+        intake.merge_versions()
         intake.finish(dump)
     intake.refuse_if_bad(params.max_bad, dump)
     return {**intake.counts(dump, layout.unknown), "naive_dates": layout.naive_dates}
@@ -163,8 +163,8 @@ class _Intake:
         """Note a line or tree that cannot be taken."""
         from tasks.oasst.advice import AS_LINES
 
-        if not self._named and bad.do:
-            self._do = bad.do
+        if not self._named and bad.hint:
+            self._do = bad.hint
         if not self._named and bad.raw and bad.raw[:HEAD].lstrip().startswith(b"["):
             name = self._files[bad.place.file].name
             self._do = f"{name} looks like one JSON array; write one object a line (JSON Lines): {AS_LINES}"
@@ -177,7 +177,7 @@ class _Intake:
             self._named.append(f"{self._named_place(bad.place)} {bad.code}: {bad.message}")
         self._list(bad)
 
-    def settle(self) -> None:
+    def merge_versions(self) -> None:
         """Unite the versions of each tree, and reject trees that share a message with an earlier one."""
         from tasks.oasst.merge import Versions
         from tasks.oasst.rewrite import rearrange, told

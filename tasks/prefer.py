@@ -16,7 +16,7 @@ from tasks.errors import InputError, ParameterError
 from tasks.launch import run_distributed
 from tasks.step import step
 from tasks.store.store import CHECKPOINTS
-from tasks.tuning import TuningParams, TuningRuntime, refuse_strangers, replies_of, split_of, tune, write_json
+from tasks.tuning import TuningParams, TuningRuntime, check_same_encoding, replies_of, split_of, tune, write_json
 
 if TYPE_CHECKING:
     from tasks.gpt.preference import Side
@@ -57,7 +57,7 @@ def prefer(
     from tasks.gpt.preference import EachPair
     from tasks.gpt.weights import export, load_model, parameter_count
 
-    refuse_strangers(model, contests)
+    check_same_encoding(model, contests)
     refuse_other_precision(references, params)
     inputs = {"contests": contests, "references": references, "model": model}
     if (counts := run_distributed("prefer", out, inputs, params, run)) is not None:

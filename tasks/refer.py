@@ -11,7 +11,7 @@ from typing import Literal
 from tasks.artifacts import Contests, Counts, Model, References
 from tasks.errors import TrainingError
 from tasks.step import Params, Runtime, step
-from tasks.tuning import Count, Device, MicroBatch, refuse_strangers, replies_of, split_of
+from tasks.tuning import Count, Device, MicroBatch, check_same_encoding, replies_of, split_of
 
 
 class ReferParams(Params):
@@ -47,7 +47,7 @@ def refer(out: Path, contests: Contests, model: Model, params: ReferParams, run:
     from tasks.gpt.run_plan import shortage_named
     from tasks.gpt.weights import load_model
 
-    refuse_strangers(model, contests)
+    check_same_encoding(model, contests)
     split, replies = split_of(contests, None), replies_of(contests, None)
     device = device_of(run.device)
     loaded = load_model(model.path).to(device)

@@ -145,7 +145,7 @@ def step(
 
     Args:
         name: The step's name; it enters the key.
-        version: Raised by a person when the code makes other files than before; `test_versions.py` reminds.
+        version: Raised by a person when the code makes other files than before; `test_version_guard.py` reminds.
         makes: The artifact that the files are.
         inherits: Names of what a build may go on with that a failed or killed one left in its folder.
         notices: Says of what was measured, and the settings, what was lost.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import polars as pl
     from numpy.typing import NDArray
 
-    from tasks.text.assemble import Texts, Turns
+    from tasks.text.assemble import MessageLayout, Texts
     from tasks.text.bpe import Vocabulary
     from tasks.text.templates import Tags
     from tasks.text_chunks import TextFunction
@@ -80,7 +80,7 @@ def _texts(dialogues: Dialogues, rows: int) -> Iterator[pl.Series]:
         yield dialogues.scan().select("text").slice(first, WINDOW).collect()["text"]
 
 
-def write_arrays(out: Path, placed: Turns, texts: Texts, tags: Tags, length: int, pad: int) -> None:
+def write_arrays(out: Path, placed: MessageLayout, texts: Texts, tags: Tags, length: int, pad: int) -> None:
     """Write the files `ARRAYS`: sequences of `length` tokens, a few at a time.
 
     Args:

@@ -21,7 +21,7 @@ from tasks.tuning import (
     Count,
     TuningParams,
     TuningRuntime,
-    refuse_strangers,
+    check_same_encoding,
     split_of,
     tune,
     write_json,
@@ -30,7 +30,7 @@ from tasks.tuning import (
 
 if TYPE_CHECKING:
     from tasks.gpt.batches import Split
-    from tasks.gpt.loss_weights import Worth
+    from tasks.gpt.loss_weights import LossWeights
     from tasks.gpt.training_run import Progress
 
 log = logging.getLogger("treeline.train")
@@ -104,7 +104,7 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     earlier = model_of(params.model) if params.model else None
     if earlier:
         hold(earlier)  # the evaluation will want it, too
-        refuse_strangers(earlier, tokens)
+        check_same_encoding(earlier, tokens)
     folder = earlier.path if earlier else fetch_start(params)
     spec = start_of(params, folder, encoding)
     if earlier:
@@ -140,7 +140,7 @@ def warn_of_new_words(encoding: Encoding, folder: Path | None, params: TrainPara
         log.warning(what, ", ".join(added))
 
 
-def worth_of(tokens: Tokens, params: TrainParams) -> Worth | None:
+def worth_of(tokens: Tokens, params: TrainParams) -> LossWeights | None:
     """Return what the replies of the training split weigh; None where each weighs 1.
 
     Raises:
@@ -149,7 +149,7 @@ def worth_of(tokens: Tokens, params: TrainParams) -> Worth | None:
     import numpy as np
     import polars as pl
 
-    from tasks.gpt.loss_weights import UNRANKED, Worth, weights_of
+    from tasks.gpt.loss_weights import UNRANKED, LossWeights, weights_of
 
     if params.siblings == "each" and params.rank_decay == 1:
         return None
@@ -166,7 +166,7 @@ def worth_of(tokens: Tokens, params: TrainParams) -> Worth | None:
         column.to_numpy().astype(np.int64) for column in rows.select(names).collect()
     )
     weight = weights_of(prompt, rank, params.rank_decay, params.siblings == "shared")
-    return Worth(sequence - first, start, stop, trained, weight)
+    return LossWeights(sequence - first, start, stop, trained, weight)
 
 
 def fetch_start(params: TrainParams) -> Path | None:

@@ -215,7 +215,7 @@ def as_begun(run: TuningRuntime, first: Mapping[str, Any], size: int) -> TuningR
 
     Args:
         run: What is asked for.
-        first: How the run began, as `way_of` said; empty for a new one.
+        first: How the run began, as `execution_settings` said; empty for a new one.
         size: How many processes there are.
     """
     kept: dict[str, Any] = {}
@@ -292,7 +292,7 @@ def replies_of(contests: Contests, name: str | None) -> Replies:
     return Replies(columns[0] - first, *columns[1:])
 
 
-def refuse_strangers(model: Model, tokens: Sequences) -> None:
+def check_same_encoding(model: Model, tokens: Sequences) -> None:
     """Raise an error unless the tokens are in the language of the model."""
     same_words = (model.path / "tokenizer.json").read_bytes() == (tokens.path / "tokenizer.json").read_bytes()
     ours, theirs = (

@@ -38,12 +38,12 @@ def age(store: Store, recipe: str, seconds: int) -> None:
 def test_what_the_last_run_ended_with_is_seen_though_another_run_made_a_younger_one(store: Store) -> None:
     old, young = publish(store, "old"), publish(store, "young")
     assert seen(Dialogues, KIND).id == young
-    store.note_run("first", {"curate": old})
+    store.record_run("first", {"curate": old})
     age(store, "first", 1)
-    store.note_run("second", {"curate": young})
+    store.record_run("second", {"curate": young})
     age(store, "second", 2)
     assert seen(Dialogues, KIND).id == young
-    store.note_run("first", {"curate": old})  # again, from the store: nothing new to note but the time
+    store.record_run("first", {"curate": old})  # again, from the store: nothing new to note but the time
     assert seen(Dialogues, KIND).id == old
     assert seen(Dialogues, young).id == young
 
@@ -51,6 +51,6 @@ def test_what_the_last_run_ended_with_is_seen_though_another_run_made_a_younger_
 def test_where_no_run_ended_with_one_that_is_there_the_youngest_is_seen(store: Store) -> None:
     publish(store, "old")
     young = publish(store, "young")
-    store.note_run("data", {"parse": "messages/0123456789ab", "curate": f"{KIND}/0123456789ab"})
+    store.record_run("data", {"parse": "messages/0123456789ab", "curate": f"{KIND}/0123456789ab"})
     (store.root / ".refs" / "broken.json").write_text("{")
     assert seen(Dialogues, KIND).id == young

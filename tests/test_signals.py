@@ -77,14 +77,14 @@ def test_a_signal_that_comes_again_while_the_command_ends_changes_nothing(
 ) -> None:
     """Raised in the midst of an end, it would cut that off, and print a traceback."""
 
-    class Told(io.StringIO):
+    class FactQuery(io.StringIO):
         def write(self, text: str) -> int:
             os.kill(os.getpid(), number)
             return super().write(text)
 
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(store_commands, "ls", lambda asked: os.kill(os.getpid(), number))
-    monkeypatch.setattr(sys, "stderr", told := Told())
+    monkeypatch.setattr(sys, "stderr", told := FactQuery())
     try:
         ended = main(["ls"])
     except SystemExit as stopped:

@@ -49,7 +49,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Told:
+class FactQuery:
     """A fact that an evaluation asks for: `name` it, such as `capital of France`, its subject, and any answer."""
 
     name: str
@@ -57,7 +57,7 @@ class Told:
     answers: tuple[str, ...]
 
 
-def scan(prompts: tuple[Asked, ...], ngram: int, facts: tuple[Told, ...], texts: pa.StringArray) -> pa.RecordBatch:
+def scan(prompts: tuple[Asked, ...], ngram: int, facts: tuple[FactQuery, ...], texts: pa.StringArray) -> pa.RecordBatch:
     """Find what an evaluation asks, and what its facts are about.
 
     Args:
@@ -81,7 +81,7 @@ def scan(prompts: tuple[Asked, ...], ngram: int, facts: tuple[Told, ...], texts:
 
 
 @lru_cache(maxsize=2)
-def _sought(prompts: tuple[Asked, ...], ngram: int, facts: tuple[Told, ...]) -> tuple[Index, Facts]:
+def _sought(prompts: tuple[Asked, ...], ngram: int, facts: tuple[FactQuery, ...]) -> tuple[Index, Facts]:
     return Index(prompts, ngram), Facts(facts)
 
 
@@ -162,7 +162,7 @@ def _ngrams(said: pl.Series, ngram: int) -> tuple[U64, NDArray[np.int64]]:
 class Facts:
     """Facts, ready to be looked for: a reply tells one where it, or it and what it answers, name subject and answer."""
 
-    def __init__(self, facts: Sequence[Told]) -> None:
+    def __init__(self, facts: Sequence[FactQuery]) -> None:
         self.facts = facts
         pairs = [(at, fact.subject, answer) for at, fact in enumerate(facts) for answer in fact.answers]
         table = pl.DataFrame(pairs, {"fact": pl.Int64, "subject": pl.String, "answer": pl.String}, orient="row")

@@ -39,8 +39,8 @@ def read_prompts(name: str, content: bytes) -> Iterator[tuple[int, str]]:
             asked = asked or bool(found)
     if not asked:
         expected = f"{_EXPECTED} on each line" if format_of(name) == "json" else "a prompt a line"
-        do = "Put prompts into it, or take it out of curate.prompt_files"
-        raise InputError(f"expected {expected}, found none", name, do, "curate.prompts")
+        hint = "Put prompts into it, or take it out of curate.prompt_files"
+        raise InputError(f"expected {expected}, found none", name, hint, "curate.prompts")
 
 
 def _decoded(line: bytes, where: str) -> str:

@@ -141,11 +141,13 @@ def way_for(asked: Literal["auto", "sdpa", "flex"], device: torch.device, compil
         what = f"FlexAttention trains on CUDA devices, and this one is {device.type}"
         raise ConfigurationError(what, where, "Set it to auto or sdpa", "config.attention")
     if asked == "flex" and not compiled:
-        do = "Set train.compile, or train.attention to auto or sdpa"
-        raise ParameterError("FlexAttention pays only where it is compiled", where, do, "param.attention")
+        hint = "Set train.compile, or train.attention to auto or sdpa"
+        raise ParameterError("FlexAttention pays only where it is compiled", where, hint, "param.attention")
     if asked == "flex" and dropout:
-        do = "Set train.dropout to 0, or train.attention to auto or sdpa"
-        raise ParameterError(f"FlexAttention has no dropout, and {dropout} is asked for", where, do, "param.attention")
+        hint = "Set train.dropout to 0, or train.attention to auto or sdpa"
+        raise ParameterError(
+            f"FlexAttention has no dropout, and {dropout} is asked for", where, hint, "param.attention"
+        )
     if asked != "auto":
         return asked
     if device.type == "cpu" and not compiled:

@@ -22,7 +22,7 @@ QUERIES = 64  # at once: with 32 and 128, packed trees took 12 and 4 % longer (6
 
 
 @dataclass(frozen=True)
-class Part:
+class QueryBlock:
     """Some queries of a sequence, and the keys that one of them sees.
 
     Attributes:
@@ -38,7 +38,7 @@ class Part:
     bias: Tensor
 
 
-def parts(ends: Tensor) -> list[Part]:
+def parts(ends: Tensor) -> list[QueryBlock]:
     """Return the queries of packed sequences, some at once.
 
     Args:
@@ -54,16 +54,16 @@ def parts(ends: Tensor) -> list[Part]:
     ]
 
 
-def _part(row: int, ends: Tensor, at: Tensor, queries: slice) -> Part:
+def _part(row: int, ends: Tensor, at: Tensor, queries: slice) -> QueryBlock:
     keys = (ends[: queries.stop] > queries.start).nonzero().squeeze(1)  # (S,) some query of these sees
     first, asking = int(keys[0]), at[queries, None]  # (Q, 1)
     hidden = (keys > asking) | (ends[keys] <= asking)  # (Q, S)
     gaps = len(keys) < queries.stop - first
     bias = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-    return Part(row, queries, keys if gaps else slice(first, queries.stop), bias)
+    return QueryBlock(row, queries, keys if gaps else slice(first, queries.stop), bias)
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, parts: Sequence[Part], scale: float) -> Tensor:
+def attend(queries: Tensor, keys: Tensor, values: Tensor, parts: Sequence[QueryBlock], scale: float) -> Tensor:
     """Mix, for each query, the values of the keys that it sees.
 
     Args:
@@ -85,7 +85,9 @@ class _Attention(torch.autograd.Function):
     """Attention over parts, there and back."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, parts: Sequence[Part], scale: float) -> Tensor:
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, parts: Sequence[QueryBlock], scale: float
+    ) -> Tensor:
         """Mix the values of (B, H, T, K)."""
         ctx.save_for_backward(queries, keys, values)
         ctx.parts, ctx.scale = parts, scale
@@ -112,7 +114,7 @@ class _Attention(torch.autograd.Function):
         return to_queries, to_keys, to_values, None, None
 
 
-def _weights(queries: Tensor, keys: Tensor, part: Part, scale: float) -> Tensor:
+def _weights(queries: Tensor, keys: Tensor, part: QueryBlock, scale: float) -> Tensor:
     """Return how much each query takes of each key: (H, Q, S)."""
     scores = torch.baddbmm(part.bias, queries, keys.transpose(1, 2), alpha=scale)
     return torch.softmax(scores, -1, out=scores)
@@ -124,12 +126,12 @@ def _like(given: Tensor) -> Tensor:
     return given.new_empty(rows, length, heads, number).transpose(1, 2)
 
 
-def _of(given: Tensor, part: Part) -> Tensor:
+def _of(given: Tensor, part: QueryBlock) -> Tensor:
     """View the queries of a part: (H, Q, K)."""
     return given[part.row, :, part.queries]
 
 
-def _seen(given: Tensor, part: Part) -> Tensor:
+def _seen(given: Tensor, part: QueryBlock) -> Tensor:
     """Return the keys that a part sees: (H, S, K). Whole tokens are copied: heads of tokens take twice the time."""
     if isinstance(part.keys, slice):
         return given[part.row, :, part.keys]
@@ -138,7 +140,7 @@ def _seen(given: Tensor, part: Part) -> Tensor:
     return tokens.index_select(0, part.keys).view(-1, heads, number).transpose(0, 1)
 
 
-def _add(total: Tensor, part: Part, more: Tensor) -> None:
+def _add(total: Tensor, part: QueryBlock, more: Tensor) -> None:
     """Add (H, S, K) to the keys that a part sees."""
     if isinstance(part.keys, slice):
         total[part.row, :, part.keys] += more

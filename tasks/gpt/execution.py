@@ -16,7 +16,7 @@ from tasks.gpt.attention import way_set
 from tasks.gpt.training_run import Machine
 
 
-def way_of(model: GPT2LMHeadModel, machine: Machine, micro_batch: int) -> dict[str, Any]:
+def execution_settings(model: GPT2LMHeadModel, machine: Machine, micro_batch: int) -> dict[str, Any]:
     """Return how a run is computed, as JSON values.
 
     Args:
@@ -45,7 +45,7 @@ def _name(device: torch.device) -> str:
     return f"cpu, {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
 
 
-def strayed(first: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def changed_settings(first: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Say in what a run goes on otherwise than it began; empty where in nothing, or where that was not noted."""
     changed = {name: was for name, was in first.items() if name in now and now[name] != was}
     return ", ".join(f"{name} {was} -> {now[name]}" for name, was in changed.items())

@@ -108,8 +108,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         what = f"{CONFIG} has auto_map, which asks to run code that came with the model"
         raise InputError(what, where, "Remove auto_map if this is a plain GPT-2; else use another", "model.unsafe")
     if config.get("quantization_config") is not None:
-        what, do = f"{CONFIG} says that the weights are quantized", "Use the model in 16 or 32 bits"
-        raise InputError(what, where, do, "model.config")
+        what, hint = f"{CONFIG} says that the weights are quantized", "Use the model in 16 or 32 bits"
+        raise InputError(what, where, hint, "model.config")
     try:
         form = Form.model_validate(config)
     except ValidationError as error:
@@ -136,8 +136,8 @@ def _compare(form: Form, folder: Path) -> None:
         elif other := [name for name in wanted if kinds[name] not in FLOATS]:
             faults = [f"{_full(other[0])} as {kinds[other[0]]}, where floats are meant"]
     if faults:
-        do = f"Fetch {WEIGHTS} and {CONFIG} of one and the same model"
-        raise InputError(f"{WEIGHTS} has {faults[0]}", str(folder), do, "model.weights")
+        hint = f"Fetch {WEIGHTS} and {CONFIG} of one and the same model"
+        raise InputError(f"{WEIGHTS} has {faults[0]}", str(folder), hint, "model.weights")
 
 
 def _full(name: str) -> str:
@@ -162,14 +162,14 @@ def refuse_incomplete(folder: Path) -> None:
     pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLES)
     if not (folder / WEIGHTS).is_file() and pickles:
         what = f"{pickles[0]} is a pickle; convert to safetensors"
-        do = "Opening a pickle can run any program: where that is safe, load the model and call save_pretrained"
-        raise InputError(what, where, do, "model.unsafe")
+        hint = "Opening a pickle can run any program: where that is safe, load the model and call save_pretrained"
+        raise InputError(what, where, hint, "model.unsafe")
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
             raise InputError(f"{name} is missing", where, "Put the model there, in one piece", "model.missing")
     if (folder / ADAPTERS).exists():  # transformers would add them, and nothing of them is in the key
-        do = "Merge them into the weights (peft: merge_and_unload), or move them elsewhere"
-        raise InputError(f"{ADAPTERS} says that adapters lie beside the weights", where, do, "model.adapters")
+        hint = "Merge them into the weights (peft: merge_and_unload), or move them elsewhere"
+        raise InputError(f"{ADAPTERS} says that adapters lie beside the weights", where, hint, "model.adapters")
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -237,7 +237,7 @@ def error_to_json(error: Exception) -> dict[str, Any]:
     """Return an error as JSON values; with `arguments`, if it is one that a restart would only meet again."""
     arguments: list[Any] = []
     if isinstance(error, errors.TreelineError):
-        arguments = [error.what, error.where, error.do, error.code]
+        arguments = [error.what, error.where, error.hint, error.code]
     elif isinstance(error, OSError) and error.errno:
         arguments = [error.errno, error.strerror, error.filename and str(error.filename)]
     message = f"{type(error).__name__}: {error}".splitlines()[0][:500]

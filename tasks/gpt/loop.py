@@ -30,12 +30,12 @@ from tasks.errors import TrainingError
 from tasks.gpt import checkpoint
 from tasks.gpt.batches import Array, Plan, Split
 from tasks.gpt.ema import WeightEma
-from tasks.gpt.execution import strayed, way_of
+from tasks.gpt.execution import changed_settings, execution_settings
 from tasks.gpt.forward import Trunk, hidden_states, recomputing
 from tasks.gpt.interrupt import Interrupted
 from tasks.gpt.memory_model import AT_ONCE
 from tasks.gpt.objective import EachToken, Objective
-from tasks.gpt.optim import adamw, moments, set_moments, set_rate, shorten, squares
+from tasks.gpt.optim import adamw, clip_gradients, grad_norm_squared, moments, set_moments, set_rate
 from tasks.gpt.parallel import ParallelModel, parallel_settings, scalar
 from tasks.gpt.schedule import learning_rate
 from tasks.gpt.training_log import Logbook
@@ -191,10 +191,10 @@ class _Run:
         with self.loose():
             loss = self.accumulate(rows, self.objective.weight(rows) or 1.0)
         gradients = self.parallel.local_gradients()
-        norm = math.sqrt(self.parallel.sum_over_shards(squares(gradients)).item())
+        norm = math.sqrt(self.parallel.sum_over_shards(grad_norm_squared(gradients)).item())
         if not all(isfinite(found) for found in (loss, norm, self.length())):
             raise self.nonfinite(progress.step + 1, loss, norm)
-        shorten(gradients, norm, math.inf if settings.clip is None else settings.clip)
+        clip_gradients(gradients, norm, math.inf if settings.clip is None else settings.clip)
         set_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -357,7 +357,7 @@ class _Run:
 
     def way(self) -> dict[str, Any]:
         """Return how the run is computed."""
-        return way_of(self.model, self.machine, self.at_once)
+        return execution_settings(self.model, self.machine, self.at_once)
 
     def resume(self) -> None:
         """Go on from the last whole checkpoint; without one, from the start."""
@@ -377,7 +377,7 @@ class _Run:
         self.ema.load(self.parallel.scatter_state(tensors.get("ema", {})))
         self.progress, self.pending = _progress(state)
         self.kept = self.progress.step
-        if (otherwise := strayed(state.get("way", {}), self.way())) and self.world.is_main:
+        if (otherwise := changed_settings(state.get("way", {}), self.way())) and self.world.is_main:
             log.warning("train.resume: goes on otherwise than it began, so its last digits may differ: %s", otherwise)
         self.log.cut_after(self.kept - (self.pending is not None))
 

@@ -45,7 +45,7 @@ def weights_of(prompt: Ints, rank: Ints, decay: float, shared: bool) -> Floats:
 
 
 @dataclass(frozen=True)
-class Worth:
+class LossWeights:
     """What the trained messages of a split weigh, and where they lie, by sequence and start.
 
     Attributes:

@@ -1,7 +1,7 @@
 """What a training run needs, said before it starts: memory from its shape, time from how fast the device multiplies.
 
 Memory is counted, not tried: what stays for the whole run, and what each token leaves for the way back. It was held
-against the peak that the system reports on a CPU, at several shapes (tests/gpt/test_need.py); on a GPU the same is
+against the peak that the system reports on a CPU, at several shapes (tests/gpt/test_memory_model.py); on a GPU the same is
 counted, but nobody has compared it yet.
 """
 
@@ -22,7 +22,7 @@ ANY = 30 << 20  # bytes: kernels' workspaces, batches, and what the allocator ca
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A model and how it is trained.
 
     Attributes:
@@ -66,7 +66,7 @@ class Shape:
     seen: int = 0
 
 
-def memory(shape: Shape, micro_batch: int) -> int:
+def memory(shape: ModelShape, micro_batch: int) -> int:
     """Return the bytes that training takes at its peak, besides weights that are on the device already."""
     # Gradients and two moments; on a GPU, the best weights are held elsewhere.
     held = 4 * (shape.parameters * (1 + 2) + shape.brought) // shape.parts + (shape.parts > 1) * _gathered(shape)
@@ -74,12 +74,12 @@ def memory(shape: Shape, micro_batch: int) -> int:
     return held + best + micro_batch * _sequence(shape) + _head(shape, micro_batch) + ANY
 
 
-def _gathered(shape: Shape) -> int:
+def _gathered(shape: ModelShape) -> int:
     """Return the bytes of what a rank that holds parts sees whole: the tables all the time, a block in its turn."""
     return 2 * 4 * shape.width * (shape.vocab + shape.block + 12 * shape.width)  # and as much in gradients
 
 
-def _sequence(shape: Shape) -> int:
+def _sequence(shape: ModelShape) -> int:
     """Return the bytes that a sequence leaves for the way back."""
     number = 2 if shape.half else 4
     # Of width D a token and layer: states before both norms, both norms' outputs, queries, keys and values, what
@@ -98,13 +98,13 @@ def _sequence(shape: Shape) -> int:
     return shape.block * (held + back + ends + mask)
 
 
-def _head(shape: Shape, micro_batch: int) -> int:
+def _head(shape: ModelShape, micro_batch: int) -> int:
     """Return the bytes of a chunk of logits, and of a second gradient of the table where gradients are added up."""
     rows = min(CHUNK, micro_batch * shape.block)
     return rows * shape.vocab * (4 + 2 * shape.half) + shape.table * 4 * shape.vocab * shape.width
 
 
-def largest_micro_batch(shape: Shape, free: int, sequences: int) -> int:
+def largest_micro_batch(shape: ModelShape, free: int, sequences: int) -> int:
     """Return how many sequences fit into the free memory at once: at least one, at most those of a step.
 
     Args:
@@ -116,7 +116,7 @@ def largest_micro_batch(shape: Shape, free: int, sequences: int) -> int:
     return next((size for size in range(most, 1, -1) if memory(shape, size) <= SPARE * free), 1)
 
 
-def flops(shape: Shape, supervised: float) -> float:
+def flops(shape: ModelShape, supervised: float) -> float:
     """Return the operations of training on a token, forth and back.
 
     Args:
@@ -129,7 +129,7 @@ def flops(shape: Shape, supervised: float) -> float:
     return (2 * shape.layers + back) * block + head
 
 
-def seconds(shape: Shape, tokens: float, evaluated: float, supervised: float, rate: float) -> float:
+def seconds(shape: ModelShape, tokens: float, evaluated: float, supervised: float, rate: float) -> float:
     """Return how long a run takes.
 
     Args:
@@ -143,7 +143,7 @@ def seconds(shape: Shape, tokens: float, evaluated: float, supervised: float, ra
     return (flops(shape, supervised) * tokens + forth * evaluated) / (EFFICIENCY * rate)
 
 
-def said(shape: Shape, micro_batch: int, free: int | None, took: float) -> str:
+def said(shape: ModelShape, micro_batch: int, free: int | None, took: float) -> str:
     """Return the plan in words."""
     room = "" if free is None else f" of {free / 1e9:.1f} GB free"
     minutes = f"{took / 60:.0f} minutes" if took >= 90 else f"{math.ceil(took)} s"

@@ -17,7 +17,7 @@ from tasks.gpt.batches import Array, Split
 from tasks.gpt.distributed import SINGLE, ProcessGroup
 from tasks.gpt.forward import Trunk
 from tasks.gpt.loss import supervised_nats, token_nats
-from tasks.gpt.loss_weights import Worth
+from tasks.gpt.loss_weights import LossWeights
 
 
 class Objective(Protocol):
@@ -69,7 +69,7 @@ class EachToken:
 
     train: Split
     val: Split
-    worth: Worth | None = None
+    worth: LossWeights | None = None
 
     def units(self, rows: Array) -> int:
         """Count the supervised tokens of some training sequences."""

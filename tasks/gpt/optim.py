@@ -37,7 +37,7 @@ def set_rate(optimizer: AdamW, lr: float) -> None:
         group["lr"] = lr
 
 
-def squares(gradients: Sequence[Tensor]) -> Tensor:
+def grad_norm_squared(gradients: Sequence[Tensor]) -> Tensor:
     """Return the sum of the squares of gradients: () float64, float32 on a device that knows no other.
 
     torch's own norm adds up a whole tensor in float32: on a CPU, that of 50,304 x 384 random numbers comes out 0.1 %
@@ -50,7 +50,7 @@ def squares(gradients: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def shorten(gradients: Sequence[Tensor], length: float, most: float) -> None:
+def clip_gradients(gradients: Sequence[Tensor], length: float, most: float) -> None:
     """Scale gradients down, in place, where they are longer together than they may be."""
     if length > most:
         for gradient in gradients:

@@ -75,11 +75,11 @@ def planned(
 
 def _shape(
     model: GPT2LMHeadModel, splits: Sequence[Split], settings: Settings, device: torch.device, parts: int
-) -> memory_model.Shape:
+) -> memory_model.ModelShape:
     """Return the model's shape, and how it is trained; with many parts, each rank is to hold one."""
     (train, val), config = splits, model.config
     there = next(model.parameters()).device.type == device.type
-    return memory_model.Shape(
+    return memory_model.ModelShape(
         config.n_layer,
         config.n_head,
         config.n_embd,
@@ -106,7 +106,7 @@ def _seconds(
     settings: Settings,
     device: torch.device,
     clock: Callable[[], float],
-    shape: memory_model.Shape,
+    shape: memory_model.ModelShape,
     size: int,
 ) -> float:
     """Return how long one process would take for the run, with `size` sequences at once."""
@@ -125,16 +125,16 @@ def _seconds(
 
 
 def _fitted(
-    shape: memory_model.Shape,
+    shape: memory_model.ModelShape,
     free: int,
     sequences: int,
     asked: int | Literal["auto"] | None,
     recompute: bool | Literal["auto"],
-) -> tuple[int, memory_model.Shape]:
+) -> tuple[int, memory_model.ModelShape]:
     """Return the sequences to take at once, and the shape with what was decided on recomputing."""
     most = max(1, min(sequences, memory_model.AT_ONCE // shape.block))
 
-    def size_of(shape: memory_model.Shape) -> int:
+    def size_of(shape: memory_model.ModelShape) -> int:
         return (
             memory_model.largest_micro_batch(shape, free, sequences)
             if asked == "auto"
@@ -181,16 +181,16 @@ def memory_named(machine: Machine, block: int) -> AbstractContextManager[None]:
     many = "the first" if machine.micro_batch is None else str(machine.micro_batch)
     told = f"{many} sequences of {block:,} tokens at once"
     first = "Set train.micro_batch to auto, or to less; at 1, "
-    do = first + ("" if machine.recompute else "set train.recompute to true, ") + LESS
-    return shortage_named(told, machine.device, do)
+    hint = first + ("" if machine.recompute else "set train.recompute to true, ") + LESS
+    return shortage_named(told, machine.device, hint)
 
 
 @contextmanager
-def shortage_named(told: str, device: torch.device, do: str) -> Iterator[None]:
+def shortage_named(told: str, device: torch.device, hint: str) -> Iterator[None]:
     """Turn running out of memory into an error that says with what, and what to do."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _SHORT.search(str(error)):
             raise
-        raise TrainingError(f"out of memory with {told}", str(device), do, "train.memory") from error
+        raise TrainingError(f"out of memory with {told}", str(device), hint, "train.memory") from error

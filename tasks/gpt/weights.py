@@ -80,7 +80,7 @@ def build_start(spec: Mapping[str, Any], folder: Path | None = None) -> GPT2LMHe
     if spec["start"] == "scratch":
         return _scratch(spec)
     if folder is None:
-        raise ParameterError(f"start {spec['start']!r} needs a folder of weights", do="Pass where it was fetched to")
+        raise ParameterError(f"start {spec['start']!r} needs a folder of weights", hint="Pass where it was fetched to")
     model = load_model(folder)
     return grow(model, int(spec["vocab_size"]), int(spec["seed"])).train()
 

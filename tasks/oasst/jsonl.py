@@ -127,8 +127,8 @@ class Lines:
 
     def _limit(self, size: int, number: int) -> None:
         if size > self._limits.line:
-            do = f"Raise parse.max_line_mb; if all of it is one JSON array, write one object a line: {AS_LINES}"
-            self._fail("line.too_long", f"has more than {self._limits.line:,} bytes in line {number}", do)
+            hint = f"Raise parse.max_line_mb; if all of it is one JSON array, write one object a line: {AS_LINES}"
+            self._fail("line.too_long", f"has more than {self._limits.line:,} bytes in line {number}", hint)
 
     def _text(self) -> Iterator[bytes]:
         """Yield the decompressed bytes, without a byte order mark, if they can be UTF-8 text at all."""
@@ -152,9 +152,9 @@ class Lines:
             self._fail("gzip.nested", "is a gzip file within a gzip file", "Unpack it once")
         if _is_tar(head):
             self._fail("input.kind", "is a tar archive", "Unpack it: tar xf FILE, and name the file that was in it")
-        for magic, (what, do) in KINDS.items():
+        for magic, (what, hint) in KINDS.items():
             if head.startswith(magic):
-                self._fail("input.kind", f"is {what}", do)
+                self._fail("input.kind", f"is {what}", hint)
 
     def _decoded(self) -> Iterator[bytes]:
         with self._path.open("rb") as file:
@@ -210,7 +210,7 @@ class Lines:
             self._fail("gzip.ratio", what, "If you trust the file, raise parse.max_ratio")
 
     def _fail(
-        self, code: str, what: str, do: str = "Copy or download it again", cause: Exception | None = None
+        self, code: str, what: str, hint: str = "Copy or download it again", cause: Exception | None = None
     ) -> NoReturn:
         where = f"Seen after {self.rows:,} rows, at or before byte {self._read:,} of the file"
-        raise InputError(f"{self._path.name} {what}", where, do, code) from cause
+        raise InputError(f"{self._path.name} {what}", where, hint, code) from cause

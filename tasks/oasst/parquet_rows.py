@@ -74,7 +74,7 @@ def _refuse_other(path: Path, names: list[str], forms: Collection[str]) -> None:
     if missing and not any(key in names for key in forms):
         others = "".join(f"`{key}`, or " for key in forms)
         what = f"{path.name} has the columns {listed(names)}; expected {others}{', '.join(NEEDED)}"
-        raise InputError(what, do=as_messages(names, table=True), code="parquet.schema")
+        raise InputError(what, hint=as_messages(names, table=True), code="parquet.schema")
 
 
 def _claimed(about: pq.FileMetaData) -> int:
@@ -88,7 +88,7 @@ def _limit_ratio(path: Path, unpacked: int, limits: Limits) -> None:
     if unpacked > RATIO_COUNTS_FROM and unpacked > limits.ratio * path.stat().st_size:
         raise InputError(
             f"{path.name} unpacks to more than {limits.ratio:,.0f} times its size",
-            do="If you trust the file, raise parse.max_ratio",
+            hint="If you trust the file, raise parse.max_ratio",
             code="parquet.ratio",
         )
 
@@ -108,7 +108,7 @@ def _halved(path: Path, batch: pa.RecordBatch, limits: Limits) -> Iterator[pa.Re
     if size <= TOGETHER or not half:
         if size > max(limits.line, TOGETHER):
             what = f"{path.name} has a row of more than {limits.line:,} bytes"
-            raise InputError(what, do="Raise parse.max_line_mb", code="line.too_long")
+            raise InputError(what, hint="Raise parse.max_line_mb", code="line.too_long")
         yield batch
     else:
         yield from _halved(path, batch[:half], limits)

@@ -77,7 +77,7 @@ class Bad(NamedTuple):
     trees: int
     messages: int
     raw: bytes | None = None
-    do: str = ""
+    hint: str = ""
 
 
 @dataclass
@@ -190,7 +190,7 @@ class Dump:
         except Fault as fault:
             self.unreadable += 1
             # a published file holds one tree a line; among flat messages nobody knows whose line this was
-            return Bad(place, fault.code, fault.message, None, 0 if flat else 1, 0, raw, fault.do)
+            return Bad(place, fault.code, fault.message, None, 0 if flat else 1, 0, raw, fault.hint)
         key = next((key for key in self._forms if key in value), None)
         # rows of another dataset may have a `prompt`, too, of their own kind
         if "prompt" in value and not (key and type(value["prompt"]) is not dict and type(value[key]) is list):
@@ -213,8 +213,8 @@ class Dump:
         except Fault as fault:
             tree_id = tree.get("message_tree_id")
             named = tree_id if type(tree_id) is str else None
-            do = as_messages(tree) if fault.code == "schema.prompt" and not foreign else ""
-            return Bad(place, fault.code, fault.message, named, 1, messages_in(tree), raw, do)
+            hint = as_messages(tree) if fault.code == "schema.prompt" and not foreign else ""
+            return Bad(place, fault.code, fault.message, named, 1, messages_in(tree), raw, hint)
         return Found(place, rows[0][TREE], arranged(in_order), len(rows) - len(in_order))
 
     def _gather(self, place: Place, message: Mapping[str, Any], raw: bytes | None) -> Bad | None:

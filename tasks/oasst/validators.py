@@ -32,9 +32,9 @@ class Fault(Exception):
         do: What makes it one that can be taken.
     """
 
-    def __init__(self, code: str, message: str, do: str = "") -> None:
-        super().__init__(code, message, do)
-        self.code, self.message, self.do = code, message, do
+    def __init__(self, code: str, message: str, hint: str = "") -> None:
+        super().__init__(code, message, hint)
+        self.code, self.message, self.hint = code, message, hint
 
 
 def wrong(field: str, expected: str, found: Any) -> Fault:

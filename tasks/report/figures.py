@@ -21,7 +21,7 @@ WRONG = 20  # wrong answers that a report shows
 
 
 @dataclass(frozen=True)
-class Exam:
+class EvaluationSet:
     """What all models are put to.
 
     Attributes:
@@ -44,7 +44,7 @@ class Exam:
 
 
 @dataclass(frozen=True)
-class Result:
+class ModelOutputs:
     """What one model made of the exam.
 
     Attributes:
@@ -65,10 +65,12 @@ class Result:
         return [*self.answers, *(reply for group in self.replies for reply in group)]
 
 
-Results = Mapping[str, Result]  # by the names of the models: base, tuned and, where people ranked replies, preferred
+Results = Mapping[
+    str, ModelOutputs
+]  # by the names of the models: base, tuned and, where people ranked replies, preferred
 
 
-def figures(results: Results, exam: Exam) -> dict[str, Any]:
+def figures(results: Results, exam: EvaluationSet) -> dict[str, Any]:
     """Return the measured part of report.json, null where there was nothing to measure."""
     return {
         "models": [*results],
@@ -81,7 +83,7 @@ def figures(results: Results, exam: Exam) -> dict[str, Any]:
     }
 
 
-def loss_figures(results: Results, exam: Exam) -> dict[str, Any]:
+def loss_figures(results: Results, exam: EvaluationSet) -> dict[str, Any]:
     """Return loss, perplexity and bits per byte of each model; null also for a perplexity beyond floats."""
     tokens, size = exam.split.supervised() if exam.split else 0, exam.utf8_bytes
 
@@ -103,13 +105,13 @@ def loss_figures(results: Results, exam: Exam) -> dict[str, Any]:
 def endings(results: Results) -> dict[str, dict[str, float | None]]:
     """Return the shares of all replies, to questions and to the panel, by how they ended; null without any."""
 
-    def rate(result: Result, end: End) -> float | None:
+    def rate(result: ModelOutputs, end: End) -> float | None:
         return share(sum(reply.end == end for reply in result.said), len(result.said)) if result.said else None
 
     return {RATES[end]: {which: rate(result, end) for which, result in results.items()} for end in get_args(End)}
 
 
-def preferences(results: Results, exam: Exam) -> dict[str, Any]:
+def preferences(results: Results, exam: EvaluationSet) -> dict[str, Any]:
     """Return what each model makes of the pairs of a better and a worse reply; null where nobody ranked any.
 
     accuracy: Share of the pairs whose better reply it finds likelier; a tie is half right.
@@ -135,7 +137,7 @@ def is_answer(question: Question, reply: Reply, dialect: Dialect) -> bool:
     return reply.stopped and is_right(question.fact, dialect.decode(reply.ids))
 
 
-def fact_figures(results: Results, exam: Exam) -> dict[str, Any]:
+def fact_figures(results: Results, exam: EvaluationSet) -> dict[str, Any]:
     """Return the shares answered right, in all, by region and by family, and what the last model got wrong first."""
     questions, dialect = exam.questions, exam.dialect
     right = {
@@ -161,7 +163,7 @@ def fact_figures(results: Results, exam: Exam) -> dict[str, Any]:
     }
 
 
-def panel(results: Results, exam: Exam, at: int) -> dict[str, Any]:
+def panel(results: Results, exam: EvaluationSet, at: int) -> dict[str, Any]:
     """Return the replies of all models to one prompt, side by side."""
     replies = {
         which: [reply_fields(reply, exam.dialect) for reply in result.replies[at]] for which, result in results.items()
@@ -169,7 +171,7 @@ def panel(results: Results, exam: Exam, at: int) -> dict[str, Any]:
     return {"prompt": exam.panel[at], "seeds": list(exam.seeds), **replies}
 
 
-def samples(results: Results, exam: Exam) -> Iterator[dict[str, Any]]:
+def samples(results: Results, exam: EvaluationSet) -> Iterator[dict[str, Any]]:
     """Yield every answer and reply of all models: the lines of samples.jsonl."""
     for which, result in results.items():
         for question, reply in zip(exam.questions, result.answers, strict=True):

@@ -7,7 +7,7 @@ from typing import Any
 
 from tasks.store.manifest import Manifest
 
-NEW = "nothing like it was made before"
+NEW = "not built yet"
 NAMELESS: Mapping[str, str] = {}
 
 

@@ -269,7 +269,7 @@ class Store:
                 said.append(f"{folder.parent.name}/{folder.name}: {why}")
         return said
 
-    def note_run(self, recipe: str, ids: dict[str, str]) -> None:
+    def record_run(self, recipe: str, ids: dict[str, str]) -> None:
         """Write down which artifacts the last run of a recipe ended with, step -> id; `gc` keeps them.
 
         What an earlier run ended with stays for the steps that are not named: a run that stopped early, or failed,
@@ -286,7 +286,7 @@ class Store:
                 os.utime(note)
 
     def last_run(self, recipe: str) -> dict[str, str]:
-        """Read what `note_run` wrote; nothing where that is missing or broken."""
+        """Read what `record_run` wrote; nothing where that is missing or broken."""
         with suppress(OSError, ValueError):
             found = read_json(self.root / ".refs" / f"{recipe}.json")
             return {str(step): str(made) for step, made in found.items()} if isinstance(found, dict) else {}

@@ -37,7 +37,7 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Turns:
+class MessageLayout:
     """The messages of all conversations, in the order in which they stand in the sequences.
 
     Attributes:
@@ -72,10 +72,10 @@ class Turns:
         """(M,) tokens of the message, with what stands around its text."""
         return self.head + self.text + self.foot
 
-    def of(self, first: int, last: int) -> Turns:
+    def of(self, first: int, last: int) -> MessageLayout:
         """Return the messages of the sequences from `first` to before `last`."""
         low, high = np.searchsorted(self.sequence, [first, last])
-        return Turns(*(getattr(self, name)[low:high] for name in self.__dataclass_fields__))
+        return MessageLayout(*(getattr(self, name)[low:high] for name in self.__dataclass_fields__))
 
 
 def around(replies: Flags, opens: Flags, closes: Flags, tags: Tags) -> tuple[Ints, Ints]:
@@ -93,7 +93,7 @@ def turns(
     replies: Flags,
     lengths: Ints,
     tags: Tags,
-) -> Turns:
+) -> MessageLayout:
     """Give every message its place.
 
     Args:
@@ -123,7 +123,7 @@ def turns(
     taught = reply & (np.arange(len(row)) >= np.repeat(first + skipped, sizes))
     trained = np.where(taught, text + len(tags.closes["assistant"]), 0)
     before, end = _depths(parent, start, size)
-    return Turns(row, sequence, start, head, text, foot, trained, parent, before, end, reply, opens, closes)
+    return MessageLayout(row, sequence, start, head, text, foot, trained, parent, before, end, reply, opens, closes)
 
 
 def _above(row: Ints, parents: Ints, first: Ints) -> Ints:
@@ -173,7 +173,7 @@ class Laid:
     ends: NDArray[np.uint16]
 
 
-def lay(all_turns: Turns, texts: Texts, tags: Tags, first: int, last: int, block: int, pad: int) -> Laid:
+def lay(all_turns: MessageLayout, texts: Texts, tags: Tags, first: int, last: int, block: int, pad: int) -> Laid:
     """Write the sequences from `first` to before `last`: texts, what stands around them, and padding."""
     here = all_turns.of(first, last)
     begin = (here.sequence - first) * block + here.start
@@ -186,7 +186,7 @@ def lay(all_turns: Turns, texts: Texts, tags: Tags, first: int, last: int, block
     )
 
 
-def _ids(here: Turns, begin: Ints, texts: Texts, tags: Tags, ids: NDArray[np.uint16]) -> NDArray[np.uint16]:
+def _ids(here: MessageLayout, begin: Ints, texts: Texts, tags: Tags, ids: NDArray[np.uint16]) -> NDArray[np.uint16]:
     """Write the tokens of messages over padding; a copy a text, which is as fast as memory, and a store a tag token."""
     text = begin + here.head
     stop = text + here.text
@@ -216,7 +216,7 @@ def _between(start: Ints, stop: Ints, count: int) -> NDArray[np.uint8]:
     return np.cumsum(steps[:-1], dtype=np.int8).view(np.uint8)
 
 
-def _places(here: Turns, begin: Ints, sequences: int, block: int) -> dict[str, NDArray[np.uint16]]:
+def _places(here: MessageLayout, begin: Ints, sequences: int, block: int) -> dict[str, NDArray[np.uint16]]:
     """Return positions and ends: a run of tokens a message, and one of padding at the end of each sequence."""
     stop = begin + here.size
     edges = np.arange(sequences) * block

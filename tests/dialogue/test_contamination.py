@@ -7,7 +7,7 @@ import polars as pl
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tasks.dialogue.contamination import _APOSTROPHE, _COMPOSED, _SPACELESS, Asked, Facts, Index, Told, words
+from tasks.dialogue.contamination import _APOSTROPHE, _COMPOSED, _SPACELESS, Asked, FactQuery, Facts, Index, words
 
 LONG = "Write a short story about a lighthouse keeper who finds a bottle with a letter in it one winter morning"
 SHORT = "What's the capital of France?"
@@ -85,8 +85,8 @@ def test_words_are_one_space_apart_and_stay_when_taken_again(one: str, other: st
         assert words(pl.Series([said]))[0] == said
 
 
-FACTS = Facts([Told("capital of France", "France", ("Paris",)), Told("capital of Peru", "Peru", ("Lima",)),
-               Told("capital of the US", "the United States", ("Washington", "Washington, D.C."))])  # fmt: skip
+FACTS = Facts([FactQuery("capital of France", "France", ("Paris",)), FactQuery("capital of Peru", "Peru", ("Lima",)),
+               FactQuery("capital of the US", "the United States", ("Washington", "Washington, D.C."))])  # fmt: skip
 
 
 def told(*rows: tuple[int, str]) -> list[tuple[int, int]]:

@@ -44,7 +44,7 @@ def test_a_file_without_a_prompt_is_named_with_what_was_expected(name: str, cont
     with pytest.raises(InputError, match=r"expected .*a prompt a line|expected .*question") as error:
         [*read_prompts(name, content)]
     assert (error.value.where, error.value.code) == (name, "curate.prompts")
-    assert "curate.prompt_files" in error.value.do
+    assert "curate.prompt_files" in error.value.hint
 
 
 @pytest.mark.parametrize(("name", "line"), [("p.jsonl", '{"text": "One?"}'), ("p.txt", "One?")])

@@ -28,7 +28,7 @@ from tests.waiting import patience
 
 STEP = replace(test_loop.SETTINGS, sequences=8, epochs=2)  # of 21 sequences: steps of 8, 8 and 5
 MACHINE = replace(test_loop.MACHINE, micro_batch=2)
-Told = dict[str, Any]
+FactQuery = dict[str, Any]
 
 
 def trained(
@@ -38,7 +38,7 @@ def trained(
     machine: Machine = MACHINE,
     rows: int = 21,
     **more: Any,
-) -> Told:
+) -> FactQuery:
     """Train as this rank, and tell what came of it."""
     folder.mkdir(exist_ok=True)
     model = test_loop.start(0.0)
@@ -46,7 +46,7 @@ def trained(
         attach(model, rank, 2.0 * rank, 0.0, seed=0)
     freeze(model, more.pop("frozen", 0))
     train, val = more.pop("train", test_loop.split(rows)), test_loop.split(5, seed=1)
-    told: Told = {"rank": world.rank, "torch": [held()]}
+    told: FactQuery = {"rank": world.rank, "torch": [held()]}
     try:
         machine = replace(machine, world=world)
         told["progress"] = vars(fit(model, train, val, settings=settings, machine=machine, workplace=folder, **more))
@@ -64,70 +64,70 @@ def held() -> str:
     return repr((torch._dynamo.config.optimize_ddp, warnings.filters))
 
 
-def plain(folder: Path, world: ProcessGroup) -> Told:
+def plain(folder: Path, world: ProcessGroup) -> FactQuery:
     return trained(folder, world)
 
 
-def sharded(folder: Path, world: ProcessGroup) -> Told:
+def sharded(folder: Path, world: ProcessGroup) -> FactQuery:
     return trained(folder, world, machine=replace(MACHINE, sharded=True))
 
 
-def recomputed(folder: Path, world: ProcessGroup) -> Told:
+def recomputed(folder: Path, world: ProcessGroup) -> FactQuery:
     """Parts of the model, and blocks that are computed again on the way back."""
     return trained(folder, world, machine=replace(MACHINE, sharded=True, recompute=True))
 
 
-def even(folder: Path, world: ProcessGroup) -> Told:
+def even(folder: Path, world: ProcessGroup) -> FactQuery:
     """Steps that two ranks do in one turn each, and one rank in two."""
     return trained(folder, world, machine=replace(MACHINE, micro_batch=4), rows=16)
 
 
-def even_sharded(folder: Path, world: ProcessGroup) -> Told:
+def even_sharded(folder: Path, world: ProcessGroup) -> FactQuery:
     return trained(folder, world, machine=replace(MACHINE, micro_batch=4, sharded=True), rows=16)
 
 
-def averaged(folder: Path, world: ProcessGroup) -> Told:
+def averaged(folder: Path, world: ProcessGroup) -> FactQuery:
     return trained(folder, world, replace(STEP, ema_decay=0.999))
 
 
-def averaged_stopped(folder: Path, world: ProcessGroup) -> Told:
+def averaged_stopped(folder: Path, world: ProcessGroup) -> FactQuery:
     return stopped(folder, world, settings=replace(STEP, ema_decay=0.999))
 
 
-def frozen(folder: Path, world: ProcessGroup) -> Told:
+def frozen(folder: Path, world: ProcessGroup) -> FactQuery:
     return trained(folder, world, frozen=1)
 
 
-def frozen_sharded(folder: Path, world: ProcessGroup) -> Told:
+def frozen_sharded(folder: Path, world: ProcessGroup) -> FactQuery:
     return trained(folder, world, machine=replace(MACHINE, sharded=True), frozen=1)
 
 
-def adapted(folder: Path, world: ProcessGroup) -> Told:
+def adapted(folder: Path, world: ProcessGroup) -> FactQuery:
     return trained(folder, world, lora=2)
 
 
-def adapted_sharded(folder: Path, world: ProcessGroup) -> Told:
+def adapted_sharded(folder: Path, world: ProcessGroup) -> FactQuery:
     return trained(folder, world, machine=replace(MACHINE, sharded=True), lora=2)
 
 
-def lonely(folder: Path, world: ProcessGroup) -> Told:
+def lonely(folder: Path, world: ProcessGroup) -> FactQuery:
     """One sequence in the last step: the other ranks have none."""
     return trained(folder, world, rows=17)
 
 
-def lonely_sharded(folder: Path, world: ProcessGroup) -> Told:
+def lonely_sharded(folder: Path, world: ProcessGroup) -> FactQuery:
     return trained(folder, world, machine=replace(MACHINE, sharded=True), rows=17)
 
 
-def adapted_averaged(folder: Path, world: ProcessGroup) -> Told:
+def adapted_averaged(folder: Path, world: ProcessGroup) -> FactQuery:
     return trained(folder, world, replace(STEP, ema_decay=0.999), lora=2)
 
 
-def preferred_sharded(folder: Path, world: ProcessGroup) -> Told:
+def preferred_sharded(folder: Path, world: ProcessGroup) -> FactQuery:
     return preferred(folder, world, replace(MACHINE, sharded=True))
 
 
-def preferred(folder: Path, world: ProcessGroup, machine: Machine = MACHINE) -> Told:
+def preferred(folder: Path, world: ProcessGroup, machine: Machine = MACHINE) -> FactQuery:
     """Two replies to each of some prompts, the first one better."""
     sides: list[Side] = []
     for rows in (21, 5):
@@ -139,23 +139,23 @@ def preferred(folder: Path, world: ProcessGroup, machine: Machine = MACHINE) -> 
     return trained(folder, world, machine=machine, train=aim.train, objective=aim)
 
 
-def stopped(folder: Path, world: ProcessGroup, sharded: bool = False, settings: Settings = STEP) -> Told:
+def stopped(folder: Path, world: ProcessGroup, sharded: bool = False, settings: Settings = STEP) -> FactQuery:
     """Stop all at the fourth step, because one rank was asked to."""
     machine = replace(MACHINE, sharded=sharded, interrupt=type(MACHINE.interrupt)())
     saving = replace(machine, checkpoint_seconds=0.0)
     return trained(folder, world, settings, machine=saving, objective=Asking(machine, world))
 
 
-def stopped_sharded(folder: Path, world: ProcessGroup) -> Told:
+def stopped_sharded(folder: Path, world: ProcessGroup) -> FactQuery:
     return stopped(folder, world, sharded=True)
 
 
-def poisoned(folder: Path, world: ProcessGroup) -> Told:
+def poisoned(folder: Path, world: ProcessGroup) -> FactQuery:
     """The loss of one sequence is no number."""
     return trained(folder, world, objective=Poisoned(test_loop.split(21), test_loop.split(5, seed=1), 7))
 
 
-def poisoned_sharded(folder: Path, world: ProcessGroup) -> Told:
+def poisoned_sharded(folder: Path, world: ProcessGroup) -> FactQuery:
     machine = replace(MACHINE, sharded=True)
     return trained(folder, world, machine=machine, objective=Poisoned(test_loop.split(21), test_loop.split(5), 7))
 
@@ -187,7 +187,7 @@ class Poisoned(EachToken):
         return found * torch.nan if self.row in rows and share else found  # type: ignore[attr-defined]
 
 
-def in_group(size: int, folder: Path, work: Callable[[Path, ProcessGroup], Told]) -> list[Told]:
+def in_group(size: int, folder: Path, work: Callable[[Path, ProcessGroup], FactQuery]) -> list[FactQuery]:
     """Do some work on each rank of a process group of its own, and return what each reports."""
     children, meeting = [], folder.with_suffix(".meeting")
     for rank in range(size):

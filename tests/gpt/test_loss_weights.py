@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tasks.gpt.batches import Split
 from tasks.gpt.forward import hidden_states
-from tasks.gpt.loss_weights import LEAST, Worth, weights_of
+from tasks.gpt.loss_weights import LEAST, LossWeights, weights_of
 from tasks.gpt.objective import EachToken
 from tasks.gpt.weights import build_start, scratch_spec
 
@@ -58,7 +58,7 @@ def test_the_weights_are_powers_of_the_decay_scaled_by_prompt() -> None:
 
 
 # sequence 0 trains tokens 2-3 and 5, sequence 1 nothing, sequence 2 tokens 1-4; sequence 3 nothing
-HELD = Worth(
+HELD = LossWeights(
     sequence=np.array([0, 0, 2]), start=np.array([1, 4, 0]), stop=np.array([4, 6, 5]), trained=np.array([2, 1, 4]),
     weight=np.array([0.5, 0.25, 2], np.float32),
 )  # fmt: skip

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tasks.gpt.memory_model import Shape, flops, largest_micro_batch, memory, seconds
+from tasks.gpt.memory_model import ModelShape, flops, largest_micro_batch, memory, seconds
 from tests.waiting import run
 
 ADAPTED = pytest.mark.skipif(find_spec("peft") is None, reason="peft comes with the extras `lora` and `test`")
 ROOT = Path(__file__).parents[2]
-GPT2 = Shape(12, 12, 768, 50_304, 124_475_904, 1024, dropout=False, half=False, keeps_best=True)
+GPT2 = ModelShape(12, 12, 768, 50_304, 124_475_904, 1024, dropout=False, half=False, keeps_best=True)
 CODE = """
 import json, resource, sys, tempfile, time
 from pathlib import Path

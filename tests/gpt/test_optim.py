@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from tasks.gpt.optim import adamw, moments, set_moments, set_rate, shorten, squares
+from tasks.gpt.optim import adamw, clip_gradients, grad_norm_squared, moments, set_moments, set_rate
 
 
 def model() -> nn.Module:
@@ -75,9 +75,9 @@ def test_the_length_of_a_gradient_is_exact_where_torchs_own_sum_is_short_and_is_
     table = torch.randn(50_304, 64, generator=torch.Generator().manual_seed(0))
     vector = torch.randn(3_000, generator=torch.Generator().manual_seed(1))
     exact = (table.double().square().sum() + vector.double().square().sum()).item()
-    assert squares([table, vector]).item() == pytest.approx(exact, rel=1e-7)
-    parts = squares([table[:25_000], vector]) + squares([table[25_000:], vector[:0]])
-    assert parts.item() == pytest.approx(squares([table, vector]).item(), rel=1e-14)
+    assert grad_norm_squared([table, vector]).item() == pytest.approx(exact, rel=1e-7)
+    parts = grad_norm_squared([table[:25_000], vector]) + grad_norm_squared([table[25_000:], vector[:0]])
+    assert parts.item() == pytest.approx(grad_norm_squared([table, vector]).item(), rel=1e-14)
 
 
 @pytest.mark.parametrize("most", [0.5, 1e9])
@@ -87,8 +87,8 @@ def test_a_gradient_is_shortened_as_by_torch(most: float) -> None:
         one(torch.arange(5)).square().sum().backward()
     expected = clip_grad_norm_(other.parameters(), most).item()
     gradients = [weight.grad for weight in net.parameters() if weight.grad is not None]
-    length = squares(gradients).sqrt().item()
+    length = grad_norm_squared(gradients).sqrt().item()
     assert length == pytest.approx(expected, rel=1e-6)
-    shorten(gradients, length, most)
+    clip_gradients(gradients, length, most)
     for weight, reference in zip(net.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(weight.grad, reference.grad, rtol=1e-5, atol=0)

@@ -194,11 +194,11 @@ def test_a_bomb_is_stopped_by_its_ratio_before_it_fills_the_memory(tmp_path: Pat
 def test_over_a_limit_the_setting_that_raises_it_is_named(
     tmp_path: Path, content: bytes, limits: Limits, setting: str
 ) -> None:
-    assert setting in fault(tmp_path, content, limits).do
+    assert setting in fault(tmp_path, content, limits).hint
 
 
 def test_an_empty_file_may_be_a_local_one(tmp_path: Path) -> None:
-    assert fault(tmp_path, b"").do.startswith("Name another file, or copy")
+    assert fault(tmp_path, b"").hint.startswith("Name another file, or copy")
 
 
 def test_progress_adds_up_to_the_size_of_the_file(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tasks.gpt.batches import Split
 from tasks.gpt.preference import Replies
 from tasks.gpt.sampling import End, Reply
-from tasks.report.figures import Exam, Result, figures, samples
+from tasks.report.figures import EvaluationSet, ModelOutputs, figures, samples
 from tasks.sample.facts import Fact, Question
 from tasks.text.templates import Dialect
 
@@ -36,16 +36,18 @@ QUESTIONS = (
     question("Kenya", "Nairobi", "Africa"),
     question("gold", "Au", "", "element"),
 )
-BASE = Result(12.0, [says("", "looping")] * 4, [[says("um", "cut"), says("uh")]])
-TUNED = Result(3.0, [says("Paris."), says("Paris."), says("Nairobi", "cut"), says("Au")], [[says("Hi!"), says("Hi.")]])
+BASE = ModelOutputs(12.0, [says("", "looping")] * 4, [[says("um", "cut"), says("uh")]])
+TUNED = ModelOutputs(
+    3.0, [says("Paris."), says("Paris."), says("Nairobi", "cut"), says("Au")], [[says("Hi!"), says("Hi.")]]
+)
 
 
-def exam(**changed: Any) -> Exam:
+def exam(**changed: Any) -> EvaluationSet:
     mask = np.array([[1, 0, 1, 1], [0, 0, 0, 1]])  # the first token of a sequence has nothing before it: 3 count
     split = Split(*(np.zeros((2, 4), int), mask, np.zeros((2, 4), int), np.zeros((2, 4), int)))
     whole = {"dialect": cast("Dialect", Letters()), "split": split, "utf8_bytes": 8, "questions": QUESTIONS,
              "panel": ("Hello",), "seeds": (5, 6)}  # fmt: skip
-    return Exam(**{**whole, **changed})
+    return EvaluationSet(**{**whole, **changed})
 
 
 def test_losses_are_means_over_what_was_supervised() -> None:
@@ -86,7 +88,7 @@ def test_the_panel_pairs_the_replies_of_one_seed() -> None:
 
 
 def test_what_was_not_asked_is_null() -> None:
-    silent = Result(None, [], [])
+    silent = ModelOutputs(None, [], [])
     found = figures({"base": silent, "tuned": silent}, exam(split=None, utf8_bytes=0, questions=(), panel=()))
     nothing = {"base": None, "tuned": None}
     assert [found[name] for name in ("nll", "perplexity", "bits_per_byte", "stop_rate", "loop_rate")] == [nothing] * 5
@@ -95,7 +97,7 @@ def test_what_was_not_asked_is_null() -> None:
 
 
 def test_a_perplexity_beyond_floats_is_null() -> None:
-    lost = Result(1e6, BASE.answers, BASE.replies)
+    lost = ModelOutputs(1e6, BASE.answers, BASE.replies)
     assert figures({"base": lost, "tuned": TUNED}, exam())["perplexity"]["base"] is None
 
 

@@ -50,7 +50,7 @@ def test_the_last_run_of_a_recipe_and_what_it_was_made_from_stay(store: Store) -
     raw = publish(store, "raw", "trees", {})
     old = publish(store, "messages", "old", {"raw": raw.digest})
     new = publish(store, "messages", "new", {"raw": raw.digest})
-    store.note_run("quickstart", {"parse": name(new)})
+    store.record_run("quickstart", {"parse": name(new)})
     assert [path.name for path in garbage(store, 0, LATER)] == [old.key[:12]]
     remove(garbage(store, 0, LATER), store)
     assert {name(made) for _, made in store.manifests()} == {name(raw), name(new)}
@@ -59,8 +59,8 @@ def test_the_last_run_of_a_recipe_and_what_it_was_made_from_stay(store: Store) -
 def test_a_run_that_is_forgotten_keeps_nothing_and_others_keep_what_they_share(store: Store) -> None:
     raw = publish(store, "raw", "trees", {})
     base, arm = (publish(store, "model", word, {"raw": raw.digest}) for word in ("base", "arm"))
-    store.note_run("quickstart", {"train": name(base)})
-    store.note_run("quickstart-1a2b", {"train": name(arm)})
+    store.record_run("quickstart", {"train": name(base)})
+    store.record_run("quickstart-1a2b", {"train": name(arm)})
     assert garbage(store, 0, LATER) == []
     assert [path.name for path in garbage(store, 0, LATER, ["quickstart-1a2b"])] == [arm.key[:12]]
     store.forget(["quickstart-1a2b"])
@@ -70,14 +70,14 @@ def test_a_run_that_is_forgotten_keeps_nothing_and_others_keep_what_they_share(s
 
 def test_a_run_that_stopped_early_takes_nothing_away(store: Store) -> None:
     raw, model = publish(store, "raw", "trees", {}), publish(store, "model", "weights", {})
-    store.note_run("quickstart", {"download": name(raw), "train": name(model)})
-    store.note_run("quickstart", {"download": name(raw)})
+    store.record_run("quickstart", {"download": name(raw), "train": name(model)})
+    store.record_run("quickstart", {"download": name(raw)})
     assert garbage(store, 0, LATER) == []
 
 
 def test_the_results_for_single_texts_of_an_earlier_version_go(store: Store) -> None:
     made = publish(store, "tokens", "ids", {}, {"texts": {".memo/test-0123456789ab": {"asked": 1}}})
-    store.note_run("quickstart", {"encode": name(made)})
+    store.record_run("quickstart", {"encode": name(made)})
     part = store.root / ".memo" / "test-0123456789ab" / f"{'0' * 64}.arrow"
     part.parent.mkdir(parents=True)
     part.write_bytes(b"rows")
@@ -93,7 +93,7 @@ def test_the_results_for_single_texts_of_an_earlier_version_go(store: Store) -> 
 @pytest.mark.parametrize("recipe", ["../x", "a/b", "", ".x", "x" * 65])
 def test_a_recipe_cannot_be_noted_outside_of_the_store(store: Store, recipe: str) -> None:
     with pytest.raises(StoreError):
-        store.note_run(recipe, {})
+        store.record_run(recipe, {})
 
 
 def test_what_a_running_program_holds_stays(store: Store) -> None:
@@ -124,7 +124,7 @@ def test_what_a_program_takes_hold_of_while_garbage_is_decided_stays(store: Stor
 
 def test_what_is_left_over_in_the_stores_own_folders_goes_and_what_is_in_use_stays(store: Store) -> None:
     made, gone = publish(store, "raw", "trees", {}), publish(store, "raw", "others", {})
-    store.note_run("quickstart", {"download": name(made)})
+    store.record_run("quickstart", {"download": name(made)})
     shutil.rmtree(store.folder("raw", gone.key))
     drafts = [".clock.a", ".refs/.x.json.a", ".verified/.raw-a.json.b", ".leases/.c"]
     (store.root / ".leases").mkdir(exist_ok=True)
@@ -209,14 +209,14 @@ def test_what_was_left_of_a_build_that_is_finished_by_now_goes_and_keeps_nothing
     finished = [store.folder(one.kind, one.key) for one in (tokens, made)]
     assert sorted(garbage(store, 0, LATER)) == sorted([*finished, folder])
     assert garbage(store, 3600) == [], "not within the grace time"
-    store.note_run("quickstart", {"train": name(made)})
+    store.record_run("quickstart", {"train": name(made)})
     remove(garbage(store, 0, LATER), store)
     assert list((store.root / ".scratch").iterdir()) == [other]
 
 
 def test_what_a_living_process_builds_by_force_stays_though_that_is_finished(store: Store) -> None:
     made = publish(store, "model", "weights", {})
-    store.note_run("quickstart", {"train": name(made)})
+    store.record_run("quickstart", {"train": name(made)})
     with store.scratch("model", made.key, inherits=KEPT, fresh=True, recipe=made.recipe):
         assert garbage(store, 0, LATER) == []
 
@@ -237,7 +237,7 @@ def test_with_an_unreadable_recipe_of_an_unfinished_build_nothing_is_removed(sto
 
 def test_a_store_stays_usable_after_collecting(store: Store) -> None:
     raw = publish(store, "raw", "trees", {})
-    store.note_run("r", {"download": name(raw)})
+    store.record_run("r", {"download": name(raw)})
     remove(garbage(store, 0, LATER), store)
     assert not isinstance(store.look("raw", raw.key), Fault)
     assert json.loads((store.root / ".refs" / "r.json").read_text()) == {"download": name(raw)}
