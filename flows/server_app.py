@@ -27,7 +27,8 @@ from flows.server import ERROR, HOSTS
 # Its run graph (pixi.js) and its forms (ajv) compile code of their own at run time: without eval both stay empty.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-eval'; img-src 'self' data: blob:; font-src 'self' data:; "
-    "style-src 'self' 'unsafe-inline'; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+    "style-src 'self' 'unsafe-inline'; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; "
+    "form-action 'self'; frame-ancestors 'none'"
 )
 
 

@@ -1,8 +1,8 @@
 """What a training run needs, said before it starts: memory from its shape, time from how fast the device multiplies.
 
 Memory is counted, not tried: what stays for the whole run, and what each token leaves for the way back. It was held
-against the peak that the system reports on a CPU, at several shapes (tests/gpt/test_memory_model.py); on a GPU the same is
-counted, but nobody has compared it yet.
+against the peak that the system reports on a CPU, at several shapes (tests/gpt/test_memory_model.py); on a GPU the
+same is counted, but nobody has compared it yet.
 """
 
 from __future__ import annotations

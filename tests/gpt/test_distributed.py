@@ -60,7 +60,7 @@ ORDERS = [
     "2:poisoned:two-poisoned",
     "2:poisoned_sharded:parts-poisoned",
 ]
-FactQuery = dict[str, list[dict[str, Any]]]
+Reports = dict[str, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +69,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def told(home: Path) -> FactQuery:
+def told(home: Path) -> Reports:
     """What each rank of each world tells; torch is loaded once."""
     asked = [sys.executable, "-m", "tests.gpt.process_groups", str(home), *ORDERS]
     done = run(asked, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
     assert done.returncode == 0, done.stderr
-    found: FactQuery = json.loads(done.stdout)
+    found: Reports = json.loads(done.stdout)
     return found
 
 
@@ -86,7 +86,7 @@ def weights(ranks: list[dict[str, Any]]) -> Any:
     return np.concatenate([np.array(weight) for weight in ranks[0]["weights"].values()])
 
 
-def test_what_training_sets_for_the_whole_process_is_as_it_was_afterwards(told: FactQuery) -> None:
+def test_what_training_sets_for_the_whole_process_is_as_it_was_afterwards(told: Reports) -> None:
     assert all(before == after for ranks in told.values() for before, after in (rank["torch"] for rank in ranks))
 
 
@@ -116,7 +116,7 @@ SAME = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("many", "one"), SAME)
 def test_whatever_the_world_the_losses_are_the_same_to_five_digits(
-    told: FactQuery, home: Path, many: str, one: str
+    told: Reports, home: Path, many: str, one: str
 ) -> None:
     """Also where the last step is short, or leaves a rank nothing; and from a checkpoint of another world."""
     ours, theirs = (log_of(home / order.split(":")[2]) for order in (many, one))
@@ -131,7 +131,7 @@ def test_whatever_the_world_the_losses_are_the_same_to_five_digits(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("many", ["2:even:two-even", "2:even_sharded:parts-even"])
-def test_turns_of_two_ranks_are_those_of_one_to_the_bit(told: FactQuery, home: Path, many: str) -> None:
+def test_turns_of_two_ranks_are_those_of_one_to_the_bit(told: Reports, home: Path, many: str) -> None:
     """So what else differs between worlds is how a step is cut into micro-batches."""
     ours, theirs = (log_of(home / order.split(":")[2]) for order in (many, "1:even:one-even"))
     assert [entry["loss"] for entry in ours] == [entry["loss"] for entry in theirs]
@@ -142,7 +142,7 @@ def test_turns_of_two_ranks_are_those_of_one_to_the_bit(told: FactQuery, home: P
 
 
 @pytest.mark.slow
-def test_all_ranks_save_the_same_step_and_stop_when_one_is_asked_to(told: FactQuery, home: Path) -> None:
+def test_all_ranks_save_the_same_step_and_stop_when_one_is_asked_to(told: Reports, home: Path) -> None:
     assert [rank.get("interrupted") for rank in told["2:stopped:shrunk"]] == [True, True]
     assert [path.name for path in sorted((home / "shrunk" / "checkpoints").glob("step-*"))][-1] == "step-00000004"
 
@@ -150,7 +150,7 @@ def test_all_ranks_save_the_same_step_and_stop_when_one_is_asked_to(told: FactQu
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["2:poisoned:two-poisoned", "2:poisoned_sharded:parts-poisoned"])
 def test_a_loss_that_is_no_number_on_one_rank_ends_all_with_the_same_error_that_names_rank_and_sequence(
-    told: FactQuery, layout: str
+    told: Reports, layout: str
 ) -> None:
     first, second = (rank["error"] for rank in told[layout])
     assert first == second
@@ -160,7 +160,7 @@ def test_a_loss_that_is_no_number_on_one_rank_ends_all_with_the_same_error_that_
 
 
 @pytest.mark.slow
-def test_speed_is_counted_over_all_ranks(told: FactQuery, home: Path) -> None:
+def test_speed_is_counted_over_all_ranks(told: Reports, home: Path) -> None:
     """The clock of these runs stands still, which counts as a nanosecond: what is left are the tokens of the step."""
     speeds = {order: log_of(home / order)[1]["tokens_per_second"] for order in ("one", "two", "parts")}
     assert len(set(speeds.values())) == 1
