@@ -19,7 +19,9 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "tasks" / "parse.py").write_text(
         "def parse():\n    from tasks.oasst.strict_reader import walk\n    return walk()\n"
     )
-    (tmp_path / "tasks" / "oasst" / "strict_reader.py").write_text('def walk():\n    """Walk."""\n    return [1]  # one\n')
+    (tmp_path / "tasks" / "oasst" / "strict_reader.py").write_text(
+        'def walk():\n    """Walk."""\n    return [1]  # one\n'
+    )
     return tmp_path
 
 
@@ -56,7 +58,9 @@ def test_functions_of_single_texts_are_guarded_with_the_step_that_maps_them() ->
 
 def test_comments_docstrings_and_layout_are_not_code(project: Path) -> None:
     before = state(project)
-    (project / "tasks" / "oasst" / "strict_reader.py").write_text('# new\n\ndef walk():\n    """Stroll."""\n    return [ 1 ]\n')
+    (project / "tasks" / "oasst" / "strict_reader.py").write_text(
+        '# new\n\ndef walk():\n    """Stroll."""\n    return [ 1 ]\n'
+    )
     assert version_guard.stale(state(project), before) == []
 
 

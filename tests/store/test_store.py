@@ -272,17 +272,17 @@ def publish_in_a_process(store: Store, death: str) -> int:
     code = f"""
 import os
 from pathlib import Path
-from tasks.store import store
+from tasks.store import store as folders
 from tasks.store.manifest import Manifest, content_digest
 die = lambda *given: os.kill(os.getpid(), 9)
 {DEATHS[death]}
-store = store.Store(Path({str(store.root)!r}))
+store = folders.Store(Path({str(store.root)!r}))
 with store.scratch("model", {KEY!r}, inherits={KEPT!r}, recipe={RECIPE!r}) as out:
     made = store.built(out, {KEY!r}, {KEPT!r})
     if not made:
         (out / "checkpoints" / "step-7").mkdir()
         (out / "a.bin").write_bytes(b"hello")
-        files = store.entries(out)
+        files = folders.entries(out)
         made = Manifest({KEY!r}, "model", {RECIPE!r}, files, content_digest(files))
     store.publish(out, made)
 """
