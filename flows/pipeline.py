@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from prefect import flow
+from prefect.runtime import deployment, flow_run
 
 from flows import chain, runners, sweep, ui
 from flows.chain import StepName
 from flows.child_process import follow_parent
-from flows.recipe import Recipe
+from flows.recipe import Recipe, completed, load, names
 from flows.reports import reporting
 from tasks.artifacts import Artifact, Tokens
 from tasks.lookup import named
@@ -73,7 +74,22 @@ def model(
         return run.outcomes[-1].artifact
 
 
-@flow(name="treeline", flow_run_name="{recipe.name}", persist_result=False)
+def _scheduled(recipe: Recipe) -> Recipe:
+    """Return the recipe of a run, completed by that of its deployment.
+
+    The form with which the UI makes a schedule sends, in the place of the deployment's whole recipe, only what was
+    touched, and None for whatever may be None; without this, a schedule would silently train another model.
+    """
+    if "name" in recipe.model_fields_set or deployment.name not in names():
+        return recipe
+    return completed(recipe, load(deployment.name))
+
+
+def _run_name() -> str:
+    return _scheduled(Recipe.model_validate(flow_run.parameters["recipe"])).name
+
+
+@flow(name="treeline", flow_run_name=_run_name, persist_result=False)
 def pipeline(recipe: Recipe, until: StepName = "evaluate", force: Sequence[StepName] = ()) -> Artifact:
     """Turn conversation trees into a tuned GPT-2 and a report, doing only what is not there yet.
 
@@ -82,6 +98,7 @@ def pipeline(recipe: Recipe, until: StepName = "evaluate", force: Sequence[StepN
         until: The last step to run.
         force: Steps to build even where their artifact is there.
     """
+    recipe = _scheduled(recipe)
     with _run(recipe, force) as run:
         in_data = until in [step.name for step in chain.data(recipe)]
         last = data(recipe, until if in_data else "pair", force)

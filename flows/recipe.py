@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -151,6 +151,26 @@ def build(data: dict[str, Any], where: str) -> Recipe:
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {_said(fault)}" for fault in error.errors()]
         raise ParameterError("; ".join(faults), f"recipe {where}", _advice(error), code="param.recipe") from error
+
+
+def completed(partial: Recipe, whole: Recipe) -> Recipe:
+    """Return a recipe with what it does not set, or sets to None, taken from another one.
+
+    Raises:
+        ParameterError: If the two do not go together.
+    """
+    values = partial.model_dump(mode="json", exclude_unset=True)
+    return build(_overlaid(whole.model_dump(mode="json"), values), where=whole.name)
+
+
+def _overlaid(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with the values that are not None, section by section."""
+    changes = {
+        name: _overlaid(base.get(name, {}), value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if value is not None
+    }
+    return {**base, **changes}
 
 
 def _find(name: str) -> Path:

@@ -60,6 +60,8 @@ class OneLine(logging.Handler):
         error = record.exc_info[1] if record.exc_info else None
         cause = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}" if error else ""
         message = record.getMessage().strip().rpartition("\n")[2]  # uvicorn's is a traceback
+        if "database is locked" in cause + message:  # SQLite is busy: the server answers 503, and clients ask again
+            return
         line = " ".join(f"{record.name}: {message} {cause}".split())
         sys.stderr.write(f"{ERROR}{line}\n")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import logging
 import os
 import shlex
 import sys
@@ -199,6 +200,7 @@ def serve(asked: argparse.Namespace) -> int:
     from flows import server
 
     server.configure(os.environ)
+    logging.raiseExceptions = False  # else Prefect prints two lines for each log that it cannot send at the end
     print("starting the Prefect server ...", file=sys.stderr)
     ours = not os.environ.get("PREFECT_API_URL")
     with server.for_serve(asked.port) as api:

@@ -140,3 +140,15 @@ def test_curation_is_told_what_the_evaluation_asks_unless_it_was_told_otherwise(
     own = recipe.load("quickstart", ["curate.panel=[]", 'curate.facts=["plural"]']).section("curate").model_dump()
     assert (own["panel"], own["facts"]) == ((), ("plural",))
     assert made.section("encode") is made.encode
+
+
+def test_what_a_schedule_made_in_the_ui_leaves_out_or_empty_is_taken_from_the_recipe_of_its_deployment() -> None:
+    whole = recipe.load("quickstart", ["train.targets=1000"])
+    partial = recipe.Recipe.model_validate(
+        {
+            "train": {"seed": 7, "targets": None, "lr": 0.5},
+            "curate": {"top_k": None},
+            "runtime": {"train": {"threads": None}},
+        }
+    )
+    assert recipe.completed(partial, whole) == recipe.changed(whole, ["train.seed=7", "train.lr=0.5"], whole.name)
