@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 
 from prefect.client.orchestration import get_client
@@ -58,10 +59,19 @@ def _about(name: str) -> str:
 def serve() -> None:
     """Serve the deployments until SIGINT or SIGTERM; a run that is under way is cancelled, and saves what it has."""
     os.environ[PARENT] = str(os.getpid())
+    for handler in logging.getLogger("prefect").handlers:
+        handler.addFilter(_without_traceback)
     runner = Runner(pause_on_shutdown=False, limit=1)
     for one in deployments():
         runner.add_deployment(one)
     asyncio.run(_serve(runner))
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Let a warning be a line: when a server ends, Prefect warns with a page of its own code that nobody can act on."""
+    if record.levelno <= logging.WARNING:
+        record.exc_info = record.exc_text = None
+    return True
 
 
 async def _serve(runner: Runner) -> None:

@@ -31,6 +31,12 @@ def awaited(look: Callable[[], T | None], alive: Callable[[], bool] = lambda: Tr
     return until(lambda: look() if alive() else None, seconds=PATIENCE, pause=0.3)
 
 
+def clean_environment(**variables: str) -> dict[str, str]:
+    """Return this process's environment without settings of Prefect and of ours, and with these."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TREELINE_"))}
+    return {**kept, **variables}
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -90,7 +96,7 @@ class Serve:
     """A served store; what it says is in `said`. It and what it started end with the block."""
 
     def __init__(self, folder: Path, port: int = 0, **environment: str) -> None:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TREELINE_"))}
+        kept = clean_environment()
         self.folder, self.port, self.file = folder, port, folder.parent / f"{folder.name}.said"
         own = {
             "TREELINE_ARTIFACTS": str(folder),

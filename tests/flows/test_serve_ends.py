@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving import ROOT, Serve, awaited
+from tests.serving import ROOT, Serve, awaited, clean_environment
 
 pytestmark = [pytest.mark.services, pytest.mark.slow, pytest.mark.timeout(900)]
 UNDER_WAY = {"RUNNING", "PENDING", "CANCELLING"}
@@ -98,11 +98,8 @@ def test_an_error_of_its_servers_services_is_said_once(folder: Path) -> None:
 
 @pytest.mark.parametrize("command", ["serve", "run", "sweep"])
 def test_a_server_that_the_user_names_and_does_not_answer(folder: Path, command: str) -> None:
-    environment = {
-        **os.environ,
-        "TREELINE_ARTIFACTS": str(folder),
-        "PREFECT_API_URL": "http://u:secret@127.0.0.1:9/api",
-    }
+    url = "http://u:secret@127.0.0.1:9/api"
+    environment = clean_environment(TREELINE_ARTIFACTS=str(folder), PREFECT_API_URL=url)
     arguments = ["quickstart", "--set", "train.lr=1e-3,2e-3"] if command == "sweep" else []
     asked = [sys.executable, "-m", "flows", command, *arguments]
     done = subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -116,7 +113,7 @@ def test_a_server_that_the_user_names_and_does_not_answer(folder: Path, command:
 
 def test_a_server_that_cannot_start_says_why(folder: Path) -> None:
     database = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": "postgresql+asyncpg://postgres@127.0.0.1:9/none"}
-    environment = {**os.environ, "TREELINE_ARTIFACTS": str(folder), **database}
+    environment = clean_environment(TREELINE_ARTIFACTS=str(folder), **database)
     asked = [sys.executable, "-m", "flows", "serve", "--port", "0"]
     done = subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 69

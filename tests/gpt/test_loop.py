@@ -318,7 +318,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_step_and_se
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "squares", lambda *_: torch.tensor(math.inf))
+    monkeypatch.setattr(loop, "grad_norm_squared", lambda *_: torch.tensor(math.inf))
     assert "gradient norm is inf at step 1" in stopped(tmp_path, start(0.0), split(), split(0))
 
 

@@ -24,7 +24,7 @@ from tasks.gpt import lora
 from tasks.gpt.batches import Split
 from tasks.gpt.device import hold_memory, spare_memory
 from tasks.gpt.loop import fit
-from tasks.gpt.memory_model import Shape, memory
+from tasks.gpt.memory_model import ModelShape, memory
 from tasks.gpt.training_run import Machine
 from tasks.gpt.weights import build_start, freeze, scratch_spec, set_dropout, trained
 from tests.gpt.test_loop import MACHINE, SETTINGS
@@ -52,7 +52,7 @@ status = Path("/proc/self/status").read_text().splitlines()  # `ru_maxrss` would
 count = sum(weight.numel() for weight in trained(model).values())
 table = not frozen and not rank
 how = dict(ema=decay is not None, recompute=recompute, holds=not rank)
-shape = Shape(layers, heads, width, vocab, count, block, dropout > 0, False, True, frozen, table, **how)
+shape = ModelShape(layers, heads, width, vocab, count, block, dropout > 0, False, True, frozen, table, **how)
 print(json.dumps([resident + memory(shape, size), peak]))
 """
 
