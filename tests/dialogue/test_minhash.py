@@ -101,7 +101,7 @@ def test_bands_miss_hardly_a_pair_at_the_threshold() -> None:
 def test_a_text_of_a_megabyte_takes_no_more_than_its_length(text: str) -> None:
     prints(["tables are made once"])
     spent = []
-    for part in (text[: len(text) // 4], text):
+    for part in (text[: len(text) // 16], text):
         rounds = []
         for _ in range(3):
             started = time.process_time()
@@ -109,4 +109,4 @@ def test_a_text_of_a_megabyte_takes_no_more_than_its_length(text: str) -> None:
             rounds.append(time.process_time() - started)
         spent.append(min(rounds))
     assert spent[1] < 5
-    assert spent[1] < 13 * max(spent[0], 0.01)  # four times the length, and caches; sixteen would be its square
+    assert spent[1] < 64 * max(spent[0], 0.01)  # 16 times the length, and a busy machine's caches; 256 is its square
