@@ -59,7 +59,7 @@ def _about(name: str) -> str:
 def serve() -> None:
     """Serve the deployments until SIGINT or SIGTERM; a run that is under way is cancelled, and saves what it has."""
     os.environ[PARENT] = str(os.getpid())
-    for handler in logging.getLogger("prefect").handlers:
+    for handler in logging.getLogger().handlers:  # Prefect's own handler is at the root
         handler.addFilter(_without_traceback)
     runner = Runner(pause_on_shutdown=False, limit=1)
     for one in deployments():
