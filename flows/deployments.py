@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
@@ -59,19 +62,22 @@ def _about(name: str) -> str:
 def serve() -> None:
     """Serve the deployments until SIGINT or SIGTERM; a run that is under way is cancelled, and saves what it has."""
     os.environ[PARENT] = str(os.getpid())
-    for handler in logging.getLogger().handlers:  # Prefect's own handler is at the root
-        handler.addFilter(_without_traceback)
+    logging.setLogRecordFactory(partial(_without_traceback, logging.getLogRecordFactory()))
     runner = Runner(pause_on_shutdown=False, limit=1)
     for one in deployments():
         runner.add_deployment(one)
     asyncio.run(_serve(runner))
 
 
-def _without_traceback(record: logging.LogRecord) -> bool:
-    """Let a warning be a line: when a server ends, Prefect warns with a page of its own code that nobody can act on."""
-    if record.levelno <= logging.WARNING:
-        record.exc_info = record.exc_text = None
-    return True
+def _without_traceback(make: Callable[..., logging.LogRecord], *fields: Any, **more: Any) -> logging.LogRecord:
+    """Let a warning of Prefect's be a line: when a server ends, it is a page of its code that nobody can act on.
+
+    Prefect sets its handlers anew when the runner starts, so a filter of a handler would be gone.
+    """
+    record = make(*fields, **more)
+    if record.levelno <= logging.WARNING and record.name.startswith("prefect"):
+        record.exc_info = None
+    return record
 
 
 async def _serve(runner: Runner) -> None:
