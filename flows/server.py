@@ -33,9 +33,8 @@ from tasks.store.disk import writing
 
 HOSTS = ("127.0.0.1", "localhost")
 ERROR = "treeline-error: "  # how a line of the server's log begins that tells an error in a line
-START_TIME = (
-    300.0  # seconds; one that has ended is noticed at once. 6 s were measured, and 60 on a machine at a load of 14
-)
+# Seconds; a server that has ended is noticed at once. 6 s were measured, and 60 on a machine at a load of 14.
+START_TIME = 300.0
 ANSWER_TIME = 10.0  # seconds that a server which runs already may take to say that it does
 
 
