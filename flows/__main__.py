@@ -25,7 +25,7 @@ AGAIN = 10.0  # seconds after which a signal that ended nothing is sent again; t
 
 EXAMPLES = """examples:
   python -m flows run                          the quickstart: offline, on the CPU, some minutes
-  python -m flows plan --set encode.block=512  what would run, and why; nothing is run
+  python -m flows plan --set encode.context_length=512  what would run, and why; nothing is run
   python -m flows show dialogues -n 3          three conversations of the last run's dialogues
   python -m flows run gpt2-medium --until encode
   python -m flows chat --prompt "What's the capital of France?"

@@ -99,7 +99,7 @@ def nanogpt(tokens: Tokens, folder: Path) -> Counts:
         "stop": encoding.stop,
         "template": encoding.template,
         "layout": encoding.layout,
-        "block": encoding.block,
+        "block": encoding.context_length,
         "made_from": tokens.id,
         "notes": NOTES,
     }

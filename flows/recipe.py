@@ -98,7 +98,7 @@ class Recipe(BaseModel):
         Curation is told what the evaluation asks, and refer in what numbers prefer works.
         """
         told: dict[str, dict[str, Any]] = {
-            "curate": {"panel": self.evaluate.panel, "facts": self.evaluate.facts},
+            "curate": {"sample_prompts": self.evaluate.sample_prompts, "fact_families": self.evaluate.fact_families},
             "refer": {"precision": self.prefer.precision},
         }
         found: Params = getattr(self, step)

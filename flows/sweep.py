@@ -176,7 +176,7 @@ def judge_of(own: Tokens, judge: Tokens) -> Tokens:
     if not (same_split and same_words):
         return own
     ours, theirs = own.encoding(), judge.encoding()
-    return judge if (ours.template, ours.block) == (theirs.template, theirs.block) else own
+    return judge if (ours.template, ours.context_length) == (theirs.template, theirs.context_length) else own
 
 
 Measure = Callable[[Outcome], float | None]

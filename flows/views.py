@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from tasks.artifacts import Artifact, Contests, Dialogues, Messages, Model, RawTrees, References, Report, Tokens
-from tasks.dialogue.record import named_in
+from tasks.dialogue.verdicts import named_in
 from tasks.errors import ParameterError
 from tasks.step import home
 from tasks.store.store import Store

@@ -261,8 +261,8 @@ class Encoding:
     """How texts became token ids: everything that a reader of the memmaps or of a tuned model needs to know.
 
     Attributes:
-        block: Most tokens of a conversation, so positions are less than this.
-        length: T, tokens in a sequence; at least `block`.
+        context_length: Most tokens of a conversation, so positions are less than this.
+        sequence_length: T, tokens in a sequence; at least `context_length`.
         vocab_size: V, rows of the embedding table; a multiple of 64, so the last ones may stand for nothing.
         template: Name of the chat template.
         layout: Name of the layout.
@@ -273,8 +273,8 @@ class Encoding:
         utf8_bytes: UTF-8 bytes of the supervised text of each split, for bits per byte.
     """
 
-    block: int
-    length: int
+    context_length: int
+    sequence_length: int
     vocab_size: int
     template: str
     layout: str
@@ -329,8 +329,8 @@ class Sequences(Artifact):
         encoding = self.encoding()
         size = (self.path / name).stat().st_size
         if size == 0:  # an empty file cannot be mapped
-            return np.zeros((0, encoding.length), dtype=dtype)
-        whole = np.memmap(self.path / name, dtype=dtype, mode="r").reshape(-1, encoding.length)
+            return np.zeros((0, encoding.sequence_length), dtype=dtype)
+        whole = np.memmap(self.path / name, dtype=dtype, mode="r").reshape(-1, encoding.sequence_length)
         first, last = encoding.splits[split] if split else (0, len(whole))
         return whole[first:last]
 

@@ -32,15 +32,10 @@ from tasks.artifacts import (
     arrow_schema,
     parquet_writer,
 )
-from tasks.dialogue.record import (
-    CopyLimits,
-    Limits,
-    RuleName,
-    Share,
-    Verdicts,
-)  # fmt: skip
+from tasks.dialogue.settings import RULES, DuplicateSettings, FilterSettings, Share, deciding_setting
+from tasks.dialogue.verdicts import Verdicts
 from tasks.errors import InputError, SourceChanged
-from tasks.notices import DECIDES, of_curate, spent
+from tasks.notices import of_curate, spent
 from tasks.sources import LocalPath, allowed_file
 from tasks.step import Params, TextsRuntime, step
 from tasks.store.canonical import sha256_file
@@ -55,51 +50,57 @@ if TYPE_CHECKING:
     from tasks.text_chunks import ChunkFunction
 
 ROWS = 16_384  # of a row group: some 10 MB of text, so memory stays flat and readers can skip
+STRUCTURE = (
+    "message_tree_id",
+    "message_id",
+    "parent_id",
+    "sibling",
+    "rank",
+    "label_quality",
+)  # which copy stays: by the last two
 SCORES = {"labels": [f"label_{name}" for name in LABELS], "detoxify": [f"detoxify_{name}" for name in DETOXIFY]}
 
-LIMITS_OF: Mapping[RuleName, tuple[str, ...]] = {  # rule -> settings that do nothing without it
-    "tree_state": ("tree_states",), "language": ("languages", "language_of"), "unreviewed": ("require_review",),
-    "spam": ("spam_above",), "lang_mismatch": ("lang_mismatch_above",), "pii": ("pii_from",),
-    "not_appropriate": ("not_appropriate_from",), "hate_speech": ("hate_speech_from",),
-    "sexual_content": ("sexual_content_from",), "quality": ("quality_below",), "toxicity": ("toxicity_above",),
-    "top_k": ("top_k",), "text_language": ("text_language_from", "text_language_chars"),
-    "contaminated": ("overlap_words", "prompt_files"),
-}  # fmt: skip
 
-
-class CurateParams(Params, Limits, CopyLimits):
+class CurateParams(Params, FilterSettings, DuplicateSettings):
     """Settings of the curate step."""
 
-    panel: tuple[str, ...] | None = None
-    """Prompts that are not learnt from. None: those of `evaluate.panel`, where a recipe has one."""
-    facts: tuple[str, ...] | None = None
-    """Families of facts of which is counted what replies tell. None: those of `evaluate.facts`."""
+    sample_prompts: tuple[str, ...] | None = None
+    """Prompts that are not learnt from. None: those of `evaluate.sample_prompts`, where a recipe has one."""
+    fact_families: tuple[str, ...] | None = None
+    """Families of facts of which is counted what replies tell. None: those of `evaluate.fact_families`."""
     prompt_files: tuple[LocalPath, ...] = ()
     """More prompts that are not learnt from: text or JSON lines, in a folder named in TREELINE_SOURCE_ROOTS."""
     whole_threads: bool = False
     """Whether a thread, from first prompt to last reply, goes whole where one of its messages goes."""
     require_reply: bool = True
     """Whether prompts with no reply anywhere below them are dropped: there is nothing to train on."""
-    test_share: Share = 0.05
+    test_fraction: Share = 0.05
     """Share of the trees that only the evaluation sees, 0 to 1."""
-    val_share: Share = 0.05
+    val_fraction: Share = 0.05
     """Share of the trees that choose the best checkpoint, 0 to 1."""
 
     @model_validator(mode="after")
     def _leaves_some_to_train_on(self) -> CurateParams:
-        if self.test_share + self.val_share >= 1:
-            raise ValueError(f"test_share {self.test_share} and val_share {self.val_share} leave nothing to train on")
+        if self.test_fraction + self.val_fraction >= 1:
+            raise ValueError(
+                f"test_fraction {self.test_fraction} and val_fraction {self.val_fraction} leave nothing to train on"
+            )
         return self
 
     @model_validator(mode="after")
     def _acts(self) -> CurateParams:
-        """Refuse a limit of a rule that `rules` leaves out: it would be thought to act."""
-        for rule, limits in LIMITS_OF.items():
-            for name in limits if rule not in self.rules else ():
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(
-                        f'{name} needs the rule "{rule}", which rules leaves out; leave out one of the two'
-                    )
+        """Refuse a setting of a rule that `rules` leaves out: it would be thought to act."""
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        for rule, spec in RULES.items():
+            if rule in self.rules:
+                continue
+            changed = [name for name in spec.settings if getattr(self, name) != defaults[name]]
+            if spec.label and self.label_limits[rule] != spec.label.default:
+                changed = [deciding_setting(rule)]
+            if changed:
+                raise ValueError(
+                    f'{changed[0]} needs the rule "{rule}", which rules leaves out; leave out one of the two'
+                )
         return self
 
     @model_validator(mode="after")
@@ -126,7 +127,7 @@ class CurateParams(Params, Limits, CopyLimits):
         """
         from tasks.dialogue.prompts import read_prompts
 
-        yield from ((f"panel {number}", text) for number, text in enumerate(self.panel or (), 1))
+        yield from ((f"panel {number}", text) for number, text in enumerate(self.sample_prompts or (), 1))
         for at, path in enumerate(self.prompt_files):
             content = allowed_file(path).read_bytes()
             if self._keyed and sha256(content).hexdigest() != self._keyed[at]:
@@ -147,13 +148,13 @@ def curate(out: Path, messages: Messages, params: CurateParams, run: CurateRunti
         InputError: If nothing is left, with the funnel that says where it went; for a file of prompts that is none.
     """
     from tasks.dialogue import stats
-    from tasks.dialogue.rules import COLUMNS
+    from tasks.dialogue.rules import columns_of, rules_of
     from tasks.dialogue.split import splits
     from tasks.dialogue.texts import Texts
 
-    asked = {"message_tree_id", "message_id", "parent_id", "sibling", *COLUMNS} - {"text"}
-    table = messages.scan().select(name for name in MESSAGE_COLUMNS if name in asked).collect()
-    table = table.with_columns(splits(table["message_tree_id"], params.test_share, params.val_share))
+    needed = {*STRUCTURE, *columns_of(rules_of(params))}
+    table = messages.scan().select(name for name in MESSAGE_COLUMNS if name in needed - {"text"}).collect()
+    table = table.with_columns(splits(table["message_tree_id"], params.test_fraction, params.val_fraction))
     texts = Texts(messages.scan())
     verdicts, seen, shared = decide(table, texts, params, run.workers)
     counts = {
@@ -207,23 +208,23 @@ def decide(
         own = compared(own, seen.masks, reader.personal)
         if params.whole_threads:
             _keep_whole(table, parents, verdicts)
-        merge_versions = partial(_settle, table, parents, verdicts, params)
-        merge_versions()
+        drop_stranded = partial(_drop_stranded, table, parents, verdicts, params)
+        drop_stranded()
         filtered = verdicts.kept()
         bar.advance(note="read")
         replies = (table["role"] == "assistant").to_numpy()
         prints = prints_of(own, filtered, params, workers)
         given = Compared(replies, table["split"], prints, own.of, params)
         alike = likeness(table, prints, own.of, filtered, params)
-        copies = Copies(table, parents, verdicts, given, alike, merge_versions)
+        copies = Copies(table, parents, verdicts, given, alike, drop_stranded)
         bar.advance(note="compared")
-        if params.separate_splits:
+        if params.drop_cross_split_duplicates:
             copies.separate()
         bar.advance(note="splits separated")
         copies.thin()
         copies.follow()
         bar.advance(note="deduplicated")
-    return verdicts, seen, shared_across_splits(copies, filtered, (params.test_share, params.val_share))
+    return verdicts, seen, shared_across_splits(copies, filtered, (params.test_fraction, params.val_fraction))
 
 
 def _filtered(table: pl.DataFrame, texts: Texts, parents: list[int], params: CurateParams) -> Verdicts:
@@ -263,18 +264,17 @@ def _reader(params: CurateParams, workers: int) -> Reader:
     from tasks.dialogue.text_rules import Reader
     from tasks.sample.facts import facts_of
 
-    chars = params.text_language_chars
     told = tuple(
         FactQuery(f"{fact.family} of {fact.subject}", fact.subject, (fact.answer, *fact.aliases))
-        for fact in facts_of(params.facts or ())
+        for fact in facts_of(params.fact_families or ())
     )
     prompts = tuple(Asked(where, text) for where, text in params.prompts())
     if "contaminated" not in params.rules:
         prompts = ()
-    overlap = partial(contamination.scan, prompts, params.overlap_words, told)
+    overlap = partial(contamination.scan, prompts, params.contamination_ngram, told)
     return Reader(
         params,
-        partial(_rows_of, partial(language.detect, chars=chars), workers),
+        partial(_rows_of, language.detect, workers),
         partial(_rows_of, pii.scan, workers),
         partial(_rows_of, overlap, workers) if prompts or told else None,
         Facts(told),
@@ -298,7 +298,7 @@ def _keep_whole(table: pl.DataFrame, parents: list[int], verdicts: Verdicts) -> 
     verdicts.drop("thread", {row: "no thread through it is whole" for row, whole in enumerate(held) if not whole})
 
 
-def _settle(table: pl.DataFrame, parents: list[int], verdicts: Verdicts, params: CurateParams) -> None:
+def _drop_stranded(table: pl.DataFrame, parents: list[int], verdicts: Verdicts, params: CurateParams) -> None:
     """Drop what cannot stay after others were dropped: their descendants, and prompts that no reply is left for."""
     from tasks.dialogue.tree import holds, nearest_above
 
@@ -325,9 +325,9 @@ def stages(params: CurateParams) -> list[str]:
         "thread": params.whole_threads,
         "parent": True,
         "no_reply": params.require_reply,
-        "leak": params.separate_splits,
+        "leak": params.drop_cross_split_duplicates,
         "duplicate": params.dedupe,
-        "near_duplicate": params.near_dedupe or not params.repeat_prompts,
+        "near_duplicate": params.near_dedupe or not params.keep_duplicate_prompts,
     }
     return [*params.rules, *(name for name, active in others.items() if active)]
 
@@ -338,7 +338,7 @@ def _nothing_left(counts: Counts, where: Path) -> InputError:
     return InputError(
         f"none of {counts['read']['messages']:,} messages is left; dropped by {took}",
         str(where),
-        f"Loosen the rule that took the most, for example by --set curate.{DECIDES.get(most, 'rules')}=..., or choose "
+        f"Loosen the rule that took the most, for example by --set curate.{deciding_setting(most)}=..., or choose "
         "another source",
         "curate.empty",
     )

@@ -25,14 +25,15 @@ from tasks.dialogue.dedupe import (
 from tasks.dialogue.leakage import Compared, crossing
 from tasks.dialogue.minhash import bands, compute
 from tasks.dialogue.near_duplicates import Prints, jaccard
-from tasks.dialogue.record import PROTECTION, CopyLimits, Verdicts, near_evidence
+from tasks.dialogue.settings import MINHASH_PERMUTATIONS, PROTECTION, SHINGLE_WORDS, DuplicateSettings
 from tasks.dialogue.split import in_order, splits
 from tasks.dialogue.texts import Texts
 from tasks.dialogue.tree import nearest_above
+from tasks.dialogue.verdicts import Verdicts, near_evidence
 from tasks.text_chunks import map_texts
 
 
-def prints_of(texts: Texts, kept: list[bool], limits: CopyLimits, workers: int = 0) -> Prints:
+def prints_of(texts: Texts, kept: list[bool], limits: DuplicateSettings, workers: int = 0) -> Prints:
     """Return the fingerprints of the kept messages' texts; zeros stand for those of the others.
 
     Args:
@@ -42,14 +43,15 @@ def prints_of(texts: Texts, kept: list[bool], limits: CopyLimits, workers: int =
         workers: Threads, as in `map_texts`.
     """
     rows = np.flatnonzero(kept)
-    count, _ = bands(limits.near_permutations, limits.near_threshold)
+    count, _ = bands(MINHASH_PERMUTATIONS, limits.jaccard_threshold)
     made = Prints(
         np.zeros((len(kept), 2), dtype=np.uint64),
         np.zeros(len(kept), dtype=np.int32),
         np.zeros((len(kept), count), dtype=np.uint32),
     )
-    settings = {name: getattr(limits, f"near_{name}") for name in ("ngram", "permutations", "threshold")}
-    fingerprint, done = partial(compute, **settings), 0
+    threshold = limits.jaccard_threshold
+    fingerprint = partial(compute, ngram=SHINGLE_WORDS, permutations=MINHASH_PERMUTATIONS, threshold=threshold)
+    done = 0
     for part, within in texts.parts(rows):
         found = Prints.of(map_texts(part.gather(within), fingerprint, workers))
         own = rows[done : done + len(within)]
@@ -68,7 +70,7 @@ class Copies:
         verdicts: Of each; what is dropped enters here.
         given: What is compared.
         alike: What was found alike of what the filters left.
-        settle: Drops what cannot stay after others were dropped.
+        drop_stranded: Drops what cannot stay after others were dropped.
     """
 
     table: pl.DataFrame
@@ -76,7 +78,7 @@ class Copies:
     verdicts: Verdicts
     given: Compared
     alike: Likeness
-    merge_versions: Callable[[], None]
+    drop_stranded: Callable[[], None]
 
     def separate(self) -> None:
         """Drop what two splits share from the less protected one; first, so that no copy goes for one that leaks."""
@@ -85,23 +87,23 @@ class Copies:
             verdicts.drop_copies("leak", leaks(self.table, self.alike, verdicts.kept(), yielding), ids)
             if self.alike.crowded:
                 verdicts.drop_copies("leak", crossing(self.given, self.alike, verdicts.kept(), yielding), ids)
-            self.merge_versions()
+            self.drop_stranded()
 
     def thin(self) -> None:
         """Drop copies and near copies from the train split; where many are alike, until no more are found."""
         table, verdicts, given, alike, limits = self.table, self.verdicts, self.given, self.alike, self.given.limits
         ids = table["message_id"]  # no list: of a million, strings of Python take 110 MB
-        if not limits.repeat_prompts:
+        if not limits.keep_duplicate_prompts:
             found = repeated_prompts(table, alike, self.parents, verdicts.kept())
             verdicts.drop_copies("near_duplicate", found, ids)
-            self.merge_versions()
+            self.drop_stranded()
         if limits.dedupe:
             twins = duplicates(table, given.prints, self.parents, verdicts.kept())
             verdicts.drop_copies("duplicate", {row: (twin, 1.0) for row, twin in twins.items()}, ids)
         while limits.near_dedupe:
             found = near_duplicates(table, alike, self.parents, verdicts.kept())
             verdicts.drop_copies("near_duplicate", found, ids)
-            self.merge_versions()
+            self.drop_stranded()
             if not found or not alike.crowded:
                 break
             alike = likeness(table, given.prints, given.texts_of, verdicts.kept(), limits)
@@ -113,7 +115,7 @@ class Copies:
         if not moved:
             return
         rows, ends = (np.array([*side], dtype=np.int64) for side in (moved.keys(), moved.values()))
-        similarity = jaccard(given.texts_of, given.limits.near_ngram, rows, ends).tolist()
+        similarity = jaccard(given.texts_of, SHINGLE_WORDS, rows, ends).tolist()
         above = nearest_above(self.parents, [not stays for stays in verdicts.kept()])
         for (row, last), index in zip(moved.items(), similarity, strict=True):
             if verdicts.reasons[last] is None:

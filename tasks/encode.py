@@ -55,13 +55,13 @@ class EncodeParams(Params):
     vocab_size: int = Field(default=4_096, ge=261, le=65_536)
     """Most token ids of a trained vocabulary, its 5 special tokens among them. Only for tokenizer = trained."""
 
-    block: int = Field(default=1_024, ge=16, le=MOST)
+    context_length: int = Field(default=1_024, ge=16, le=MOST)
     """Most tokens of a path, from the start of a conversation to a reply: the context that a model must have. GPT-2's is 1,024."""  # noqa: E501
 
     template: Literal["chat", "xml"] = "chat"
     """How turns are written: with role tokens, or with the plain-text tags of the seed."""
 
-    pack: int | None = Field(default=None, ge=16, le=MOST)
+    sequence_length: int | None = Field(default=None, ge=16, le=MOST)
     """Tokens of a sequence, at least block. None: block or, for trees, which hold many paths, 4 times block."""
 
     layout: Literal["tree", "paths", "top1", "first-reply"] = "tree"
@@ -70,14 +70,17 @@ class EncodeParams(Params):
 
     @model_validator(mode="after")
     def _holds_a_path(self) -> EncodeParams:
-        if self.pack is not None and self.pack < self.block:
-            raise ValueError(f"pack {self.pack} is less than block {self.block}, so not every path would fit")
+        if self.sequence_length is not None and self.sequence_length < self.context_length:
+            raise ValueError(
+                f"sequence_length {self.sequence_length} is less than context_length {self.context_length}, "
+                "so not every path would fit"
+            )
         return self
 
     def keyed(self) -> dict[str, Any]:
         """Return what enters the key; a pack that is the usual one is none."""
         kept = super().keyed()
-        return {**kept, "pack": None if self.pack == self._usual else self.pack}
+        return {**kept, "sequence_length": None if self.sequence_length == self._usual else self.sequence_length}
 
     def idle(self) -> set[str]:
         """Return the settings that have no say: GPT-2's own vocabulary has its size."""
@@ -86,12 +89,12 @@ class EncodeParams(Params):
     @property
     def length(self) -> int:
         """T, tokens of a sequence."""
-        return self.pack or self._usual
+        return self.sequence_length or self._usual
 
     @property
     def _usual(self) -> int:
         """Tokens of a sequence where none are set."""
-        return min(4 * self.block, MOST) if self.layout == "tree" else self.block
+        return min(4 * self.context_length, MOST) if self.layout == "tree" else self.context_length
 
 
 class EncodeRuntime(TextsRuntime):
@@ -114,8 +117,8 @@ def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRun
     talks = _talks(dialogues, encoder(vocabulary, run.workers), pieces, params)
     written = _write(out, dialogues, talks, params, vocabulary.specials[PAD])
     encoding = Encoding(
-        block=params.block,
-        length=params.length,
+        context_length=params.context_length,
+        sequence_length=params.length,
         vocab_size=vocabulary.size_padded,
         template=params.template,
         layout=params.layout,
@@ -215,11 +218,12 @@ def _talks(dialogues: Dialogues, encode_texts: TextFunction, tags: Tags, params:
         if found is None
         else _paths(found, replies, splits, lengths, tags, params)
     )
-    counts = {**laid[3], "room": _room(trees, replies & asked, lengths, tags, params.block)}
+    counts = {**laid[3], "room": _room(trees, replies & asked, lengths, tags, params.context_length)}
     if not laid[2]["train"]:
-        what = f"the train split holds no reply that fits, with all above it, {params.block:,} tokens"
+        what = f"the train split holds no reply that fits, with all above it, {params.context_length:,} tokens"
         where = f"{len(splits):,} messages came in, {(splits == 'train').sum():,} of them to train on"
-        hint = f"Keep more messages in curate, or raise encode.block: {counts['room']['needed']} fit so many trees"
+        needed = counts["room"]["needed"]
+        hint = f"Keep more messages in curate, or raise encode.context_length: {needed} fit so many trees"
         raise InputError(what, where, hint, "encode.empty")
     parents = np.array(trees.parents, np.int64)
     return _Talks(*laid[:3], tags, texts, parents, replies, utf8, splits, counts)
@@ -256,7 +260,7 @@ def _whole(
     from tasks.text.fill import fill
     from tasks.text.split_trees import Sizes, cut
 
-    sizes = Sizes(lengths.tolist(), len(tags.start), len(tags.tail), params.block, params.length)
+    sizes = Sizes(lengths.tolist(), len(tags.start), len(tags.tail), params.context_length, params.length)
     made = cut(trees, replies.tolist(), sizes)
     of_split = _numbers([piece.rows for piece in made.pieces], splits, params)
     filled = {split: fill([made.pieces[at] for at in numbers], trees, sizes) for split, numbers in of_split.items()}
@@ -288,7 +292,7 @@ def _paths(
     from tasks.text.pack import best_fit
 
     outer = len(tags.start) + len(tags.tail)
-    fitted = fit(found, replies, lengths, params.block - outer)
+    fitted = fit(found, replies, lengths, params.context_length - outer)
     inside, stops = flat(fitted.conversations)
     sizes = np.diff(np.cumsum(lengths[inside])[stops - 1], prepend=0) + outer
     packed = {
@@ -380,7 +384,7 @@ def _counts(written: dict[str, _Tally], talks: _Talks, encoding: Encoding) -> Co
         "sequences": sequences,
         "tokens": tokens,
         "trained": trained,
-        "padding": sequences * encoding.length - tokens,
+        "padding": sequences * encoding.sequence_length - tokens,
         "conversations": len(talks.conversations),
         **talks.counts,
         "vocab_size": encoding.vocab_size,

@@ -41,9 +41,9 @@ class EvaluateParams(Params):
 
     split: Literal["test", "val"] = "test"
     """Split that the loss is measured on. Where it holds nothing, val is taken, and the report says so."""
-    facts: tuple[str, ...] = ("capital",)
+    fact_families: tuple[str, ...] = ("capital",)
     """Families of facts whose held-out questions are asked: capital, us_state, indian_state, element, ... Empty: none."""  # noqa: E501
-    panel: tuple[str, ...] = (
+    sample_prompts: tuple[str, ...] = (
         "What's the capitol of France?",
         "What's the capital of France?",
         "What's the capital of Texas?",
@@ -65,7 +65,7 @@ class EvaluateParams(Params):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1337
     """Seed of the panel's draws; the same for all models."""
 
-    @field_validator("facts")
+    @field_validator("fact_families")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         from tasks.sample.facts import facts_of
@@ -73,7 +73,7 @@ class EvaluateParams(Params):
         facts_of(names)
         return names
 
-    @field_validator("panel")
+    @field_validator("sample_prompts")
     @classmethod
     def _said(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
         if not all(prompt.strip() for prompt in prompts):
@@ -83,8 +83,8 @@ class EvaluateParams(Params):
     def idle(self) -> set[str]:
         """Return the settings that have no say: those of draws where nothing is drawn."""
         how = {"temperature", "top_k", "top_p", "seed", "samples_per_prompt"}
-        if not self.panel:
-            return how if self.facts else {*how, "max_new_tokens"}
+        if not self.sample_prompts:
+            return how if self.fact_families else {*how, "max_new_tokens"}
         return set() if self.temperature else how - {"temperature", "samples_per_prompt"}
 
 
@@ -130,7 +130,11 @@ def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, ru
         "split": split,
         "split_asked": params.split,
         **figures(results, exam),
-        "sampling": {name: value for name, value in params.keyed().items() if name not in {"split", "facts", "panel"}},
+        "sampling": {
+            name: value
+            for name, value in params.keyed().items()
+            if name not in {"split", "fact_families", "sample_prompts"}
+        },
         "start": start,
         "training": trainings["tuned"],
         "preference": trainings.get("preferred"),
@@ -161,7 +165,10 @@ def made_of(model: Model) -> dict[str, Model]:
 
 def refuse_long(exam: EvaluationSet, positions: int) -> None:
     """Raise an error for a question or prompt that leaves no room for a reply, before any work is done."""
-    asked = {"evaluate.facts": [question.text for question in exam.questions], "evaluate.panel": exam.panel}
+    asked = {
+        "evaluate.fact_families": [question.text for question in exam.questions],
+        "evaluate.sample_prompts": exam.panel,
+    }
     for setting, texts in asked.items():
         for text in texts:
             size = len(exam.dialect.prompt([("user", text)]))
@@ -169,7 +176,7 @@ def refuse_long(exam: EvaluationSet, positions: int) -> None:
                 raise ParameterError(
                     f"a prompt of {size:,} tokens leaves no room in the model's {positions:,} positions: {text[:60]!r}",
                     setting,
-                    "ask something shorter, or raise encode.block",
+                    "ask something shorter, or raise encode.context_length",
                     "param.prompt",
                 )
 
@@ -184,8 +191,8 @@ def exam_of(model: Model, tokens: Tokens, params: EvaluateParams) -> tuple[str |
     utf8_bytes = tokens.encoding().utf8_bytes.get(name, 0) if name else 0
     seeds = range(params.seed, params.seed + params.samples_per_prompt)
     dialect = load_dialect(model.path)
-    questions, ranked = held_out_questions(params.facts), ranked_of(model, params.split)
-    return name, EvaluationSet(dialect, split, utf8_bytes, questions, params.panel, seeds, ranked)
+    questions, ranked = held_out_questions(params.fact_families), ranked_of(model, params.split)
+    return name, EvaluationSet(dialect, split, utf8_bytes, questions, params.sample_prompts, seeds, ranked)
 
 
 def ranked_of(model: Model, asked: str) -> tuple[Split, Replies] | None:
@@ -247,7 +254,7 @@ def ranked_logps(model: GPT2LMHeadModel, exam: EvaluationSet, batch: int | None,
     if exam.ranked is None:
         return None
     split, replies = exam.ranked
-    at_once = batch or max(1, AT_ONCE // split.block)
+    at_once = batch or max(1, AT_ONCE // split.sequence_length)
     return all_logps(model, split, replies, at_once, model.device, label=f"ranked, {label}")
 
 
@@ -263,7 +270,7 @@ def total_nats(model: GPT2LMHeadModel, split: Split, batch: int | None, label: s
     from tasks.gpt.memory_model import AT_ONCE
     from tasks.progress import track
 
-    at_once = batch or max(1, AT_ONCE // split.block)
+    at_once = batch or max(1, AT_ONCE // split.sequence_length)
     total = torch.zeros((), dtype=torch.float64)
     batches = split.in_order(at_once, model.device)
     for one in track(batches, f"loss, {label}", -(-len(split) // at_once), "batches"):

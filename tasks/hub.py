@@ -201,7 +201,7 @@ def _agreed(wanted: _Wanted, published: Any, most: int) -> _Wanted:
         raise _changed(wanted, f"{wanted.size:,} bytes", f"{size:,}")
     if size and size > most and not wanted.size:
         raise _unavailable(
-            f"the hub says that the file has {size:,} bytes; at most {most:,} are taken (max_gb)", wanted
+            f"the hub says that the file has {size:,} bytes; at most {most:,} are taken (max_download_gb)", wanted
         )
     return replace(wanted, digest=wanted.digest or etag, size=wanted.size or size)
 

@@ -81,13 +81,13 @@ def num_processes(run: TuningRuntime) -> int:
 
     device = device_of(run.device)
     devices = count_of(device)
-    size = devices if run.processes == "auto" else run.processes
+    size = devices if run.num_processes == "auto" else run.num_processes
     if device.type != "cpu" and size > devices:
         raise ParameterError(
             f"expected at most {devices} processes, one a GPU, found {size}",
-            "processes",
+            "num_processes",
             "Set it to auto",
-            "param.processes",
+            "param.num_processes",
         )
     return size
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tasks.artifacts import Counts
+from tasks.dialogue.settings import deciding_setting
 from tasks.store.manifest import Manifest, Notice
 
 if TYPE_CHECKING:
@@ -21,15 +22,6 @@ MOST_DROPPED = 0.1  # share of all replies that one rule may take without a noti
 MOST_UNFIT = 0.01  # share of the conversations that may be cut or left out
 FEWEST = 20  # replies of a split, under which its loss says little
 NAMED = 10  # fields that a notice names
-# What decides on a rule, where it is not `rules` alone.
-DECIDES = {
-    "tree_state": "tree_states", "language": "languages", "unreviewed": "require_review", "spam": "spam_above",
-    "lang_mismatch": "lang_mismatch_above", "pii": "pii_from", "not_appropriate": "not_appropriate_from",
-    "hate_speech": "hate_speech_from", "sexual_content": "sexual_content_from", "quality": "quality_below",
-    "toxicity": "toxicity_above", "top_k": "top_k", "text_language": "text_language_from", "personal": "pii",
-    "contaminated": "overlap_words", "fact": "drop_facts", "thread": "whole_threads", "leak": "separate_splits",
-    "duplicate": "dedupe", "near_duplicate": "near_dedupe", "no_reply": "require_reply",
-}  # fmt: skip
 WHY = {
     "leak": "they, or the prompts above them, nearly repeat what stands in a more protected split, as texts of one "
     "template do",
@@ -38,7 +30,7 @@ WHY = {
 # What to do about a field, by the end of its name.
 FOR_FIELD = {
     "system": "write a system text as the first of `messages`, with the role system",
-    "split": "the splits are made anew, by curate.test_share and curate.val_share",
+    "split": "the splits are made anew, by curate.test_fraction and curate.val_fraction",
     "weight": "every reply is trained on alike",
     "train": "every reply is trained on alike",
 }
@@ -65,12 +57,12 @@ def of_parse(counts: Counts, params: ParseParams) -> Iterator[Notice]:
             f"{counts['naive_dates']:,} dates name no offset, and are read as UTC",
             "Write dates with their offset where they are of another zone",
         )
-    if counts["messages_replaced"] > params.max_bad * counts["messages_in"]:
+    if counts["messages_replaced"] > params.max_bad_fraction * counts["messages_in"]:
         yield Notice(
             "parse.replaced",
             counts["messages_replaced"],
             f"later versions took the place of {_share(counts['messages_replaced'], counts['messages_in'])} messages",
-            "`python -m flows show messages --rejected` names them; parse.max_bad is the share that is not told",
+            "`python -m flows show messages --rejected` names them; up to parse.max_bad_fraction they are not reported",
         )
     if counts["bad"]:
         messages = counts["messages_rejected"] - counts["messages_replaced"]
@@ -78,7 +70,7 @@ def of_parse(counts: Counts, params: ParseParams) -> Iterator[Notice]:
             "parse.rejected",
             counts["bad"],
             f"{counts['bad']:,} lines or trees are rejected, {messages:,} messages known in them",
-            "`python -m flows show messages --rejected` says why; parse.max_bad is the share that may be",
+            "`python -m flows show messages --rejected` says why; parse.max_bad_fraction is the share that may be",
         )
 
 
@@ -92,7 +84,7 @@ def of_curate(counts: Counts, params: CurateParams) -> Iterator[Notice]:
                 f"curate.{rule}",
                 number,
                 f"the rule {rule} takes {_share(number, read)} replies, with those below them{why}",
-                f"curate.{DECIDES.get(rule, 'rules')} decides; `python -m flows show dialogues --dropped` names them",
+                f"curate.{deciding_setting(rule)} decides; `python -m flows show dialogues --dropped` names them",
             )
     yield from _splits(counts, params)
     if params.languages and "language" in params.rules and counts["untagged"]:
@@ -107,7 +99,11 @@ def of_curate(counts: Counts, params: CurateParams) -> Iterator[Notice]:
 
 def _splits(counts: Counts, params: CurateParams) -> Iterator[Notice]:
     """Say which splits that are asked for hold no reply, or hardly any."""
-    shares = {"train": 1 - params.test_share - params.val_share, "val": params.val_share, "test": params.test_share}
+    shares = {
+        "train": 1 - params.test_fraction - params.val_fraction,
+        "val": params.val_fraction,
+        "test": params.test_fraction,
+    }
     lacks = {
         "train": "there is hardly anything to learn from",
         "val": "the choice of the best checkpoint is chance",
@@ -123,9 +119,9 @@ def _splits(counts: Counts, params: CurateParams) -> Iterator[Notice]:
                 number,
                 f"of the replies, the {name} split holds {number:,}, so {lacks[name]} ({sizes}"
                 + (f"; dropped by {took})" if took else ")"),
-                "Loosen the rule that takes the most, or with few trees lower curate.test_share and curate.val_share"
+                "Loosen the rule that takes the most, or with few trees lower curate.test_fraction and val_fraction"
                 if name == "train"
-                else f"Raise curate.{name}_share, or bring more trees",
+                else f"Raise curate.{name}_fraction, or bring more trees",
             )
 
 
@@ -133,13 +129,13 @@ def of_encode(counts: Counts, params: EncodeParams) -> Iterator[Notice]:
     """Say how many conversations do not fit, and what context most would."""
     room = counts["room"]
     if room["too_long"] > MOST_UNFIT * room["conversations"]:
-        share, block = next(named for named in room["needed"].items() if named[1] > params.block)
+        share, block = next(named for named in room["needed"].items() if named[1] > params.context_length)
         yield Notice(
-            "encode.block",
+            "encode.context_length",
             room["too_long"],
-            f"{_share(room['too_long'], room['conversations'])} conversations do not fit encode.block={params.block}; "
-            "their replies beyond it are not trained on",
-            f"encode.block={block} would fit {share} of them",
+            f"{_share(room['too_long'], room['conversations'])} conversations do not fit "
+            f"encode.context_length={params.context_length}; their replies beyond it are not trained on",
+            f"encode.context_length={block} would fit {share} of them",
         )
 
 

@@ -62,7 +62,9 @@ def pair(out: Path, dialogues: Dialogues, tokens: Tokens, params: PairParams) ->
     dialect, encoding = load_dialect(tokens.path), tokens.encoding()
     vocabulary = loaded(tokens.path / "tokenizer.json", dialect.template.plain())
     rows = dialogues.scan().select(*LINKS, "role", "split").collect()
-    table = _Table.of(dialogues, rows, dialect, encoder(vocabulary), (encoding.block, encoding.length))
+    table = _Table.of(
+        dialogues, rows, dialect, encoder(vocabulary), (encoding.context_length, encoding.sequence_length)
+    )
     found = list(table.contests(params.replies))
     kept = {split: [one for one in found if table.splits[one.prompt] == split] for split in SPLITS}
     if not kept["train"]:
@@ -72,7 +74,7 @@ def pair(out: Path, dialogues: Dialogues, tokens: Tokens, params: PairParams) ->
     placed = table.turns(
         [one for some in kept.values() for one in some], [one for some in packed.values() for one in some]
     )
-    write_arrays(out, placed, table.texts, dialect.tags, encoding.length, dialect.pad)
+    write_arrays(out, placed, table.texts, dialect.tags, encoding.sequence_length, dialect.pad)
     _write_replies(out / "replies.parquet", rows, placed)
     shutil.copyfile(tokens.path / "tokenizer.json", out / "tokenizer.json")
     splits = spans({split: len(sequences) for split, sequences in packed.items()})

@@ -48,7 +48,7 @@ class ParseParams(Params):
     max_trees: int | None = Field(default=None, ge=1)
     """Trees to take, from the start of the dump; empty: all of them. A small number makes a smoke run."""
 
-    max_bad: float = Field(default=0.01, ge=0, le=1)
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Share of trees, or of lines, from 0 to 1, that may be unusable before the step fails."""
 
     max_line_mb: float = Field(default=64, gt=0)
@@ -71,7 +71,7 @@ def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
     message that a later file has in another tree moves there, out of its old one.
 
     Raises:
-        InputError: If a file is cut, corrupt or empty, or more than `max_bad` of the trees or lines are unusable.
+        InputError: If a file is cut, corrupt or empty, or more than `max_bad_fraction` of trees or lines are unusable.
     """
     from tasks.chats import rows
     from tasks.oasst.jsonl import Limits
@@ -93,7 +93,7 @@ def parse(out: Path, raw: RawTrees, params: ParseParams) -> Counts:
                 break
         intake.merge_versions()
         intake.finish(dump)
-    intake.refuse_if_bad(params.max_bad, dump)
+    intake.refuse_if_bad(params.max_bad_fraction, dump)
     return {**intake.counts(dump, layout.unknown), "naive_dates": layout.naive_dates}
 
 
@@ -124,7 +124,7 @@ class _Intake:
         self._late: dict[Place, list[Bad]] = {}  # rejected, but the line is not at hand any more
         self._out: tuple[int, int] | None = None  # trees and messages, once settled
         self._named: list[str] = []
-        self._do = "Mend the file, copy or download it again, or raise parse.max_bad"
+        self._do = "Mend the file, copy or download it again, or raise parse.max_bad_fraction"
         self._books: Counter[str] = Counter()
 
     def __enter__(self) -> Self:

@@ -51,11 +51,11 @@ def refer(out: Path, contests: Contests, model: Model, params: ReferParams, run:
     split, replies = split_of(contests, None), replies_of(contests, None)
     device = device_of(run.device)
     loaded = load_model(model.path).to(device)
-    at_once = run.micro_batch if isinstance(run.micro_batch, int) else max(1, AT_ONCE // split.block)
+    at_once = run.micro_batch if isinstance(run.micro_batch, int) else max(1, AT_ONCE // split.sequence_length)
     with at_work(device, run.threads, loaded.config.n_embd):
         logps = None
         while logps is None:
-            told = f"{at_once} sequences of {split.block:,} tokens at once"
+            told = f"{at_once} sequences of {split.sequence_length:,} tokens at once"
             try:
                 with shortage_named(told, device, "Set refer.micro_batch to auto, or to less"):
                     logps = all_logps(loaded, split, replies, at_once, device, half=params.precision == "bfloat16")

@@ -57,9 +57,9 @@ class StartParams(Params):
 class TrainParams(TuningParams, StartParams):
     """Settings of the train step. The defaults suit fine-tuning gpt2-medium."""
 
-    siblings: Literal["each", "shared"] = "each"
+    reply_weighting: Literal["each", "shared"] = "each"
     """What replies to one prompt weigh in the loss: each 1, or all of them 1 together, so that prompts count alike however many replies they have. The validation loss weighs nothing."""  # noqa: E501
-    rank_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0
+    rank_weight_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0
     """What a reply weighs in the loss against the one that people ranked just above it. 1: ranks do not count. An unranked reply weighs as much as the best."""  # noqa: E501
 
     @model_validator(mode="after")
@@ -71,7 +71,7 @@ class TrainParams(TuningParams, StartParams):
         if self.start == SCRATCH and self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.start == SCRATCH and self.keeps_table():
-            raise ValueError("start = scratch has random weights: with frozen or lora_rank, they would stay so")
+            raise ValueError("start = scratch has random weights: with freeze_layers or lora_rank, they would stay so")
         return self
 
     def idle(self) -> set[str]:
@@ -151,7 +151,7 @@ def worth_of(tokens: Tokens, params: TrainParams) -> LossWeights | None:
 
     from tasks.gpt.loss_weights import UNRANKED, LossWeights, weights_of
 
-    if params.siblings == "each" and params.rank_decay == 1:
+    if params.reply_weighting == "each" and params.rank_weight_decay == 1:
         return None
     index = tokens.index()
     if "rank" not in index.collect_schema():
@@ -165,7 +165,7 @@ def worth_of(tokens: Tokens, params: TrainParams) -> LossWeights | None:
     sequence, start, stop, trained, prompt, rank = (
         column.to_numpy().astype(np.int64) for column in rows.select(names).collect()
     )
-    weight = weights_of(prompt, rank, params.rank_decay, params.siblings == "shared")
+    weight = weights_of(prompt, rank, params.rank_weight_decay, params.reply_weighting == "shared")
     return LossWeights(sequence - first, start, stop, trained, weight)
 
 
@@ -185,7 +185,7 @@ def start_of(params: TrainParams, folder: Path | None, encoding: Encoding) -> di
             layers=params.layers,
             heads=params.heads,
             width=params.width,
-            positions=encoding.block,
+            positions=encoding.context_length,
             vocab_size=encoding.vocab_size,
             seed=params.seed,
         )
@@ -221,8 +221,8 @@ def refuse_unfit(spec: dict[str, Any], train: Split, val: Split) -> None:
     if longest > spec["positions"]:
         raise ParameterError(
             f"the longest conversation has {longest:,} tokens, the model {spec['positions']:,} positions",
-            "encode.block",
-            f"Set encode.block to {spec['positions']} or less",
+            "encode.context_length",
+            f"Set encode.context_length to {spec['positions']} or less",
             "param.positions",
         )
 

@@ -46,15 +46,15 @@ class TuningParams(Params):
     """Seed of the initial weights, of the order of the data and of dropout."""
     epochs: Annotated[float, Field(gt=0, le=10_000)] = 3.0
     """How often the data is gone through; a fraction ends in the middle."""
-    targets: Annotated[int, Field(ge=1)] | None = None
+    target_tokens: Annotated[int, Field(ge=1)] | None = None
     """Targets of the loss to train on in all, in place of epochs: what layouts are compared at. None: epochs."""
     batch_tokens: Count = 32_768
     """Tokens of an optimizer step, padding included; at least one sequence is taken."""
     lr: Annotated[float, Field(gt=0)] = 3e-5
     """Highest learning rate. From scratch, 1e-3 to 3e-3 is usual."""
-    min_lr_share: Share = 0.1
+    min_lr_ratio: Share = 0.1
     """Learning rate of the last step, as a share of the highest; a cosine leads there."""
-    warmup_share: Share = 0.03
+    warmup_ratio: Share = 0.03
     """Share of the steps in which the learning rate rises to its highest."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decay of weight matrices and embeddings, per update and unit of learning rate."""
@@ -62,11 +62,11 @@ class TuningParams(Params):
     """AdamW: decay of the running mean of the gradient."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """AdamW: decay of the running mean of the squared gradient."""
-    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Longest gradient; a longer one is shortened to it. None: as it is."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of numbers dropped after embeddings, attention and both halves of a block."""
-    frozen: Annotated[int, Field(ge=0, le=1_000)] = 0
+    freeze_layers: Annotated[int, Field(ge=0, le=1_000)] = 0
     """Lowest blocks that stay as they are, with the embeddings and a head that shares their table, and adapters beside these blocks. 0: everything is trained. Tokens that were added for the chat template are then never learnt."""  # noqa: E501
     lora_rank: Annotated[int, Field(ge=0, le=1_024)] = 0
     """Rank of LoRA adapters beside every matrix of the blocks: they alone are trained, then merged, and kept apart as adapter.tar, too. 0: none, all weights are trained. They want ten times the learning rate."""  # noqa: E501
@@ -86,11 +86,11 @@ class TuningParams(Params):
     def idle(self) -> set[str]:
         """Return the settings that have no say beside the others."""
         found = set() if self.lora_rank else {"lora_alpha", "lora_dropout"}
-        return found if self.targets is None else found | {"epochs"}
+        return found if self.target_tokens is None else found | {"epochs"}
 
     def keeps_table(self) -> bool:
         """Tell whether the token table stays as it is."""
-        return self.frozen > 0 or self.lora_rank > 0
+        return self.freeze_layers > 0 or self.lora_rank > 0
 
     def settings(self, length: int, supervised: int) -> Settings:
         """Return them as the training loop takes them.
@@ -102,8 +102,8 @@ class TuningParams(Params):
         from tasks.gpt.training_run import Settings
 
         chosen = self.model_dump()
-        if self.targets is not None:
-            chosen["epochs"] = self.targets / max(1, supervised)
+        if self.target_tokens is not None:
+            chosen["epochs"] = self.target_tokens / max(1, supervised)
         sequences = max(1, self.batch_tokens // length)
         return Settings(sequences=sequences, **{f.name: chosen[f.name] for f in fields(Settings) if f.name in chosen})
 
@@ -115,7 +115,7 @@ class TuningRuntime(Runtime):
     """Where to train; auto takes a GPU where there is one."""
     micro_batch: MicroBatch = None
     """Sequences that go through the model at once; lower it where memory runs out. None: as many as hold 8,192 tokens; auto: of these, as many as fit into the memory that is free."""  # noqa: E501
-    recompute: bool | Literal["auto"] = "auto"
+    activation_checkpointing: bool | Literal["auto"] = "auto"
     """Keep only what enters each block and compute the block again on the way back: far less memory for a quarter to a third more time, the same gradients. auto: where memory would run out."""  # noqa: E501
     compile: bool = False
     """Compile the model; pays on a GPU, in runs longer than a few minutes."""
@@ -129,7 +129,7 @@ class TuningRuntime(Runtime):
     """Seconds between checkpoints, from which a killed run goes on; more where saving is slow. 0: after each step."""
     keep_checkpoints: Count = 2
     """Checkpoints kept. With one, a disk that spoils it costs the run so far. The best weights are in each."""
-    processes: Count | Literal["auto"] = 1
+    num_processes: Count | Literal["auto"] = 1
     """Processes that train together, each on a GPU of its own; auto: one a GPU. On the CPU, one is best. Those of torchrun, where it started this one; on several machines, only it can."""  # noqa: E501
     sharding: Literal["auto", "none", "full"] = "auto"
     """With many processes, whether each holds the whole model (none) or a part of it (full), which takes less memory and more talk. auto: full where the whole would fill half a GPU. full and ema_decay exclude each other; with ema_decay, auto means none."""  # noqa: E501
@@ -174,9 +174,11 @@ def tune(
     world, interrupt = current_group(), Interrupt()
     world.heartbeat()  # the weights are there
     adapters = _set_up(model, params)
-    settings, block = params.settings(splits[0].block, splits[0].supervised()), splits[0].block
+    settings, block = params.settings(splits[0].sequence_length, splits[0].supervised()), splits[0].sequence_length
     if world.is_main and block > params.batch_tokens:
-        what = "train: a step takes a whole sequence, %s tokens, more than batch_tokens = %s; lower encode.pack to that"
+        what = (
+            "train: a step takes a whole sequence, %s tokens: more than batch_tokens = %s; lower encode.sequence_length"
+        )
         log.warning(what, f"{block:,}", f"{params.batch_tokens:,}")
     device = world.device(device_of(run.device))
     first = world.broadcast(noted(workplace / CHECKPOINTS).get("way", {}) if world.is_main else None)
@@ -206,7 +208,7 @@ def _set_up(model: GPT2LMHeadModel, params: TuningParams) -> PeftModel | None:
     set_dropout(model, params.dropout)
     how = params.lora_rank, params.lora_alpha, params.lora_dropout
     adapters = lora.attach(model, *how, params.seed) if params.lora_rank else None
-    freeze(model, params.frozen)
+    freeze(model, params.freeze_layers)
     return adapters
 
 
@@ -221,10 +223,12 @@ def as_begun(run: TuningRuntime, first: Mapping[str, Any], size: int) -> TuningR
     kept: dict[str, Any] = {}
     if run.threads is None and 0 < first.get("threads", 0) <= (os.cpu_count() or 1):
         kept["threads"] = first["threads"]
-    if run.sharding == "auto" and first.get("processes") == size:
+    if run.sharding == "auto" and first.get("num_processes") == size:
         kept["sharding"] = first["sharding"]
-    if run.recompute == "auto" and first.get("recompute"):  # without, unless memory has become short
-        kept["recompute"] = True
+    if run.activation_checkpointing == "auto" and first.get(
+        "activation_checkpointing"
+    ):  # without, unless memory has become short
+        kept["activation_checkpointing"] = True
     if run.attention == "auto" and first.get("attention") == "sdpa":  # another way, unless it can no longer be gone
         kept["attention"] = "sdpa"
     return run.model_copy(update=kept)
@@ -248,7 +252,7 @@ def _machine(
     from tasks.gpt.run_plan import memory_named, planned
     from tasks.gpt.training_run import Machine
 
-    world, block = current_group(), splits[0].block
+    world, block = current_group(), splits[0].sequence_length
     set_way(model, way_for(run.attention, device, run.compile, params.dropout))
     machine = Machine(
         device,
@@ -261,13 +265,13 @@ def _machine(
         sharded=should_shard(model, device, run.sharding, params.ema_decay is not None, world),
     )
     with memory_named(machine, block):
-        asked = run.micro_batch, time.monotonic, run.recompute
-        size, recompute = planned(model, splits, settings, device, *asked, world, machine.sharded)
+        asked = run.micro_batch, time.monotonic, run.activation_checkpointing
+        size, activation_checkpointing = planned(model, splits, settings, device, *asked, world, machine.sharded)
     if run.micro_batch == "auto":
         size = min(size, first.get("micro_batch", size))
-    if (recompute or params.lora_rank) and device.type == "cpu":
+    if (activation_checkpointing or params.lora_rank) and device.type == "cpu":
         spare_memory()
-    return replace(machine, micro_batch=size, recompute=recompute)
+    return replace(machine, micro_batch=size, activation_checkpointing=activation_checkpointing)
 
 
 def split_of(tokens: Sequences, name: str | None) -> Split:
@@ -296,7 +300,11 @@ def check_same_encoding(model: Model, tokens: Sequences) -> None:
     """Raise an error unless the tokens are in the language of the model."""
     same_words = (model.path / "tokenizer.json").read_bytes() == (tokens.path / "tokenizer.json").read_bytes()
     ours, theirs = (
-        {name: value for name, value in asdict(encoding).items() if name in {"template", "specials", "stop", "block"}}
+        {
+            name: value
+            for name, value in asdict(encoding).items()
+            if name in {"template", "specials", "stop", "context_length"}
+        }
         for encoding in (model.encoding(), tokens.encoding())
     )
     if same_words and ours == theirs:

@@ -24,9 +24,9 @@ from tasks.artifacts import (
     arrow_schema,
     parquet_writer,
 )
-from tasks.curate import LIMITS_OF, ROWS, CurateParams, CurateRuntime, curate
-from tasks.dialogue.language import SEEN
-from tasks.dialogue.record import RULES, Limits
+from tasks.curate import ROWS, CurateParams, CurateRuntime, curate
+from tasks.dialogue.language import MIN_CHARS
+from tasks.dialogue.settings import RULES, FilterSettings
 from tasks.dialogue.split import split_of
 from tasks.errors import InputError, ParameterError, SourceChanged
 from tasks.notices import of_curate
@@ -35,11 +35,11 @@ from tasks.sample.dataset import SAMPLE_NAME, planted, sample_bytes
 from tasks.store.manifest import FileEntry, Manifest
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
-ALL_TRAIN: dict[str, Any] = {"test_share": 0.0, "val_share": 0.0}
+ALL_TRAIN: dict[str, Any] = {"test_fraction": 0.0, "val_fraction": 0.0}
 MODERN = "oasst1_en_validation.trees.jsonl.gz"  # every field
 OLD = "en_100_tree.jsonl"  # an older export: no labels, no detoxify
 AS_PUBLISHED = CurateParams(
-    rules=(), pii="off", require_reply=False, dedupe=False, near_dedupe=False, separate_splits=False
+    rules=(), pii="off", require_reply=False, dedupe=False, near_dedupe=False, drop_cross_split_duplicates=False
 )
 GOOD = {"lang": "en", "tree_state": "ready_for_export", "deleted": False, "synthetic": False, "review_result": True}
 
@@ -269,10 +269,10 @@ def test_a_prompt_of_the_test_split_is_not_trained_on(tmp_path: Path) -> None:
         {"id": test, "text": "hi"},
         {"id": "d", "parent": test},
     ]
-    assert reasons(tmp_path, *rows, test_share=0.4, val_share=0.2) == {
+    assert reasons(tmp_path, *rows, test_fraction=0.4, val_fraction=0.2) == {
         train: ("leak", f"{test} 1.000"), "b": ("parent", train),
     }  # fmt: skip
-    assert reasons(tmp_path, *rows, test_share=0.4, val_share=0.2, separate_splits=False) == {}
+    assert reasons(tmp_path, *rows, test_fraction=0.4, val_fraction=0.2, drop_cross_split_duplicates=False) == {}
 
 
 def test_a_prompt_that_loses_its_only_reply_to_the_test_split_goes_with_it(tmp_path: Path) -> None:
@@ -283,14 +283,14 @@ def test_a_prompt_that_loses_its_only_reply_to_the_test_split_goes_with_it(tmp_p
         {"id": test},
         {"id": "d", "parent": test, "text": "Long"},
     ]
-    found = reasons(tmp_path, *rows, test_share=0.4, val_share=0.2, copy_chars=4, near_dedupe=False)
+    found = reasons(tmp_path, *rows, test_fraction=0.4, val_fraction=0.2, dedupe_min_chars=4, near_dedupe=False)
     assert found == {train: ("no_reply", "no reply below"), "b": ("leak", "d 1.000")}
 
 
 def test_a_prompt_without_replies_takes_nothing_from_another_split(tmp_path: Path) -> None:
     test, train = two_splits()
     rows = [{"id": train, "text": "Hi"}, {"id": "b", "parent": train}, {"id": test, "text": "Hi"}]
-    assert reasons(tmp_path, *rows, test_share=0.4, val_share=0.2) == {test: ("no_reply", "no reply below")}
+    assert reasons(tmp_path, *rows, test_fraction=0.4, val_fraction=0.2) == {test: ("no_reply", "no reply below")}
 
 
 def test_nothing_left_is_an_error_that_says_what_took_it(tmp_path: Path) -> None:
@@ -302,14 +302,14 @@ def test_nothing_left_is_an_error_that_says_what_took_it(tmp_path: Path) -> None
     with pytest.raises(InputError, match="there were none"):
         reasons(tmp_path)
     german = "Alle Menschen sind frei und gleich an Würde und Rechten geboren. " * 2
-    with pytest.raises(InputError, match=r"--set curate\.text_language_from="):
+    with pytest.raises(InputError, match=r"--set curate\.min_language_confidence="):
         reasons(tmp_path, *chain("a", "b", b={"text": german}))
 
 
 def test_nothing_left_to_train_on_is_said_with_what_took_it(tmp_path: Path) -> None:
     test, train = two_splits()
     rows = [*chain(train, "b"), {"id": test, "text": train}, {"id": "d", "parent": test}]
-    params = CurateParams(test_share=0.4, val_share=0.2)
+    params = CurateParams(test_fraction=0.4, val_fraction=0.2)
     _, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", params)
     said = {notice.code: str(notice) for notice in of_curate(counts, params)}
     assert "(train 0, val 0, test 1; dropped by leak 1)" in said["curate.train"]
@@ -332,9 +332,9 @@ def test_a_near_duplicate_names_its_twin_and_the_similarity_and_can_be_allowed(t
         {"id": "d", "parent": "c", "text": f"{ESSAY} indeed"},
     ]  # fmt: skip
     wanted = {"c": ("no_reply", "no reply below"), "d": ("near_duplicate", "b 0.950")}
-    assert reasons(tmp_path, *rows, copy_chars=50) == wanted
-    assert reasons(tmp_path, *rows, copy_chars=50, near_threshold=0.96) == {}
-    assert reasons(tmp_path, *rows, copy_chars=50, near_dedupe=False) == {}
+    assert reasons(tmp_path, *rows, dedupe_min_chars=50) == wanted
+    assert reasons(tmp_path, *rows, dedupe_min_chars=50, jaccard_threshold=0.96) == {}
+    assert reasons(tmp_path, *rows, dedupe_min_chars=50, near_dedupe=False) == {}
     assert reasons(tmp_path, *rows) == {}
 
 
@@ -342,7 +342,10 @@ def test_first_prompts_repeat_within_a_split_only_where_that_is_wanted(tmp_path:
     rows = [{"id": "a", "text": ESSAY}, {"id": "b", "parent": "a"}, {"id": "c", "text": ESSAY.upper()}]
     rows += [{"id": "d", "parent": "c"}]
     assert reasons(tmp_path, *rows) == {}
-    assert reasons(tmp_path, *rows, repeat_prompts=False) == {"c": ("near_duplicate", "a 1.000"), "d": ("parent", "c")}
+    assert reasons(tmp_path, *rows, keep_duplicate_prompts=False) == {
+        "c": ("near_duplicate", "a 1.000"),
+        "d": ("parent", "c"),
+    }
 
 
 def essay(*words: int) -> str:
@@ -358,7 +361,7 @@ def test_as_data_grows_no_tree_moves_the_test_split_only_grows_and_nothing_is_sh
     rows: list[dict[str, Any]] = []
     before: dict[str, str] = {}
     examined: set[str] = set()
-    params = CurateParams(test_share=0.3, val_share=0.3, copy_chars=20)
+    params = CurateParams(test_fraction=0.3, val_fraction=0.3, dedupe_min_chars=20)
     for number, (words, of_prompt, rank) in enumerate([((1, 9, 20), False, 0), *drawn]):
         rows.append({"id": f"p{number}", "text": essay(*words) if of_prompt else f"prompt {number}"})
         rows.append({"id": f"r{number}", "parent": f"p{number}", "rank": rank})
@@ -385,7 +388,7 @@ def test_however_many_prompts_are_alike_no_two_splits_hold_any(tmp_path: Path, s
     rows: list[dict[str, Any]] = []
     for number, text in enumerate(alike(1_500)):
         rows += [{"id": f"q{number}", "text": text}, {"id": f"r{number}", "parent": f"q{number}"}]
-    params = CurateParams(test_share=share, val_share=share)
+    params = CurateParams(test_fraction=share, val_fraction=share)
     made, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", params)
     splits = made.scan().filter(pl.col("parent_id").is_null()).collect()["split"].to_list()
     assert splits == ["test"] * sum(split_of(f"q{number}", share, share) == "test" for number in range(1_500))
@@ -398,7 +401,7 @@ def test_what_separating_misses_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     rows += [{"id": "d", "parent": test}]
     monkeypatch.setattr("tasks.deduplicate.leaks", lambda *given: {})
     monkeypatch.setattr("tasks.deduplicate.shared", lambda *given: set())
-    _, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", CurateParams(test_share=0.4))
+    _, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", CurateParams(test_fraction=0.4))
     assert counts["shared_across_splits"]["kept"]["near"] == 1
 
 
@@ -421,7 +424,7 @@ def test_a_better_twin_that_leaks_does_not_take_its_twin_with_it(tmp_path: Path)
         {"id": train, "text": essay(29)}, {"id": "better", "parent": train, "text": essay(3, 9, 20), "rank": 0},
         {"id": other}, {"id": "twin", "parent": other, "text": f"{essay(3, 9, 20)} more", "rank": 1},
     ]  # fmt: skip
-    found = reasons(tmp_path, *rows, test_share=0.4, val_share=0.2, copy_chars=20)
+    found = reasons(tmp_path, *rows, test_fraction=0.4, val_fraction=0.2, dedupe_min_chars=20)
     assert found == {train: ("leak", f"{test} 0.931"), "better": ("parent", train)}
 
 
@@ -431,7 +434,7 @@ def test_a_copy_of_what_goes_for_a_near_copy_names_the_one_that_stays(tmp_path: 
         {"id": "c", "text": "hi"}, {"id": "d", "parent": "c", "text": ESSAY, "rank": 1},
         {"id": "e"}, {"id": "f", "parent": "e", "text": f"{ESSAY} indeed", "rank": 0},
     ]  # fmt: skip
-    found = reasons(tmp_path, *rows, copy_chars=50)
+    found = reasons(tmp_path, *rows, dedupe_min_chars=50)
     assert found["b"] == found["d"] == ("near_duplicate", "f 0.950")
 
 
@@ -467,15 +470,15 @@ def forests(draw: st.DrawFn) -> list[dict[str, Any]]:
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(forests(), st.sampled_from([(), ("empty",), RULES]), st.booleans())
+@given(forests(), st.sampled_from([(), ("empty",), tuple(RULES)]), st.booleans())
 def test_whatever_the_trees_nothing_is_lost_and_nobody_outlives_an_ancestor(
     tmp_path: Path, rows: list[dict[str, Any]], rules: Any, on: bool
 ) -> None:
     rows.append({"id": "kept", "text": "kept"})  # so that something is left
     rows.append({"id": "reply", "parent": "kept"})
     messages = messages_of(tmp_path / "in", *rows)
-    params = CurateParams(rules=rules, require_reply=on, dedupe=on, near_dedupe=on, test_share=0.3, val_share=0.3,
-                          copy_chars=1, repeat_prompts=on)  # fmt: skip
+    params = CurateParams(rules=rules, require_reply=on, dedupe=on, near_dedupe=on, test_fraction=0.3, val_fraction=0.3,
+                          dedupe_min_chars=1, keep_duplicate_prompts=on)  # fmt: skip
     made, counts = curated(messages, tmp_path / "out", params)
     assert_whole(messages, made, counts)
     kept, dropped = made.scan().collect(), made.dropped().collect()
@@ -514,12 +517,6 @@ def test_personal_data_are_not_dropped_without_the_rule_that_drops_them() -> Non
         CurateParams(pii="drop", rules=("empty",))
 
 
-def test_a_language_is_not_asked_of_more_characters_than_are_looked_at() -> None:
-    assert CurateParams(text_language_chars=SEEN).text_language_chars == SEEN
-    with pytest.raises(ValueError, match=f"less than or equal to {SEEN}"):
-        CurateParams(text_language_chars=SEEN + 1)
-
-
 def test_texts_that_differ_only_in_what_is_masked_are_copies_and_dropped_ones_stay_as_published(tmp_path: Path) -> None:
     rows = [*chain("a", "b", b={"text": MAIL}), {"id": "c", "parent": "a", "text": MAIL.replace("jane.doe", "joe")}]
     made, counts = curated(messages_of(tmp_path / "in", *rows), tmp_path / "out", CurateParams(**ALL_TRAIN))
@@ -531,7 +528,7 @@ def test_a_text_in_another_language_than_its_tag_is_dropped_with_what_was_found(
     german = "Alle Menschen sind frei und gleich an Würde und Rechten geboren. " * 2
     rows = [*chain("a", "b", b={"text": german}), {"id": "c", "parent": "a"}]
     assert reasons(tmp_path, *rows) == {"b": ("text_language", "0.99 of the text is de, tagged en")}
-    assert reasons(tmp_path, *rows, text_language_chars=1_000) == {}
+    assert reasons(tmp_path, *chain("a", "b", b={"text": german[: MIN_CHARS - 1]})) == {}
 
 
 def test_code_and_quotations_are_no_reason_to_drop_a_text_of_its_tags_language(tmp_path: Path) -> None:
@@ -565,7 +562,9 @@ def test_planted_evaluation_prompts_are_found_in_full(opened: Open, tmp_path: Pa
     rows = messages.scan().select("message_id", "role", "text").collect()
     prompts = rows.filter(role="prompter").sample(60, seed=3)["text"].to_list()  # long ones and short ones
     plain, _ = curated(messages, tmp_path / "plain", CurateParams(rules=("contaminated",)))
-    made, counts = curated(messages, tmp_path / "out", CurateParams(rules=("contaminated",), panel=tuple(prompts)))
+    made, counts = curated(
+        messages, tmp_path / "out", CurateParams(rules=("contaminated",), sample_prompts=tuple(prompts))
+    )
     planted = rows.filter(pl.col("text").is_in(prompts))
     found = made.dropped().filter(reason="contaminated").collect()
     assert set(planted["message_id"]) <= set(found["message_id"])
@@ -600,10 +599,12 @@ def test_facts_that_are_asked_for_are_counted_and_dropped_only_where_that_is_ask
     france = {"a": {"text": "What is the capital of France?"}, "b": {"text": "Paris."}}
     rows = [*chain("a", "b", **france), *chain("c", "d")]
     messages = messages_of(tmp_path / "in", *rows)
-    made, counts = curated(messages, tmp_path / "out", CurateParams(**ALL_TRAIN, facts=("capital",)))
+    made, counts = curated(messages, tmp_path / "out", CurateParams(**ALL_TRAIN, fact_families=("capital",)))
     assert counts["facts"] == {"asked": 197, "told_in_train": 1}
     assert not made.dropped().collect().height
-    made, counts = curated(messages, tmp_path / "out", CurateParams(**ALL_TRAIN, facts=("capital",), drop_facts=True))
+    made, counts = curated(
+        messages, tmp_path / "out", CurateParams(**ALL_TRAIN, fact_families=("capital",), drop_facts=True)
+    )
     assert counts["facts"]["told_in_train"] == 0
     assert made.dropped().select("message_id", "reason", "evidence").collect().rows() == [
         ("a", "no_reply", "no reply below"), ("b", "fact", "capital of France"),
@@ -642,30 +643,42 @@ def test_no_personal_data_stand_in_what_a_report_shows_of_any_rule(tmp_path: Pat
 
 def test_settings_that_leave_nothing_to_train_on_are_refused() -> None:
     with pytest.raises(ValidationError, match="nothing to train on"):
-        CurateParams(test_share=0.5, val_share=0.5)
-    with pytest.raises(ValidationError, match="quality_below"):
-        CurateParams(quality_below=1.5)
-    with pytest.raises(ValidationError, match="rules"):
-        CurateParams(rules=("spamm",))  # type: ignore[arg-type]
+        CurateParams(test_fraction=0.5, val_fraction=0.5)
+    with pytest.raises(ValidationError, match=r"label_limits\.quality"):
+        CurateParams(label_limits={"quality": 1.5})
+    with pytest.raises(ValidationError, match="there is no rule 'spamm'; did you mean spam"):
+        CurateParams(rules=("spamm",))
+    with pytest.raises(ValidationError, match="there is no label limit 'top_k'; known are spam, "):
+        CurateParams(label_limits={"top_k": 0.5})
 
 
 @pytest.mark.parametrize(
     ("rule", "limit"),
-    [("quality", {"quality_below": 0.9}), ("top_k", {"top_k": 2}), ("contaminated", {"overlap_words": 8})],
+    [
+        ("quality", {"label_limits": {"quality": 0.9}}),
+        ("top_k", {"top_k": 2}),
+        ("contaminated", {"contamination_ngram": 8}),
+    ],
 )
 def test_a_limit_of_a_rule_that_is_left_out_is_refused(rule: str, limit: dict[str, Any]) -> None:
     others = tuple(name for name in RULES if name != rule)
-    with pytest.raises(ValidationError, match=f'{next(iter(limit))} needs the rule "{rule}", which rules leaves out'):
+    with pytest.raises(ValidationError, match=f'{next(iter(limit))}.* needs the rule "{rule}", which rules leaves out'):
         CurateParams(rules=others, **limit)
-    CurateParams(rules=(rule,), **limit)  # type: ignore[arg-type]
+    CurateParams(rules=(rule,), **limit)
     CurateParams.model_validate(CurateParams(rules=others).model_dump())  # as a form sends it, all defaults spelled out
 
 
 def test_every_rule_with_a_limit_names_its_settings() -> None:
     """What is in no list is a rule without a limit, or a setting of no rule."""
-    listed = [name for names in LIMITS_OF.values() for name in names]
-    assert {*listed} <= set(CurateParams.model_fields)
-    assert {*Limits.model_fields} - {*listed} == {"rules", "pii", "drop_facts"}
+    listed = {name for rule in RULES.values() for name in rule.settings}
+    assert listed <= set(CurateParams.model_fields)
+    assert {*FilterSettings.model_fields} - listed == {"rules", "label_limits", "pii", "drop_facts"}
+
+
+def test_a_label_limit_changes_only_what_it_names() -> None:
+    changed = CurateParams(label_limits={"quality": 0.5}).label_limits
+    assert changed == {**CurateParams().label_limits, "quality": 0.5}
+    assert CurateParams(label_limits=changed).keyed() == CurateParams(label_limits={"quality": 0.5}).keyed()
 
 
 def test_every_setting_is_described_for_the_form() -> None:

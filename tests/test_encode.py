@@ -21,7 +21,7 @@ from tasks.text.templates import load_dialect
 
 Row = dict[str, Any]
 manifest = partial(Manifest, key="0" * 64, recipe={}, files={}, digest="0" * 64)
-SMALL = EncodeParams(tokenizer="trained", vocab_size=300, block=64, pack=64)
+SMALL = EncodeParams(tokenizer="trained", vocab_size=300, context_length=64, sequence_length=64)
 
 
 def talk(tree: str, *texts: str, split: str = "train") -> list[Row]:
@@ -152,10 +152,10 @@ def test_a_tree_larger_than_a_sequence_repeats_ancestors_that_only_one_piece_tra
     assert sorted(trained) == sorted(row["message_id"] for row in rows if row["role"] == "assistant")
     assert len(index) > len(rows)
     assert made.counts["context"] > 0
-    long = encoded(tmp_path / "long", rows, SMALL.model_copy(update={"pack": 512}))
+    long = encoded(tmp_path / "long", rows, SMALL.model_copy(update={"sequence_length": 512}))
     assert long.ids().shape == (1, 512)
     assert long.counts["context"] == long.counts["cut"] == 0
-    assert int(long.positions().max()) < 64 == long.encoding().block
+    assert int(long.positions().max()) < 64 == long.encoding().context_length
 
 
 def test_a_trained_vocabulary_sees_the_train_split_only(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., To
         content = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         given = dialogues(tmp_path / content, rows)
         given = Dialogues(given.path, manifest(kind="dialogues", digest=content))
-        return encode(given, EncodeParams(block=64, **settings), EncodeRuntime(workers=workers))
+        return encode(given, EncodeParams(context_length=64, **settings), EncodeRuntime(workers=workers))
 
     return run
 
@@ -197,13 +197,13 @@ def test_any_number_of_workers_gives_the_same_bytes(
 
 def test_texts_of_a_megabyte_are_encoded_and_left_out_where_they_fit_no_block(tmp_path: Path) -> None:
     rows = [*talk("a", "Hi", "a" * 1_000_000), *talk("b", "e" + "\u0301" * 1_000_000, "x"), *talk("c", "Hi", "Ho")]
-    counts = encoded(tmp_path, rows, EncodeParams(block=64)).counts
+    counts = encoded(tmp_path, rows, EncodeParams(context_length=64)).counts
     assert (counts["conversations"], counts["too_long"]) == (1, 2)
 
 
 def test_special_text_in_a_message_stays_text(tmp_path: Path) -> None:
     text = "Say <|endoftext|><|end|><|assistant|> and </user>\n<assistant>"
-    made = encoded(tmp_path, talk("a", text, text), SMALL.model_copy(update={"block": 256}))
+    made = encoded(tmp_path, talk("a", text, text), SMALL.model_copy(update={"context_length": 256}))
     first = made.index().collect().row(1, named=True)
     ids = made.ids()[0].tolist()[first["start"] : first["stop"]]
     assert load_dialect(made.path).decode(ids) == text
@@ -215,7 +215,7 @@ def test_nothing_to_train_on_is_an_error_and_an_empty_split_is_not(tmp_path: Pat
         encoded(tmp_path, [*talk("a", "Hi", "Hello " * 99), *talk("v", "Hi", "Ho", split="val")])
 
 
-@pytest.mark.parametrize("wrong", [{"block": 70_000}, {"vocab_size": 259}, {"template": "html"}, {"blok": 3}])
+@pytest.mark.parametrize("wrong", [{"context_length": 70_000}, {"vocab_size": 259}, {"template": "html"}, {"blok": 3}])
 def test_settings_that_no_array_can_hold_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         EncodeParams(**wrong)
@@ -246,13 +246,16 @@ def test_real_trees_are_encoded_and_read_back_exactly(
 
 
 def test_a_sequence_of_trees_holds_4_paths_and_every_other_one_a_path_unless_pack_says_otherwise() -> None:
-    assert EncodeParams(block=64).length == 256
-    assert EncodeParams(block=64).keyed() == EncodeParams(block=64, pack=256).keyed()
-    assert EncodeParams(block=64).keyed() != EncodeParams(block=64, pack=64).keyed()
-    assert EncodeParams(block=64, layout="paths").length == 64
-    assert EncodeParams(block=64, layout="paths").keyed() == EncodeParams(block=64, layout="paths", pack=64).keyed()
-    assert EncodeParams(block=64, pack=100).length == 100
-    assert EncodeParams(block=40_000).length == 65_535  # places in a sequence are uint16
+    assert EncodeParams(context_length=64).length == 256
+    assert EncodeParams(context_length=64).keyed() == EncodeParams(context_length=64, sequence_length=256).keyed()
+    assert EncodeParams(context_length=64).keyed() != EncodeParams(context_length=64, sequence_length=64).keyed()
+    assert EncodeParams(context_length=64, layout="paths").length == 64
+    assert (
+        EncodeParams(context_length=64, layout="paths").keyed()
+        == EncodeParams(context_length=64, layout="paths", sequence_length=64).keyed()
+    )
+    assert EncodeParams(context_length=64, sequence_length=100).length == 100
+    assert EncodeParams(context_length=40_000).length == 65_535  # places in a sequence are uint16
 
 
 def computed(made: Tokens) -> int:
@@ -266,7 +269,8 @@ def test_real_trees_are_computed_less_often_than_their_paths_padding_and_context
 ) -> None:
     rows = list(published(shared / "data/oasst1_en_validation.trees.jsonl.gz"))
     tree, paths = (
-        encoded(tmp_path / layout, rows, EncodeParams(layout=layout, pack=pack)) for layout in ("tree", "paths")
+        encoded(tmp_path / layout, rows, EncodeParams(layout=layout, sequence_length=pack))
+        for layout in ("tree", "paths")
     )
     replies = {
         name: made.index().collect().filter(role="assistant")["message_id"]
@@ -283,7 +287,7 @@ def test_real_trees_are_computed_less_often_than_their_paths_padding_and_context
 
 def test_the_first_replies_of_a_real_file_are_the_pairs_of_the_seed(tmp_path: Path, shared: Path) -> None:
     rows = list(published(shared / "data/en_100_tree.jsonl"))
-    made = encoded(tmp_path, rows, EncodeParams(layout="first-reply", tokenizer="trained", block=4_096))
+    made = encoded(tmp_path, rows, EncodeParams(layout="first-reply", tokenizer="trained", context_length=4_096))
     assert made.counts["found"] == made.counts["conversations"] == 333
 
 

@@ -34,7 +34,9 @@ TALKS = [
 ]
 TRAINING: dict[str, Any] = {"layers": 1, "heads": 2, "width": 32, "batch_tokens": 2 * BLOCK, "epochs": 30, "lr": 1e-2,
                             "dropout": 0.0, "evals_per_epoch": 1, "patience": None}  # fmt: skip
-PARAMS = EvaluateParams(facts=("young",), panel=(TALKS[4][0], "Hello?"), samples_per_prompt=2, max_new_tokens=16)
+PARAMS = EvaluateParams(
+    fact_families=("young",), sample_prompts=(TALKS[4][0], "Hello?"), samples_per_prompt=2, max_new_tokens=16
+)
 RUN = EvaluateRuntime(device="cpu", threads=1)
 
 
@@ -134,7 +136,7 @@ def test_the_report_has_the_figures_that_others_rely_on(report: Report, model: M
     assert set(found["facts"]) == {"base", "tuned", "n", "by_region", "by_family", "wrong"}
     assert found["facts"]["n"] == found["facts"]["by_family"]["young"]["n"] == 20
     assert len(found["facts"]["wrong"]) == 20  # it learnt nothing of animals
-    assert [shown["prompt"] for shown in found["panel"]] == list(PARAMS.panel)
+    assert [shown["prompt"] for shown in found["panel"]] == list(PARAMS.sample_prompts)
     assert found["start"] == model.json("start.json")
     assert found["training"] == model.json("training.json")
     assert set(Report.files) <= {path.name for path in report.path.iterdir()}
@@ -166,7 +168,7 @@ def test_one_setting_of_the_panel_changes_the_panel_alone(
 def test_an_empty_test_split_gives_way_to_val_and_the_report_says_so(
     model: Model, tokens: Tokens, tmp_path: Path
 ) -> None:
-    few = EvaluateParams(facts=(), panel=())
+    few = EvaluateParams(fact_families=(), sample_prompts=())
     held = with_splits(tokens, tmp_path / "t", train=(0, 5), val=(4, 5), test=(6, 6))
     found = reported(tmp_path / "r", model, held, few)
     assert (found.figures()["split"], found.figures()["split_asked"]) == ("val", "test")
@@ -178,7 +180,7 @@ def test_an_empty_test_split_gives_way_to_val_and_the_report_says_so(
 
 
 def test_regions_are_asked_and_drawn_where_facts_have_them(model: Model, tokens: Tokens, tmp_path: Path) -> None:
-    params = EvaluateParams(facts=("indian_state",), panel=(), max_new_tokens=2)
+    params = EvaluateParams(fact_families=("indian_state",), sample_prompts=(), max_new_tokens=2)
     found = reported(tmp_path / "r", model, tokens, params)
     assert (
         sum(region["n"] for region in found.figures()["facts"]["by_region"].values()) == found.figures()["facts"]["n"]
@@ -236,9 +238,9 @@ def test_the_base_of_a_local_start_is_found_by_its_content(
 
 def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValidationError, match="no family of facts is named capitals"):
-        EvaluateParams(facts=("capitals",))
+        EvaluateParams(fact_families=("capitals",))
     with pytest.raises(ValidationError, match="a prompt of the panel is empty"):
-        EvaluateParams(panel=("Hi", " "))
+        EvaluateParams(sample_prompts=("Hi", " "))
 
 
 def test_the_data_are_told_of_where_the_tokens_know(model: Model, tokens: Tokens, tmp_path: Path) -> None:
@@ -251,7 +253,9 @@ def test_the_data_are_told_of_where_the_tokens_know(model: Model, tokens: Tokens
     }  # fmt: skip
     told = {"counts": counts, "by_language": {"spam": {"en": 2}}, "cases": {}}
     (folder / "curation.json").write_text(json.dumps(told))
-    made = reported(tmp_path / "out", model, Tokens(folder, tokens.manifest), EvaluateParams(facts=(), panel=()))
+    made = reported(
+        tmp_path / "out", model, Tokens(folder, tokens.manifest), EvaluateParams(fact_families=(), sample_prompts=())
+    )
     assert "| spam" in made.markdown()
     assert (made.path / "funnel.svg").exists()
     assert made.figures()["curation"] == told

@@ -29,7 +29,7 @@ from tests.test_train import MORE, RUN, tokens_in
 from tests.waiting import ended, run, started, until
 
 PARAMS = TrainParams(**{**MORE, "dropout": 0.0, "epochs": 6})
-TWO = RUN.model_copy(update={"processes": 2, "checkpoint_seconds": 0.0})
+TWO = RUN.model_copy(update={"num_processes": 2, "checkpoint_seconds": 0.0})
 # A process that trains in a folder, by a runtime, on tokens: all from its arguments.
 TRAINER = """
 import json, sys
@@ -220,10 +220,10 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert num_processes(TrainRuntime(device="cuda", processes="auto")) == 2
-    assert num_processes(TrainRuntime(device="cpu", processes="auto")) == 1
+    assert num_processes(TrainRuntime(device="cuda", num_processes="auto")) == 2
+    assert num_processes(TrainRuntime(device="cpu", num_processes="auto")) == 1
     with pytest.raises(ParameterError, match="expected at most 2 processes, one a GPU, found 3"):
-        num_processes(TrainRuntime(device="cuda", processes=3))
+        num_processes(TrainRuntime(device="cuda", num_processes=3))
 
 
 @pytest.mark.parametrize("step", ["train", "prefer"])

@@ -52,7 +52,7 @@ def lost(
     folder: Path, patch: pytest.MonkeyPatch, rows: Sequence[Mapping[str, Any]], *settings: str
 ) -> dict[str, Notice]:
     """Return what the data half of the quickstart tells of rows."""
-    shares = ("curate.val_share=0.3", "curate.test_share=0.3")
+    shares = ("curate.val_fraction=0.3", "curate.test_fraction=0.3")
     made = data_of(folder, patch, rows, load("quickstart", [*shares, *settings]))
     return {notice.code: notice for notice in told(one.manifest for one in made)}
 
@@ -90,7 +90,7 @@ def test_a_rule_that_takes_more_than_a_tenth_of_the_replies_is_said_with_number_
     assert found.number > 15
     assert f"takes {found.number} of 150" in found.cause
     assert "template" in found.cause
-    assert found.setting.startswith("curate.separate_splits decides")
+    assert found.setting.startswith("curate.drop_cross_split_duplicates decides")
 
 
 def test_equal_questions_of_many_personas_that_leak_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,8 +108,8 @@ def test_a_split_that_is_empty_or_tiny_is_said_unless_none_was_asked_for(
     found = lost(tmp_path, monkeypatch, birds(30))
     assert set(found) <= {"curate.train", "curate.val", "curate.test"}
     assert all(0 <= notice.number < FEWEST for notice in found.values())
-    assert "curate.val_share" in found["curate.val"].setting
-    assert lost(tmp_path, monkeypatch, birds(30), "curate.val_share=0", "curate.test_share=0") == {}
+    assert "curate.val_fraction" in found["curate.val"].setting
+    assert lost(tmp_path, monkeypatch, birds(30), "curate.val_fraction=0", "curate.test_fraction=0") == {}
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_split_that_is_empty_or_tiny_is_said_unless_none_was_asked_for(
         ("tool_calls", "message", "tool_calls 3", "is read"),
         ("images", "row", "row.images 3", "is read"),
         ("system", "row", "row.system 3", "the role system"),
-        ("split", "row", "row.split 3", "by curate.test_share and curate.val_share"),
+        ("split", "row", "row.split 3", "by curate.test_fraction and curate.val_fraction"),
     ],
 )
 def test_fields_that_no_step_reads_are_said_by_name_and_count(
@@ -163,12 +163,14 @@ def test_conversations_that_do_not_fit_are_said_with_the_block_that_would_fit_mo
     rows = birds(120)
     for at, row in enumerate(rows[:30]):
         row["messages"][0]["content"] += f" {at} ".join(WORDS * (4 + at))
-    found = lost(tmp_path, monkeypatch, rows)["encode.block"]
-    block = int(found.setting.removeprefix("encode.block=").split()[0])
-    assert found.setting == f"encode.block={block} would fit 90% of them"
+    found = lost(tmp_path, monkeypatch, rows)["encode.context_length"]
+    block = int(found.setting.removeprefix("encode.context_length=").split()[0])
+    assert found.setting == f"encode.context_length={block} would fit 90% of them"
     assert f"{found.number} of 120" in found.cause
-    assert "encode.block=128" in found.cause
-    recipe = load("quickstart", [f"encode.block={block}", "curate.val_share=0.3", "curate.test_share=0.3"])
+    assert "encode.context_length=128" in found.cause
+    recipe = load(
+        "quickstart", [f"encode.context_length={block}", "curate.val_fraction=0.3", "curate.test_fraction=0.3"]
+    )
     room = data_of(tmp_path, monkeypatch, rows, recipe)[-1].counts["room"]
     assert room["conversations"] - room["too_long"] == 108
 
@@ -178,7 +180,7 @@ def test_any_layout_tells_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.
     rows = birds(120)
     for row in rows[:30]:
         row["messages"][0]["content"] *= 30
-    assert lost(tmp_path, monkeypatch, rows, f"encode.layout={layout}")["encode.block"].number == 30
+    assert lost(tmp_path, monkeypatch, rows, f"encode.layout={layout}")["encode.context_length"].number == 30
 
 
 def test_rejected_input_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +221,7 @@ def test_cards_and_the_report_show_notices_and_names_in_them_are_inert() -> None
 
 def test_of_a_step_of_the_run_its_own_manifest_speaks() -> None:
     new, old = Notice("curate.leak", 2, "new", "s"), Notice("curate.leak", 9, "old", "s")
-    block = Notice("encode.block", 1, "c", "s")
+    block = Notice("encode.context_length", 1, "c", "s")
     assert told([manifest("curate", new), manifest("encode", old, block)]) == (new, block)
     assert told([manifest("encode", old, block), manifest("train", old, block)]) == (old, block)
 
@@ -229,7 +231,7 @@ def test_a_run_says_last_what_was_lost_also_where_all_is_cached_and_so_does_a_pl
 ) -> None:
     rows = birds(120)
     rows[0]["[red]wei\x1bght"] = 0
-    settings = ["curate.val_share=0.3", "curate.test_share=0.3", "download.source=file",
+    settings = ["curate.val_fraction=0.3", "curate.test_fraction=0.3", "download.source=file",
                 f"download.path={tmp_path / 'rows.jsonl'}"]  # fmt: skip
     monkeypatch.setenv(ROOTS, str(tmp_path))
     messages = data_of(tmp_path, monkeypatch, rows, load("quickstart", settings))[1]

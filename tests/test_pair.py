@@ -33,7 +33,7 @@ def paired(folder: Path, rows: list[Row], replies: int = 8, block: int = 256) ->
     dialogues = Dialogues(folder, manifest(kind="dialogues"))
     for name in ("tokens", "contests"):
         (folder / name).mkdir()
-    params = EncodeParams(tokenizer="trained", vocab_size=300, block=block, pack=block)
+    params = EncodeParams(tokenizer="trained", vocab_size=300, context_length=block, sequence_length=block)
     encode.function(folder / "tokens", dialogues, params, EncodeRuntime(workers=1))
     tokens = Tokens(folder / "tokens", manifest(kind="tokens"))
     counts = pair.function(folder / "contests", dialogues, tokens, PairParams(replies=replies))

@@ -47,7 +47,7 @@ NAUGHTY = SHARED / "corpora" / "big-list-of-naughty-strings" / "blns.json"
 needs_data = pytest.mark.skipif(not VALIDATION.exists(), reason="the real trees (shared/data) are not here")
 needs_corpora = pytest.mark.skipif(not NAUGHTY.exists(), reason="the bad input (shared/corpora) is not here")
 MB = 1 << 20
-ALL_BAD = ParseParams(max_bad=1)
+ALL_BAD = ParseParams(max_bad_fraction=1)
 
 Parsed = tuple[Counts, pl.DataFrame, pl.DataFrame]
 
@@ -265,7 +265,7 @@ def test_a_bad_line_is_rejected_wherever_it_stands_and_the_rest_goes_on(
 
 def test_too_many_bad_lines_fail_the_step_and_the_first_are_named(tmp_path: Path) -> None:
     content = lines(*(tree(f"t{n}") for n in range(98))) + b"{\n" + lines({"prompt": 1})
-    parsed(tmp_path, content, ParseParams(max_bad=0.02))
+    parsed(tmp_path, content, ParseParams(max_bad_fraction=0.02))
     with pytest.raises(InputError) as caught:
         parsed(tmp_path, content)
     said = str(caught.value)
@@ -295,7 +295,7 @@ def test_a_file_that_is_one_array_is_told_to_be_written_one_object_a_line(tmp_pa
 )
 def test_a_fault_of_the_stream_fails_the_step_whatever_may_be_bad(tmp_path: Path, content: bytes, code: str) -> None:
     with pytest.raises(InputError) as caught:
-        parsed(tmp_path, content, ParseParams(max_bad=1, max_line_mb=0.001))
+        parsed(tmp_path, content, ParseParams(max_bad_fraction=1, max_line_mb=0.001))
     assert caught.value.code == code
 
 
@@ -512,7 +512,7 @@ def test_it_is_said_when_later_versions_replace_much(tmp_path: Path) -> None:
     counts, *_ = united(tmp_path, *files)
     (said,) = of_parse(counts, ParseParams())
     assert "took the place of 10 of 20 (50.0%) messages" in str(said)
-    assert [*of_parse(counts, ParseParams(max_bad=0.6))] == []
+    assert [*of_parse(counts, ParseParams(max_bad_fraction=0.6))] == []
 
 
 def test_files_are_read_by_name_and_trees_may_come_again_in_another(tmp_path: Path) -> None:
@@ -556,7 +556,7 @@ def test_a_text_of_a_million_characters_comes_through_or_is_named(tmp_path: Path
     content = lines(tree("a", message("b", text=text)), tree("c"))
     _, messages, _ = parsed(tmp_path, content, params)
     assert messages["text"].to_list() == ["text of a", text, "text of c"]
-    _, messages, rejected = parsed(tmp_path, content, ParseParams(max_text_mb=0.5, max_bad=1))
+    _, messages, rejected = parsed(tmp_path, content, ParseParams(max_text_mb=0.5, max_bad_fraction=1))
     assert messages["message_id"].to_list() == ["c"]
     assert rejected["code"].to_list() == ["text.too_long"]
 

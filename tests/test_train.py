@@ -82,8 +82,8 @@ def tokens_in(folder: Path, template: str = "chat", splits: dict[str, tuple[int,
     write_encoding(
         folder,
         Encoding(
-            block=BLOCK,
-            length=BLOCK,
+            context_length=BLOCK,
+            sequence_length=BLOCK,
             vocab_size=vocabulary.size_padded,
             template=template,
             layout="paths",
@@ -174,7 +174,7 @@ def test_the_exported_tokenizer_gives_the_ids_of_training(model: Model, worded: 
     assert tokenizer.convert_tokens_to_ids(list(encoding.specials)) == list(encoding.specials.values())
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (encoding.stop, encoding.pad)
     assert set(encoding.specials.values()) == set(tokenizer.all_special_ids)
-    assert tokenizer.model_max_length == encoding.block
+    assert tokenizer.model_max_length == encoding.context_length
 
 
 def test_the_start_can_be_built_again_from_start_json(model: Model, worded: Tokens) -> None:
@@ -258,7 +258,7 @@ def test_the_key_holds_every_setting_that_has_a_say() -> None:
     scratch = PARAMS.keyed()
     idle = {"folder", "model", "lora_alpha", "lora_dropout"}
     assert set(scratch) == set(TrainParams.model_fields) - idle
-    busy = TrainParams(start="gpt2", lora_rank=8, targets=9).keyed()
+    busy = TrainParams(start="gpt2", lora_rank=8, target_tokens=9).keyed()
     assert {"lora_alpha", "lora_dropout"} <= set(busy)
     assert "epochs" not in busy
     published = HUB.keyed()
@@ -279,7 +279,7 @@ def test_every_setting_is_described() -> None:
         {"start": "model"},
         {"model": "x"},
         {"width": 10, "heads": 4},
-        {"frozen": 1},
+        {"freeze_layers": 1},
         {"lora_rank": 4},
         {"epochs": 0},
         {"lr": -1.0},
@@ -341,18 +341,18 @@ def test_an_error_names_the_messages_of_the_sequences(tokens: Tokens, tmp_path: 
     ("first", "size", "kept"),
     [
         ({}, 1, ("auto", None, "auto", "auto")),
-        ({"threads": 1, "sharding": "full", "processes": 2}, 2, ("full", 1, "auto", "auto")),
-        ({"threads": 1_000, "sharding": "full", "processes": 2}, 1, ("auto", None, "auto", "auto")),
-        ({"recompute": True, "attention": "sdpa"}, 1, ("auto", None, True, "sdpa")),
-        ({"recompute": False, "attention": "flex"}, 1, ("auto", None, "auto", "auto")),
+        ({"threads": 1, "sharding": "full", "num_processes": 2}, 2, ("full", 1, "auto", "auto")),
+        ({"threads": 1_000, "sharding": "full", "num_processes": 2}, 1, ("auto", None, "auto", "auto")),
+        ({"activation_checkpointing": True, "attention": "sdpa"}, 1, ("auto", None, True, "sdpa")),
+        ({"activation_checkpointing": False, "attention": "flex"}, 1, ("auto", None, "auto", "auto")),
     ],
 )
 def test_what_is_left_to_us_is_kept_as_it_was_chosen_at_first_where_it_can_be(
     first: dict[str, Any], size: int, kept: tuple[Any, ...]
 ) -> None:
     found = as_begun(TrainRuntime(), first, size)
-    assert (found.sharding, found.threads, found.recompute, found.attention) == kept
-    asked = TrainRuntime(sharding="none", threads=2, recompute=False, attention="flex")
+    assert (found.sharding, found.threads, found.activation_checkpointing, found.attention) == kept
+    asked = TrainRuntime(sharding="none", threads=2, activation_checkpointing=False, attention="flex")
     assert as_begun(asked, first, size) == asked
 
 
@@ -372,7 +372,10 @@ def test_a_run_goes_on_as_it_chose_at_first_or_says_that_it_cannot(
         trained(cut, tokens, run=every)
     monkeypatch.setattr("tasks.gpt.run_plan.free_memory", lambda device: then)
     train.function(cut, tokens, PARAMS, every)
-    told = "goes on otherwise than it began, so its last digits may differ: micro_batch 2 -> 1, recompute False -> True"
+    told = (
+        "goes on otherwise than it began, so its last digits may differ: micro_batch 2 -> 1, "
+        "activation_checkpointing False -> True"
+    )
     assert (told in caplog.text) is (then < free)
     assert "device" not in caplog.text.partition("train.resume")[2]
     if then >= free:
@@ -471,7 +474,7 @@ def test_tags_that_a_kept_table_has_never_seen_are_warned_of(
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.resize_token_embeddings(tokens.encoding().specials["<|user|>"])
     model.save_pretrained(folder)
-    for params, told in ((PARAMS, False), (PARAMS.model_copy(update={"frozen": 1}), True)):
+    for params, told in ((PARAMS, False), (PARAMS.model_copy(update={"freeze_layers": 1}), True)):
         warn_of_new_words(tokens.encoding(), folder, params)
         assert ("<|user|>" in caplog.text and "encode.template = xml" in caplog.text) is told
 
@@ -481,7 +484,7 @@ def test_a_step_of_less_than_a_sequence_takes_one_and_says_so(
     batch_tokens: int, told: bool, tmp_path: Path, tokens: Tokens, caplog: pytest.LogCaptureFixture
 ) -> None:
     trained(tmp_path / "m", tokens, PARAMS.model_copy(update={"batch_tokens": batch_tokens, "epochs": 0.1}))
-    assert ("96 tokens, more than batch_tokens = 95; lower encode.pack" in caplog.text) is told
+    assert ("96 tokens: more than batch_tokens = 95; lower encode.sequence_length" in caplog.text) is told
 
 
 @pytest.fixture
@@ -580,14 +583,14 @@ def test_the_earlier_model_may_be_gone_if_its_weights_lie_under_an_allowed_root(
 def test_frozen_embeddings_and_blocks_leave_with_the_bytes_that_they_came_with(
     folder: Path, tokens: Tokens, tmp_path: Path
 ) -> None:
-    out = trained(tmp_path / "out", tokens, TrainParams(**MORE, start="folder", folder=str(folder), frozen=1))
+    out = trained(tmp_path / "out", tokens, TrainParams(**MORE, start="folder", folder=str(folder), freeze_layers=1))
     before, after = (load_file(place / "model.safetensors") for place in (folder, out))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"transformer.ln_f.weight", "transformer.ln_f.bias"}
 
 
 def test_targets_take_the_place_of_epochs() -> None:
-    assert TrainParams(targets=900, epochs=7).settings(64, supervised=600).epochs == 1.5
+    assert TrainParams(target_tokens=900, epochs=7).settings(64, supervised=600).epochs == 1.5
     assert TrainParams(epochs=7).settings(64, supervised=600).epochs == 7
 
 
@@ -602,9 +605,9 @@ def test_weights_change_a_run_only_where_they_are_asked_for(tokens: Tokens) -> N
     )  # fmt: skip
     index.write_parquet(tokens.path / "index.parquet")
     assert worth_of(tokens, PARAMS) is None
-    found = worth_of(tokens, PARAMS.model_copy(update={"rank_decay": 0.5}))
+    found = worth_of(tokens, PARAMS.model_copy(update={"rank_weight_decay": 0.5}))
     assert found is not None
     assert found.weight.tolist() == [1, 0.5, 0.25, 1, 1, 0.5]
     index.drop("rank").write_parquet(tokens.path / "index.parquet")
     with pytest.raises(InputError, match=r"train\.rank.*encode"):
-        worth_of(tokens, PARAMS.model_copy(update={"siblings": "shared"}))
+        worth_of(tokens, PARAMS.model_copy(update={"reply_weighting": "shared"}))

@@ -23,7 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tasks.dialogue.near_duplicates import Prints, TextsOf, numbered, pairs
-from tasks.dialogue.record import PROTECTION, CopyLimits, Split
+from tasks.dialogue.settings import PROTECTION, SHINGLE_WORDS, DuplicateSettings, Split
 from tasks.dialogue.tree import holds
 
 Twin = tuple[int, float]  # row of the message that stays, and how similar the two are: 1 for equal texts
@@ -110,7 +110,7 @@ def likeness(
     prints: Prints,
     texts_of: TextsOf,
     kept: Sequence[bool],
-    limits: CopyLimits,
+    limits: DuplicateSettings,
 ) -> Likeness:
     """Compare first prompts and long later ones with each other, and long replies with each other.
 
@@ -124,14 +124,14 @@ def likeness(
     said = np.full(len(messages), -1, dtype=np.int64)
     near: dict[int, list[tuple[int, float]]] = defaultdict(list)
     replies = (messages["role"] == "assistant").to_numpy()
-    compared = (prints.chars >= limits.copy_chars) | (~replies & messages["parent_id"].is_null().to_numpy())
+    compared = (prints.chars >= limits.dedupe_min_chars) | (~replies & messages["parent_id"].is_null().to_numpy())
     compared &= np.array(kept, dtype=np.bool_)
     first, crowded = 0, False
     for side in (False, True):
         rows = np.flatnonzero(compared & (replies == side))
         number, one_of = numbered(prints, rows)
         said[rows] = first + number
-        found = pairs(prints.take(one_of), _places(texts_of, one_of), limits.near_ngram, limits.near_threshold)
+        found = pairs(prints.take(one_of), _places(texts_of, one_of), SHINGLE_WORDS, limits.jaccard_threshold)
         columns = (first + found.left, first + found.right, found.similarity)
         for one, other, similarity in zip(*(column.tolist() for column in columns), strict=True):
             near[one].append((other, similarity))

@@ -20,6 +20,7 @@ SCHEMA = pa.schema([("detected", pa.string()), ("share", pa.float32())])
 
 # CLD2 refuses what is not for interchange: control characters and noncharacters.
 _ODD = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u{fdd0}-\u{fdef}\p{Cn}]"
+MIN_CHARS = 100  # of prose, from which on the language of a text is detected: shorter ones are guesses
 # Tags that name one written language, for those who tag and for CLD2, which is old; Scots, a role that English plays.
 _SAME = {
     "iw": "he", "in": "id", "ji": "yi", "jw": "jv", "tl": "fil", "no": "nb", "nn": "nb", "hr": "sh", "sr": "sh",
@@ -71,7 +72,7 @@ def primary(tag: str) -> str:
     return _SAME.get(found, found)
 
 
-def detect(texts: pa.StringArray, chars: int) -> pa.RecordBatch:
+def detect(texts: pa.StringArray, chars: int = MIN_CHARS) -> pa.RecordBatch:
     """Find the language that most of the prose of each text is in.
 
     Args:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tasks.dialogue.dedupe import Likeness, Twin
 from tasks.dialogue.near_duplicates import Prints, TextsOf, jaccard, ngrams_of
-from tasks.dialogue.record import PROTECTION, CopyLimits, Split
+from tasks.dialogue.settings import PROTECTION, SHINGLE_WORDS, DuplicateSettings, Split
 
 I64 = NDArray[np.int64]
 U64 = NDArray[np.uint64]
@@ -46,7 +46,7 @@ class Compared:
     splits: pl.Series
     prints: Prints
     texts_of: TextsOf
-    limits: CopyLimits
+    limits: DuplicateSettings
 
 
 def crossing(given: Compared, alike: Likeness, kept: Sequence[bool], yielding: Split) -> dict[int, Twin]:
@@ -94,8 +94,8 @@ def _settled(given: Compared, asks: I64, guards: I64) -> dict[int, Twin]:
             large.append((asks[band_asks], guards[band_guards]))
     pairs = np.unique(np.concatenate(small))
     left, right = asks[(pairs >> _HALF).astype(np.int64)], guards[(pairs & _LOW).astype(np.int64)]
-    similarity = jaccard(given.texts_of, given.limits.near_ngram, left, right)
-    for at in np.flatnonzero(similarity >= given.limits.near_threshold).tolist():
+    similarity = jaccard(given.texts_of, SHINGLE_WORDS, left, right)
+    for at in np.flatnonzero(similarity >= given.limits.jaccard_threshold).tolist():
         found.setdefault(int(left[at]), (int(right[at]), float(similarity[at])))
     for crowd, others in large:
         open_still = np.array([row for row in crowd.tolist() if row not in found], dtype=np.int64)
@@ -128,7 +128,7 @@ def _found_in(known: NDArray[np.uint32], keys: NDArray[np.uint32]) -> I64:
 
 def _crowd(given: Compared, asks: I64, guards: I64) -> dict[int, Twin]:
     """Compare asks, in order, with one guard after the other, and each only until one is alike."""
-    ngram, threshold = given.limits.near_ngram, given.limits.near_threshold
+    ngram, threshold = SHINGLE_WORDS, given.limits.jaccard_threshold
     if len(guards) > _MOST:
         similarity = jaccard(given.texts_of, ngram, asks, np.full_like(asks, guards[0]))
         return {row: (int(guards[0]), index) for row, index in zip(asks.tolist(), similarity.tolist(), strict=True)}
@@ -155,7 +155,7 @@ def _crowd(given: Compared, asks: I64, guards: I64) -> dict[int, Twin]:
 
 def _sets(given: Compared, rows: I64) -> tuple[I64 | U64, I64]:
     """Return the sets of n-grams of rows, which stand in order: (S,) hashes, and (rows + 1,) where each one's begin."""
-    hashes, offsets = ngrams_of(given.texts_of(rows), given.limits.near_ngram)
+    hashes, offsets = ngrams_of(given.texts_of(rows), SHINGLE_WORDS)
     owner = np.repeat(np.arange(len(rows)), np.diff(offsets))
     order = np.lexsort((hashes, owner))
     hashes = hashes[order]  # owners stand in order already

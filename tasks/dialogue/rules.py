@@ -1,8 +1,8 @@
-"""The filter rules: each a small function from the limits to what it drops and what it saw.
+"""The filter rules: each a small function from the settings to what it drops and what it saw.
 
-A rule judges one message by its own row and by some facts of its thread (`in_thread`); the last ones (TEXT_RULES) by
-what was read in its text. What is unknown never drops a message: older exports have no labels, and a missing vote is no
-evidence. Descendants of a dropped message are not the rules' business.
+A rule judges one message by its own row and by its thread (`in_thread`); those that read texts, by what was detected in
+A rule judges one message by its own row and by its thread (`in_thread`); those that read texts, by what was detected
+exports have no labels, and a missing vote is no evidence. Descendants of a dropped message are not the rules' business.
 
 Source of the limits: the reference loader of Open-Assistant (states, review, deleted, synthetic), and the recipe that
 this project starts from.
@@ -12,20 +12,14 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import polars as pl
 
-from tasks.dialogue.record import MESSAGE_RULES, Limits, RuleName, Verdicts
+from tasks.dialogue.settings import RULES, FilterSettings, LabelLimit
 from tasks.dialogue.tree import roots
-
-COLUMNS = (
-    "tree_state", "text", "role", "lang", "deleted", "synthetic", "review_result", "label_spam", "label_lang_mismatch",
-    "label_pii", "label_not_appropriate", "label_hate_speech", "label_sexual_content", "label_quality",
-    "detoxify_toxicity",
-    "rank",
-)  # fmt: skip
+from tasks.dialogue.verdicts import Verdicts
 
 # A character that a reader sees. Default-ignorable ones (zero-width space, joiners, BOM, Hangul filler) are not.
 _VISIBLE = r"[^\s\p{Default_Ignorable_Code_Point}\p{Cc}]"
@@ -53,105 +47,83 @@ class Rule:
         evidence: string, what the rule saw; never null where it drops.
     """
 
-    name: RuleName
+    name: str
     drops: pl.Expr
     evidence: pl.Expr
 
 
-def tree_state(limits: Limits) -> Rule:
+_DROPS: dict[str, Callable[[FilterSettings], Rule]] = {}
+
+
+def _drops(function: Callable[[FilterSettings], Rule]) -> Callable[[FilterSettings], Rule]:
+    """Register what the rule of the function's name drops; RULES in settings.py says when it judges."""
+    _DROPS[function.__name__] = function
+    return function
+
+
+@_drops
+def tree_state(settings: FilterSettings) -> Rule:
     """Drop messages of trees that were not finished."""
-    state, wanted = pl.col("tree_state"), limits.tree_states
+    state, wanted = pl.col("tree_state"), settings.tree_states
     seen = pl.format("tree_state {} is not {}", state, pl.lit(" or ".join(wanted)))
     return Rule("tree_state", pl.lit(bool(wanted)) & ~state.is_in(list(wanted)), seen)
 
 
-def language(limits: Limits) -> Rule:
+@_drops
+def language(settings: FilterSettings) -> Rule:
     """Drop messages in other languages; a message's own language can differ from its first prompt's."""
-    lang, wanted = pl.col("lang" if limits.language_of == "message" else "prompt_lang"), limits.languages
+    lang, wanted = pl.col("lang" if settings.language_of == "message" else "prompt_lang"), settings.languages
     primary = lang.str.to_lowercase().str.extract(r"^\s*([^\s_-]*)")
     seen = pl.format("lang {} is not {}", lang, pl.lit(" or ".join(wanted)))
     return Rule("language", pl.lit(bool(wanted)) & ~primary.is_in(list(wanted)), seen)
 
 
-def deleted(_: Limits) -> Rule:
+@_drops
+def deleted(_: FilterSettings) -> Rule:
     """Drop what was deleted; ready trees still hold some."""
     return Rule("deleted", pl.col("deleted"), pl.lit("deleted is true"))
 
 
-def synthetic(_: Limits) -> Rule:
+@_drops
+def synthetic(_: FilterSettings) -> Rule:
     """Drop what a model wrote."""
     return Rule("synthetic", pl.col("synthetic"), pl.lit("synthetic is true"))
 
 
-def rejected(_: Limits) -> Rule:
+@_drops
+def rejected(_: FilterSettings) -> Rule:
     """Drop what reviewers rejected; undecided (null) stays."""
     return Rule("rejected", ~pl.col("review_result"), pl.lit("review_result is false"))
 
 
-def unreviewed(limits: Limits) -> Rule:
+@_drops
+def unreviewed(settings: FilterSettings) -> Rule:
     """Drop first prompts that reviewers did not accept, undecided ones too, where that is asked for."""
     seen = pl.format(
         "review_result of the first prompt is {}", pl.col("review_result").cast(pl.String).fill_null("null")
     )
     lacks = pl.col("parent_role").is_null() & ~pl.col("review_result").fill_null(value=False)
-    return Rule("unreviewed", pl.lit(limits.require_review) & lacks, seen)
+    return Rule("unreviewed", pl.lit(settings.require_review) & lacks, seen)
 
 
-def empty(_: Limits) -> Rule:
+@_drops
+def empty(_: FilterSettings) -> Rule:
     """Drop texts without a visible character."""
     text = pl.col("text")
     seen = pl.format("no visible character among {}", text.str.len_chars())
     return Rule("empty", ~text.str.contains(_VISIBLE), seen)
 
 
-def role_break(_: Limits) -> Rule:
+@_drops
+def role_break(_: FilterSettings) -> Rule:
     """Drop a message that has its parent's role, and a root that is no prompt: speakers take turns."""
     role, above = pl.col("role"), pl.col("parent_role")
     breaks = pl.when(above.is_null()).then(role != "prompter").otherwise(role == above)
     return Rule("role_break", breaks, pl.format("{} after {}", role, above.fill_null("nothing")))
 
 
-def spam(limits: Limits) -> Rule:
-    """Drop what the voters call spam."""
-    return _measured("spam", "label_spam", ">", limits.spam_above)
-
-
-def lang_mismatch(limits: Limits) -> Rule:
-    """Drop what the voters find in another language than it says."""
-    return _measured("lang_mismatch", "label_lang_mismatch", ">", limits.lang_mismatch_above)
-
-
-def pii(limits: Limits) -> Rule:
-    """Drop what tells of a person who can be identified."""
-    return _measured("pii", "label_pii", ">=", limits.pii_from)
-
-
-def not_appropriate(limits: Limits) -> Rule:
-    """Drop what the voters find not appropriate."""
-    return _measured("not_appropriate", "label_not_appropriate", ">=", limits.not_appropriate_from)
-
-
-def hate_speech(limits: Limits) -> Rule:
-    """Drop hate speech."""
-    return _measured("hate_speech", "label_hate_speech", ">=", limits.hate_speech_from)
-
-
-def sexual_content(limits: Limits) -> Rule:
-    """Drop sexual content."""
-    return _measured("sexual_content", "label_sexual_content", ">=", limits.sexual_content_from)
-
-
-def quality(limits: Limits) -> Rule:
-    """Drop what the voters rate low."""
-    return _measured("quality", "label_quality", "<", limits.quality_below)
-
-
-def toxicity(limits: Limits) -> Rule:
-    """Drop what the Detoxify classifier finds toxic."""
-    return _measured("toxicity", "detoxify_toxicity", ">", limits.toxicity_above)
-
-
-def paste(_: Limits) -> Rule:
+@_drops
+def paste(_: FilterSettings) -> Rule:
     """Drop replies pasted from another chat service: where a model speaks of itself, whoever asked.
 
     What only names a service or its maker stays: it may be asked about, or be right to tell. Prompts are never pastes.
@@ -160,44 +132,49 @@ def paste(_: Limits) -> Rule:
     return Rule("paste", (pl.col("role") == "assistant") & said.is_not_null(), pl.format('says "{}"', said))
 
 
-def top_k(limits: Limits) -> Rule:
+@_drops
+def top_k(settings: FilterSettings) -> Rule:
     """Drop replies but for the best ranked; an unranked one stays only where it has no siblings."""
-    rank, most = pl.col("rank"), limits.top_k
+    rank, most = pl.col("rank"), settings.top_k
     beyond = pl.when(rank.is_null()).then(pl.col("siblings") > 1).otherwise(rank >= (most or 0))
     seen = pl.format("rank {} is not among the best {}", rank.cast(pl.String).fill_null("null"), pl.lit(most))
     return Rule("top_k", pl.lit(most is not None) & (pl.col("role") == "assistant") & beyond, seen)
 
 
-def text_language(limits: Limits) -> Rule:
+@_drops
+def text_language(settings: FilterSettings) -> Rule:
     """Drop texts that are clearly in another language than their tag says."""
     found, share = pl.col("detected"), pl.col("share")
     seen = pl.format("{} of the text is {}, tagged {}", share.round(2), found, pl.col("tagged"))
-    clear = share >= pl.lit(limits.text_language_from, dtype=pl.Float32)
+    clear = share >= pl.lit(settings.min_language_confidence, dtype=pl.Float32)
     return Rule("text_language", clear & (found != pl.col("tagged")), seen)
 
 
-def personal(limits: Limits) -> Rule:
+@_drops
+def personal(settings: FilterSettings) -> Rule:
     """Drop texts with personal data, where they are not to be masked."""
-    return Rule("personal", pl.lit(limits.pii == "drop") & pl.col("personal").is_not_null(), pl.col("personal"))
+    return Rule("personal", pl.lit(settings.pii == "drop") & pl.col("personal").is_not_null(), pl.col("personal"))
 
 
-def contaminated(_: Limits) -> Rule:
+@_drops
+def contaminated(_: FilterSettings) -> Rule:
     """Drop what an evaluation asks."""
     return Rule("contaminated", pl.col("overlap").is_not_null(), pl.col("overlap"))
 
 
-MAKERS: dict[RuleName, Callable[[Limits], Rule]] = {
-    "tree_state": tree_state, "language": language, "deleted": deleted, "synthetic": synthetic, "rejected": rejected,
-    "unreviewed": unreviewed, "empty": empty, "role_break": role_break, "spam": spam, "lang_mismatch": lang_mismatch,
-    "pii": pii, "not_appropriate": not_appropriate, "hate_speech": hate_speech, "sexual_content": sexual_content,
-    "quality": quality, "toxicity": toxicity, "paste": paste, "top_k": top_k, "text_language": text_language,
-    "personal": personal, "contaminated": contaminated,
-}  # fmt: skip
+def rules_of(settings: FilterSettings, *, reading_text: bool = False) -> list[Rule]:
+    """Return the rules that the settings ask for, in their order: those that read texts, or all others."""
+    chosen = [(name, RULES[name]) for name in settings.rules if RULES[name].reads_text == reading_text]
+    return [
+        _compared(name, spec.label, settings.label_limits[name]) if spec.label else _DROPS[name](settings)
+        for name, spec in chosen
+    ]
 
 
-def rules_of(limits: Limits, among: Collection[RuleName] = MESSAGE_RULES) -> list[Rule]:
-    """Return the rules that the limits ask for, in their order: of MESSAGE_RULES or, among TEXT_RULES, of these."""
-    return [MAKERS[name](limits) for name in limits.rules if name in among]
+def columns_of(rules: Sequence[Rule]) -> set[str]:
+    """Return the columns that rules and `in_thread` read."""
+    names = (name for rule in rules for part in (rule.drops, rule.evidence) for name in part.meta.root_names())
+    return {"role", "lang", *names}
 
 
 def in_thread(messages: pl.DataFrame, parents: Sequence[int]) -> pl.DataFrame:
@@ -224,7 +201,7 @@ def judge(messages: pl.DataFrame, rules: Sequence[Rule]) -> Verdicts:
     """Judge each message on its own; the first rule that fires names the reason.
 
     Args:
-        messages: N rows as `in_thread` returns them, with COLUMNS; for TEXT_RULES, what was read in their texts.
+        messages: N rows as `in_thread` returns them, with the columns of these rules (`columns_of`).
         rules: The rules, in their order.
     """
     nothing = pl.lit(None, dtype=pl.String)
@@ -234,8 +211,9 @@ def judge(messages: pl.DataFrame, rules: Sequence[Rule]) -> Verdicts:
     return Verdicts(verdicts["reason"].to_list(), verdicts["evidence"].to_list())
 
 
-def _measured(name: RuleName, column: str, sign: str, limit: float) -> Rule:
+def _compared(name: str, label: LabelLimit, limit: float) -> Rule:
     """Return a rule that compares a column of float32 with a limit."""
-    value = pl.col(column).fill_nan(None)  # unknown; polars would have it larger than any number
+    value = pl.col(label.column).fill_nan(None)  # unknown; polars would have it larger than any number
     bound = pl.lit(limit, dtype=pl.Float32)  # in the column's own precision: a vote of 0.4 is not below 0.4
-    return Rule(name, _COMPARE[sign](value, bound), pl.format(f"{column} {{}} {sign} {limit}", value))
+    evidence = pl.format(f"{label.column} {{}} {label.sign} {limit}", value)
+    return Rule(name, _COMPARE[label.sign](value, bound), evidence)

@@ -10,9 +10,10 @@ import numpy as np
 import polars as pl
 
 from tasks.dialogue.pii import masked
-from tasks.dialogue.record import PROTECTION, Verdicts
+from tasks.dialogue.settings import PROTECTION
 from tasks.dialogue.texts import Texts
 from tasks.dialogue.tree import parent_rows
+from tasks.dialogue.verdicts import Verdicts
 
 TOP_LANGUAGES = 20  # what a summary can show
 CASES = 3  # shown of each rule and language

@@ -9,8 +9,9 @@ import polars as pl
 
 from tasks.dialogue.contamination import Facts
 from tasks.dialogue.language import in_own_script, primary
-from tasks.dialogue.record import TEXT_RULES, Limits, Verdicts
 from tasks.dialogue.rules import judge, rules_of
+from tasks.dialogue.settings import FilterSettings
+from tasks.dialogue.verdicts import Verdicts
 
 PerText = Callable[[pl.Series], pl.DataFrame]  # N texts -> N rows, each of its own text alone
 LANGUAGE = pl.Schema({"detected": pl.String, "share": pl.Float32})
@@ -40,7 +41,7 @@ class Reader:
     """Reads texts.
 
     Attributes:
-        limits: Which rules judge, and what they compare with.
+        settings: Which rules judge, and what they compare with.
         language: Gives the columns of LANGUAGE; called only if a rule asks for it.
         personal: Gives the columns of PERSONAL; called only if it is to be masked or dropped.
         asked: Gives the columns of ASKED; None: no evaluation asks anything.
@@ -48,7 +49,7 @@ class Reader:
         prompts: How many prompts `asked` looks for.
     """
 
-    limits: Limits
+    settings: FilterSettings
     language: PerText
     personal: PerText
     asked: PerText | None
@@ -64,7 +65,7 @@ class Reader:
             replies: `row` of each reply, and `above`, the row that it answers.
             verdicts: Of all rows; the rules drop from it.
         """
-        rules = rules_of(self.limits, TEXT_RULES)
+        rules = rules_of(self.settings, reading_text=True)
         named = [pl.DataFrame(schema={"row": pl.Int64, "name": pl.String})]
         masks: dict[int, tuple[str, str]] = {}
         for first, part in windows:
@@ -75,11 +76,11 @@ class Reader:
             for row, reason, evidence in zip(rows, found.reasons, found.evidence, strict=True):
                 if reason is not None:
                     verdicts.drop(reason, {row: evidence or ""})
-            if self.limits.pii == "mask":
+            if self.settings.pii == "mask":
                 masks |= _masks(rows, kept)
             named.append(_named(rows, kept["names"]))
         told = self.facts.told(pl.concat(named), replies)
-        if self.limits.drop_facts:
+        if self.settings.drop_facts:
             for row, fact in told.iter_rows():  # of several facts the first is named
                 verdicts.drop("fact", {row: self.facts.facts[fact].name})
         return Seen(masks, told, len(self.facts.facts), self.prompts)
@@ -89,10 +90,10 @@ class Reader:
 
         Columns are null where none asks.
         """
-        texts, rules = kept["text"], self.limits.rules
+        texts, rules = kept["text"], self.settings.rules
         asked = (
             (self.language if "text_language" in rules else None, LANGUAGE),
-            (self.personal if self.limits.pii != "off" else None, PERSONAL),
+            (self.personal if self.settings.pii != "off" else None, PERSONAL),
         )
         found = [ask(texts) if ask else pl.DataFrame(schema=schema).clear(len(kept)) for ask, schema in asked]
         read = pl.concat([kept, *found, self._asked(kept)], how="horizontal").with_columns(tagged(kept["lang"]))

@@ -46,7 +46,7 @@ class Split:
         return len(self.ids)
 
     @property
-    def block(self) -> int:
+    def sequence_length(self) -> int:
         """T, tokens in a sequence."""
         return int(self.ids.shape[1])
 

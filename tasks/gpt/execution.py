@@ -29,10 +29,10 @@ def execution_settings(model: GPT2LMHeadModel, machine: Machine, micro_batch: in
         "torch": torch.__version__,
         "device": _name(device),
         "threads": torch.get_num_threads(),
-        "processes": machine.world.size,
+        "num_processes": machine.world.size,
         "sharding": "full" if machine.sharded else "none",
         "micro_batch": micro_batch,
-        "recompute": machine.recompute,
+        "activation_checkpointing": machine.activation_checkpointing,
         "compile": machine.compile,
         "attention": way_set(model),
     }

@@ -31,7 +31,7 @@ def hidden_states(
     attend: Attend,
     rows: Tensor | None = None,
     *,
-    recompute: bool = False,
+    activation_checkpointing: bool = False,
 ) -> Tensor:
     """Return the states that the head reads.
 
@@ -41,7 +41,7 @@ def hidden_states(
         positions: (B, T) int64, place in the conversation.
         attend: Mixes the values of a layer's tokens.
         rows: (B, T, D) of the table of words, where they were looked up before.
-        recompute: Keep only what enters each block, and compute the block again on the way back.
+        activation_checkpointing: Keep only what enters each block, and compute the block again on the way back.
 
     Returns:
         (B, T, D).
@@ -49,7 +49,7 @@ def hidden_states(
     gpt: Any = model.transformer
     states = (gpt.wte(ids) if rows is None else rows) + gpt.wpe(positions)  # (B, T, D)
     states = gpt.drop(states)
-    through = _again if recompute and torch.is_grad_enabled() else _through
+    through = _again if activation_checkpointing and torch.is_grad_enabled() else _through
     for layer, block in enumerate(gpt.h):
         states = through(block, layer, states, attend)
         if states.requires_grad and not torch.compiler.is_compiling():
@@ -58,7 +58,7 @@ def hidden_states(
     return final
 
 
-recomputing: Trunk = partial(hidden_states, recompute=True)
+recomputing: Trunk = partial(hidden_states, activation_checkpointing=True)
 
 
 def _through(block: Any, layer: int, states: Tensor, attend: Attend) -> Tensor:

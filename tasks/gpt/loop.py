@@ -97,7 +97,7 @@ class _Run:
         self.optimizer = adamw(
             model, lr=settings.lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
         )
-        self.at_once = machine.micro_batch or max(1, AT_ONCE // train.block)
+        self.at_once = machine.micro_batch or max(1, AT_ONCE // train.sequence_length)
         self.progress = Progress()
         self.pending: dict[str, Any] | None = {}  # measured in a step whose evaluation and entry are still to come
         self.kept = -1  # step that was saved last, or could not be
@@ -107,7 +107,7 @@ class _Run:
         self.checkpoints = workplace / "checkpoints"
         self.started = self.saved = machine.clock()
         self.saving = 0.0
-        self.trunk: Trunk = recomputing if machine.recompute else hidden_states
+        self.trunk: Trunk = recomputing if machine.activation_checkpointing else hidden_states
         if machine.compile:
             self.trunk = torch.compile(self.trunk)
 
@@ -162,7 +162,7 @@ class _Run:
         rows = self.plan.rows(self.progress.step)
         measured = self.update(rows)
         took = self.machine.clock() - began
-        speed = len(rows) * self.train.block / max(took, 1e-9)
+        speed = len(rows) * self.train.sequence_length / max(took, 1e-9)
         self.pending = {**measured, "tokens_per_second": round(speed, 1)}
         entry = self.complete()
         self.save_now_and_then()
@@ -183,8 +183,8 @@ class _Run:
             progress.step,
             self.plan.total,
             peak=settings.lr,
-            warmup_share=settings.warmup_share,
-            min_share=settings.min_lr_share,
+            warmup_ratio=settings.warmup_ratio,
+            min_share=settings.min_lr_ratio,
         )
         torch.manual_seed(_seed(settings.seed, progress.step, self.world.rank))
         wanted = self.objective.units(rows)
@@ -194,13 +194,13 @@ class _Run:
         norm = math.sqrt(self.parallel.sum_over_shards(grad_norm_squared(gradients)).item())
         if not all(isfinite(found) for found in (loss, norm, self.length())):
             raise self.nonfinite(progress.step + 1, loss, norm)
-        clip_gradients(gradients, norm, math.inf if settings.clip is None else settings.clip)
+        clip_gradients(gradients, norm, math.inf if settings.max_grad_norm is None else settings.max_grad_norm)
         set_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
         progress.step += 1
         self.ema.update(progress.step)
-        progress.tokens += len(rows) * self.train.block
+        progress.tokens += len(rows) * self.train.sequence_length
         progress.supervised += wanted
         return {"loss": loss, "lr": rate, "grad_norm": norm}
 

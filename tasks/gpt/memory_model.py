@@ -31,14 +31,14 @@ class ModelShape:
         width: D.
         vocab: V, rows of the token table.
         parameters: Trained numbers.
-        block: T, tokens of a sequence.
+        sequence_length: T, tokens of a sequence.
         dropout: Whether any: attention then keeps its T x T weights, on a CPU.
         half: Whether products are in 16 bits.
         keeps_best: Whether a copy of the best weights is held.
         frozen: Lowest blocks that stay as they are: nothing goes back through them.
         table: Whether the head's table is trained.
         ema: Whether an average of the trained weights is held.
-        recompute: Whether blocks keep only what enters them, and are computed again on the way back.
+        activation_checkpointing: Whether blocks keep only what enters them, and are computed again on the way back.
         parts: How many ranks hold a part of weights, gradients and moments each; 1: this one holds them whole.
         brought: Numbers of the whole model, where it is still to be brought to the device, whole or in parts.
         holds: Whether memory that is freed is kept for what comes next.
@@ -51,14 +51,14 @@ class ModelShape:
     width: int
     vocab: int
     parameters: int
-    block: int
+    sequence_length: int
     dropout: bool
     half: bool
     keeps_best: bool
     frozen: int = 0
     table: bool = True
     ema: bool = False
-    recompute: bool = False
+    activation_checkpointing: bool = False
     parts: int = 1
     brought: int = 0
     holds: bool = False
@@ -76,7 +76,7 @@ def memory(shape: ModelShape, micro_batch: int) -> int:
 
 def _gathered(shape: ModelShape) -> int:
     """Return the bytes of what a rank that holds parts sees whole: the tables all the time, a block in its turn."""
-    return 2 * 4 * shape.width * (shape.vocab + shape.block + 12 * shape.width)  # and as much in gradients
+    return 2 * 4 * shape.width * (shape.vocab + shape.sequence_length + 12 * shape.width)  # and as much in gradients
 
 
 def _sequence(shape: ModelShape) -> int:
@@ -85,22 +85,22 @@ def _sequence(shape: ModelShape) -> int:
     # Of width D a token and layer: states before both norms, both norms' outputs, queries, keys and values, what
     # attention gives; of 4 D: before and after the activation. In half precision the states stay as they are.
     kept = shape.width * (number * (2 + 3 + 1 + 4 + 4) + 4 * 2)
-    kept = int(kept * (PIECES if shape.holds and not shape.recompute else 1))
+    kept = int(kept * (PIECES if shape.holds and not shape.activation_checkpointing else 1))
     # Attention's weights, where there is no short way: the counts of T x T tables here and on the way back are fitted
     # to measurements, not derived.
-    scores = shape.heads * shape.block * (shape.dropout and not shape.short)
+    scores = shape.heads * shape.sequence_length * (shape.dropout and not shape.short)
     kept += 2 * shape.width * shape.dropout + scores * (9 * number // 2 + 1)  # what was dropped, at two places
     back = 10 * 4 * shape.width + 4 * number * scores  # through one block
     ends = 6 * 4 * shape.width  # embeddings, the last norm, the states that reach the head, and their gradients
-    mask = 4 * shape.block
+    mask = 4 * shape.sequence_length
     layers = shape.layers - shape.frozen
-    held = layers * 4 * shape.width + kept if shape.recompute else layers * kept
-    return shape.block * (held + back + ends + mask)
+    held = layers * 4 * shape.width + kept if shape.activation_checkpointing else layers * kept
+    return shape.sequence_length * (held + back + ends + mask)
 
 
 def _head(shape: ModelShape, micro_batch: int) -> int:
     """Return the bytes of a chunk of logits, and of a second gradient of the table where gradients are added up."""
-    rows = min(CHUNK, micro_batch * shape.block)
+    rows = min(CHUNK, micro_batch * shape.sequence_length)
     return rows * shape.vocab * (4 + 2 * shape.half) + shape.table * 4 * shape.vocab * shape.width
 
 
@@ -112,7 +112,7 @@ def largest_micro_batch(shape: ModelShape, free: int, sequences: int) -> int:
         free: Bytes.
         sequences: Of an optimizer step.
     """
-    most = max(1, min(sequences, AT_ONCE // shape.block))
+    most = max(1, min(sequences, AT_ONCE // shape.sequence_length))
     return next((size for size in range(most, 1, -1) if memory(shape, size) <= SPARE * free), 1)
 
 
@@ -123,8 +123,8 @@ def flops(shape: ModelShape, supervised: float) -> float:
         shape: The model.
         supervised: Share of the tokens that reach the head, 0..1.
     """
-    block = 12 * shape.width**2 + 2 * shape.width * (shape.seen or shape.block)
-    back = (4 + 2 * shape.recompute) * (shape.layers - shape.frozen)
+    block = 12 * shape.width**2 + 2 * shape.width * (shape.seen or shape.sequence_length)
+    back = (4 + 2 * shape.activation_checkpointing) * (shape.layers - shape.frozen)
     head = (4 + 2 * shape.table) * supervised * shape.vocab * shape.width
     return (2 * shape.layers + back) * block + head
 
@@ -139,7 +139,7 @@ def seconds(shape: ModelShape, tokens: float, evaluated: float, supervised: floa
         supervised: Share of them that reach the head.
         rate: Operations a second that a plain product of matrices reaches.
     """
-    forth = flops(replace(shape, frozen=0, table=True, recompute=False), supervised) / 3
+    forth = flops(replace(shape, frozen=0, table=True, activation_checkpointing=False), supervised) / 3
     return (flops(shape, supervised) * tokens + forth * evaluated) / (EFFICIENCY * rate)
 
 
@@ -147,5 +147,5 @@ def said(shape: ModelShape, micro_batch: int, free: int | None, took: float) -> 
     """Return the plan in words."""
     room = "" if free is None else f" of {free / 1e9:.1f} GB free"
     minutes = f"{took / 60:.0f} minutes" if took >= 90 else f"{math.ceil(took)} s"
-    blocks = ", blocks computed again on the way back" if shape.recompute else ""
+    blocks = ", blocks computed again on the way back" if shape.activation_checkpointing else ""
     return f"about {memory(shape, micro_batch) / 1e9:.2f} GB{room}, {minutes}; micro_batch {micro_batch}{blocks}"

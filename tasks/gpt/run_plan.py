@@ -25,7 +25,7 @@ from tasks.gpt.training_run import Machine, Settings
 from tasks.gpt.weights import parameter_count, trained
 
 log = logging.getLogger("treeline.train")
-LESS = "lower encode.pack or block, or take a smaller model"
+LESS = "lower encode.sequence_length or encode.context_length, or take a smaller model"
 HALF = "bfloat16"
 BRIEF = 1.0  # seconds of a micro-batch by the formula, below which one is tried
 _SHORT = re.compile("out of memory|can't allocate|not enough memory", re.IGNORECASE)
@@ -38,7 +38,7 @@ def planned(
     device: torch.device,
     asked: int | Literal["auto"] | None,
     clock: Callable[[], float],
-    recompute: bool | Literal["auto"] = False,
+    activation_checkpointing: bool | Literal["auto"] = False,
     world: ProcessGroup = SINGLE,
     sharded: bool = False,
 ) -> tuple[int, bool]:
@@ -53,7 +53,7 @@ def planned(
         device: Where it will run.
         clock: Seconds since whenever.
         asked: So many; None: as many as hold 8,192 tokens; auto: of these, as many as fit.
-        recompute: auto: only where what is asked, or for auto a single sequence, does not fit without.
+        activation_checkpointing: auto: only where what is asked, or for auto a single sequence, does not fit without.
         world: Who shares the work; what one of them has memory for, all take.
         sharded: Whether each of them is to hold a part of the model.
     """
@@ -63,14 +63,14 @@ def planned(
     if free is not None and device.type == "cpu":
         free //= world.local_size  # who all take from the same memory
     share = math.ceil(settings.sequences / world.size)  # more at once would be rows that count as nothing
-    size, shape = _fitted(shape, free or 1 << 62, share, asked, recompute)
+    size, shape = _fitted(shape, free or 1 << 62, share, asked, activation_checkpointing)
     took = _seconds(model, splits, settings, device, clock, shape, size) / world.size
     world.heartbeat()
     if world.is_main:
         log.info("train.plan: %s", memory_model.said(shape, size, free, took))
     if free is not None and memory_model.memory(shape, size) > free:
         log.warning("train.plan: that is more than is free; set train.micro_batch to auto, or %s", LESS)
-    return world.min(size), world.any(shape.recompute)
+    return world.min(size), world.any(shape.activation_checkpointing)
 
 
 def _shape(
@@ -85,7 +85,7 @@ def _shape(
         config.n_embd,
         config.vocab_size,
         sum(weight.numel() for weight in trained(model).values()),
-        train.block,
+        train.sequence_length,
         dropout=config.attn_pdrop > 0,
         half=settings.precision == HALF,
         keeps_best=bool(len(val)),
@@ -112,14 +112,16 @@ def _seconds(
     """Return how long one process would take for the run, with `size` sequences at once."""
     train, val = splits
     plan = Plan(len(train), settings.sequences, settings.epochs, settings.seed)
-    evaluated = len(plan.evaluations(settings.evals_per_epoch)) * len(val) * train.block
-    supervised = train.supervised() / max(1, len(train) * train.block)
+    evaluated = len(plan.evaluations(settings.evals_per_epoch)) * len(val) * train.sequence_length
+    supervised = train.supervised() / max(1, len(train) * train.sequence_length)
     rate = product_rate(device, shape.half, clock)
-    took = memory_model.seconds(shape, settings.epochs * len(train) * train.block, evaluated, supervised, rate)
-    formula = memory_model.seconds(shape, size * train.block, 0, supervised, rate)
+    took = memory_model.seconds(
+        shape, settings.epochs * len(train) * train.sequence_length, evaluated, supervised, rate
+    )
+    formula = memory_model.seconds(shape, size * train.sequence_length, 0, supervised, rate)
     # Then calls cost more than their work, which no formula knows; a model that is to be parted need not fit whole.
     if formula < BRIEF and shape.parts == 1:
-        trunk = recomputing if shape.recompute else hidden_states
+        trunk = recomputing if shape.activation_checkpointing else hidden_states
         took *= max(1.0, _timed(model, train, size, shape.half, device, clock, trunk) / formula)
     return took
 
@@ -129,10 +131,10 @@ def _fitted(
     free: int,
     sequences: int,
     asked: int | Literal["auto"] | None,
-    recompute: bool | Literal["auto"],
+    activation_checkpointing: bool | Literal["auto"],
 ) -> tuple[int, memory_model.ModelShape]:
     """Return the sequences to take at once, and the shape with what was decided on recomputing."""
-    most = max(1, min(sequences, memory_model.AT_ONCE // shape.block))
+    most = max(1, min(sequences, memory_model.AT_ONCE // shape.sequence_length))
 
     def size_of(shape: memory_model.ModelShape) -> int:
         return (
@@ -142,9 +144,11 @@ def _fitted(
         )
 
     size = size_of(shape)
-    if recompute is False or (recompute == "auto" and memory_model.memory(shape, size) <= free):
+    if activation_checkpointing is False or (
+        activation_checkpointing == "auto" and memory_model.memory(shape, size) <= free
+    ):
         return size, shape
-    saving = replace(shape, recompute=True)
+    saving = replace(shape, activation_checkpointing=True)
     return size_of(saving), saving
 
 
@@ -181,7 +185,7 @@ def memory_named(machine: Machine, block: int) -> AbstractContextManager[None]:
     many = "the first" if machine.micro_batch is None else str(machine.micro_batch)
     told = f"{many} sequences of {block:,} tokens at once"
     first = "Set train.micro_batch to auto, or to less; at 1, "
-    hint = first + ("" if machine.recompute else "set train.recompute to true, ") + LESS
+    hint = first + ("" if machine.activation_checkpointing else "set train.activation_checkpointing to true, ") + LESS
     return shortage_named(told, machine.device, hint)
 
 

@@ -20,12 +20,12 @@ class Settings:
         epochs: How often to go through the data.
         sequences: Of an optimizer step.
         lr: Highest learning rate.
-        min_lr_share: Learning rate of the last step as a share of the highest.
-        warmup_share: Share of the steps that lead up to the highest.
+        min_lr_ratio: Learning rate of the last step as a share of the highest.
+        warmup_ratio: Share of the steps that lead up to the highest.
         weight_decay: On matrices.
         beta1: Decay of the running mean of the gradient.
         beta2: Decay of the running mean of its square.
-        clip: Longest gradient; a longer one is shortened to it. None: as it is.
+        max_grad_norm: Longest gradient; a longer one is shortened to it. None: as it is.
         evals_per_epoch: Evaluations of the validation split in an epoch.
         patience: Evaluations without a better loss after which the run ends. None: it goes on.
         ema_decay: Decay per update of the average that is measured and kept. None: the weights are.
@@ -36,12 +36,12 @@ class Settings:
     epochs: float
     sequences: int
     lr: float
-    min_lr_share: float
-    warmup_share: float
+    min_lr_ratio: float
+    warmup_ratio: float
     weight_decay: float
     beta1: float
     beta2: float
-    clip: float | None
+    max_grad_norm: float | None
     evals_per_epoch: int
     patience: int | None
     precision: str
@@ -62,7 +62,7 @@ class Machine:
         clock: Seconds since whenever.
         micro_batch: Sequences at once. None: as many as hold 8,192 tokens.
         compile: Compile the transformer's blocks.
-        recompute: Keep only what enters each block, and compute the block again on the way back.
+        activation_checkpointing: Keep only what enters each block, and compute the block again on the way back.
         checkpoint_seconds: Between two checkpoints, more where saving is slow; 0: after each step.
         keep: Checkpoints kept, at least 1; the best weights are in each of them.
         interrupt: Asked to stop, the run saves a checkpoint and raises `Interrupted`.
@@ -75,7 +75,7 @@ class Machine:
     clock: Callable[[], float]
     micro_batch: int | None = None
     compile: bool = False
-    recompute: bool = False
+    activation_checkpointing: bool = False
     checkpoint_seconds: float = 120.0
     keep: int = 2
     interrupt: Interrupt = field(default_factory=Interrupt)

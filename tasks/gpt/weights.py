@@ -187,15 +187,15 @@ def freeze(model: GPT2LMHeadModel, blocks: int) -> None:
     if blocks > len(gpt.h):
         raise ParameterError(
             f"{blocks} blocks are to stay as they are, the model has {len(gpt.h)}",
-            "frozen",
+            "freeze_layers",
             f"Set it to {len(gpt.h)} or less",
-            code="param.frozen",
+            code="param.freeze_layers",
         )
     for part in (gpt.wte, gpt.wpe, *gpt.h[:blocks]) if blocks else ():
         part.requires_grad_(False)
     if not trained(model):
         what = f"with {blocks} blocks as they are, nothing is left to train: adapters beside them stay as they are, too"
-        raise ParameterError(what, "frozen", f"Set it to less than {len(gpt.h)}", code="param.frozen")
+        raise ParameterError(what, "freeze_layers", f"Set it to less than {len(gpt.h)}", code="param.freeze_layers")
 
 
 def parameter_count(model: nn.Module) -> int:

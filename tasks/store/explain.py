@@ -31,7 +31,7 @@ def why_missing(recipe: dict[str, Any], made: list[Manifest], names: Mapping[str
 
 
 def differences(old: Any, new: Any, path: str = "", names: Mapping[str, str] = NAMELESS) -> list[str]:
-    """List where two JSON values differ, as `params.block: 512 -> 1024`; digests are named, or else shortened."""
+    """List where two JSON values differ, as `params.lr: 0.1 -> 0.2`; digests are named, or else shortened."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = [*new, *(name for name in old if name not in new)]
         below = [(f"{path}.{name}" if path else name, old.get(name, ABSENT), new.get(name, ABSENT)) for name in found]

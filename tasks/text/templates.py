@@ -237,4 +237,4 @@ def load_dialect(folder: Path, tokenizer: Tokenizer | None = None) -> Dialect:
     encoding = json.loads((folder / "encoding.json").read_bytes())
     template = TEMPLATES[encoding["template"]]
     known = tokenizer or Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return Dialect(known, template, encoding["specials"], encoding["vocab_size"], encoding["block"])
+    return Dialect(known, template, encoding["specials"], encoding["vocab_size"], encoding["context_length"])

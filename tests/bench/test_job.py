@@ -36,7 +36,7 @@ from tasks.store.manifest import read_manifest
 from tasks.tuning import split_of
 folder = Path(os.environ["BENCH_TOKENS"])
 split = split_of(Tokens(folder, read_manifest(folder)), "train")
-size = max(1, size * block // split.block)
+size = max(1, size * block // split.sequence_length)
 """
 STREAM = """
 flat = np.fromfile(os.environ["BENCH_STREAM"], "<u2")
@@ -92,7 +92,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     store = tmp_path_factory.mktemp("job")
     given = {
         "download.source": "file", "download.path": path, "curate.rules": [], "encode.tokenizer": "gpt2",
-        "encode.block": BLOCK, "encode.pack": PACK, "encode.layout": "tree",
+        "encode.context_length": BLOCK, "encode.sequence_length": PACK, "encode.layout": "tree",
     }  # fmt: skip
     settings = [word for name, value in given.items() for word in ("--set", f"{name}={value}")]
     flow(store, "run", "quickstart", "--until", "encode", *settings)

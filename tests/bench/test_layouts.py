@@ -32,18 +32,34 @@ from tasks.tuning import split_of
 SEEDS, TARGETS = int(os.environ.get("BENCH_SEEDS", "3")), int(os.environ.get("BENCH_TARGETS", "400000"))
 BLOCK = 512
 MODEL = {"layers": 2, "heads": 2, "width": 64}
-TUNING: dict[str, Any] = {"lr": 3e-3, "batch_tokens": 4_096, "dropout": 0.0, "targets": TARGETS, "evals_per_epoch": 2}
+TUNING: dict[str, Any] = {
+    "lr": 3e-3,
+    "batch_tokens": 4_096,
+    "dropout": 0.0,
+    "target_tokens": TARGETS,
+    "evals_per_epoch": 2,
+}
 LAYOUTS = ("tree", "paths", "top1", "first-reply")
 RAW = [
     *("curate.rules=[]", "curate.require_reply=false", "curate.pii=off", "curate.dedupe=false"),
-    *("curate.near_dedupe=false", "curate.separate_splits=false", "curate.val_share=0", "curate.test_share=0"),
+    *(
+        "curate.near_dedupe=false",
+        "curate.drop_cross_split_duplicates=false",
+        "curate.val_fraction=0",
+        "curate.test_fraction=0",
+    ),
 ]  # all trees, in one split
 
 
 def encoded(layout: str, source: Path) -> Tokens:
     """Make the tokens of a layout; all come from the same dialogues."""
-    settings = ["download.source=file", f"download.path={source}", "encode.vocab_size=2048", f"encode.block={BLOCK}"]
-    settings += [f"encode.layout={layout}", "curate.val_share=0.15", "encode.tokenizer=trained"]
+    settings = [
+        "download.source=file",
+        f"download.path={source}",
+        "encode.vocab_size=2048",
+        f"encode.context_length={BLOCK}",
+    ]
+    settings += [f"encode.layout={layout}", "curate.val_fraction=0.15", "encode.tokenizer=trained"]
     tokens = chain.run(recipe.load("quickstart", settings), chain.DATA)[Tokens]
     assert isinstance(tokens, Tokens)
     return tokens
@@ -55,12 +71,17 @@ def test_what_layouts_compute(curated: bool, shared: Path, tmp_path: Path, monke
     source = Path(os.environ.get("TREELINE_BENCH_TREES", shared / "data" / "oasst1_en_validation.trees.jsonl.gz"))
     monkeypatch.setenv("TREELINE_ARTIFACTS", str(tmp_path / "store"))
     monkeypatch.setenv("TREELINE_SOURCE_ROOTS", str(source.parent))
-    settings = ["download.source=file", f"download.path={source}", "encode.tokenizer=gpt2", "encode.block=1024"]
+    settings = [
+        "download.source=file",
+        f"download.path={source}",
+        "encode.tokenizer=gpt2",
+        "encode.context_length=1024",
+    ]
     settings += [] if curated else RAW
     for pack in (1_024, 4_096):
         computed, once = {}, 0
         for layout in ("tree", "paths"):
-            asked = [*settings, f"encode.pack={pack}", f"encode.layout={layout}"]
+            asked = [*settings, f"encode.sequence_length={pack}", f"encode.layout={layout}"]
             counts = chain.run(recipe.load("quickstart", asked), chain.DATA)[Tokens].counts
             computed[layout] = counts["sequences"] * pack
             once = once or counts["tokens"] - counts["context"]  # of trees: each message once
@@ -99,7 +120,7 @@ def test_layouts_and_the_seeds_recipe_at_equal_targets(
         for arm in (*LAYOUTS, "seed's recipe"):
             train = split_of(tokens[arm], "train") if arm in LAYOUTS else crops(tokens["first-reply"], seed)
             params = TrainParams(**TUNING, seed=seed)
-            settings = params.settings(train.block, train.supervised())
+            settings = params.settings(train.sequence_length, train.supervised())
             size = tokens["tree"].encoding().vocab_size
             model = build_start(scratch_spec(**MODEL, positions=BLOCK, vocab_size=size, seed=seed))
             set_dropout(model, 0.0)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# layers, heads, width, block, sequences of a step, steps, recompute
+# layers, heads, width, block, sequences of a step, steps, activation_checkpointing
 SHAPES = {
     "narrow": (3, 4, 128, 128, 16, 40, 0),
     "small": (6, 6, 384, 256, 8, 12, 0),
@@ -34,17 +34,17 @@ from tasks.gpt.loop import fit
 from tasks.gpt.run_plan import planned
 from tasks.gpt.training_run import Machine, Settings
 from tasks.gpt.weights import build_start, scratch_spec, set_dropout
-layers, heads, width, block, size, steps, recompute = map(int, sys.argv[1:])
+layers, heads, width, block, size, steps, activation_checkpointing = map(int, sys.argv[1:])
 model = build_start(scratch_spec(layers=layers, heads=heads, width=width, positions=block, vocab_size=50304, seed=0))
 set_dropout(model, 0.0)
-spare_memory() if recompute else hold_memory()
+spare_memory() if activation_checkpointing else hold_memory()
 data = (np.random.default_rng(0).zipf(1.2, (size * steps, block)) % 50304).astype(np.uint16)
 every = np.ones_like(data)
 split = Split(data, every, np.cumsum(every, axis=1) - 1, np.full_like(data, block))
 none = Split(*(array[:0] for array in (data, every, every, every)))
 settings = Settings(
-    seed=0, epochs=1, sequences=size, lr=3e-4, min_lr_share=1.0, warmup_share=0.0, weight_decay=0.1, beta1=0.9,
-    beta2=0.95, clip=1.0, evals_per_epoch=1, patience=None, precision="float32",
+    seed=0, epochs=1, sequences=size, lr=3e-4, min_lr_ratio=1.0, warmup_ratio=0.0, weight_decay=0.1, beta1=0.9,
+    beta2=0.95, max_grad_norm=1.0, evals_per_epoch=1, patience=None, precision="float32",
 )
 said = []
 class Ear(logging.Handler):
@@ -54,10 +54,11 @@ log = logging.getLogger("treeline.train")
 log.addHandler(Ear())
 log.setLevel(logging.INFO)
 device = torch.device("cpu")
-at_once, again = planned(model, (split, none), settings, device, None, time.monotonic, bool(recompute))
+at_once, again = planned(model, (split, none), settings, device, None, time.monotonic, bool(activation_checkpointing))
 count, unit = re.search(r"about [0-9.]+ GB.*?, ([0-9]+) (s|minutes)", said[0]).groups()
 with tempfile.TemporaryDirectory() as folder:
-    machine = Machine(device, time.monotonic, micro_batch=at_once, recompute=again, checkpoint_seconds=1e9)
+    how = {"micro_batch": at_once, "activation_checkpointing": again, "checkpoint_seconds": 1e9}
+    machine = Machine(device, time.monotonic, **how)
     began = time.monotonic()
     fit(model, split, none, settings=settings, machine=machine, workplace=Path(folder))
     took = time.monotonic() - began

@@ -41,7 +41,7 @@ print(json.dumps({
     "digests": {one.step: one.artifact.manifest.digest for one in now.outcomes},
 }))
 """
-SETTINGS = ("encode.tokenizer=gpt2", "encode.block=1024", "encode.layout=tree", "curate.languages=[]")
+SETTINGS = ("encode.tokenizer=gpt2", "encode.context_length=1024", "encode.layout=tree", "curate.languages=[]")
 
 
 def run(store: Path, trees: Path, *settings: str) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def test_a_change_gives_the_bytes_of_a_cold_run(
         "... cold": run(tmp_path / "cold", whole),
         "another order": run(store, shuffled),
         "... cold ": run(tmp_path / "cold shuffled", shuffled),
-        "a threshold": run(store, whole, "curate.quality_below=0.5"),
+        "a threshold": run(store, whole, "curate.label_limits.quality=0.5"),
     }
     assert runs["1 % more trees"]["digests"] == runs["... cold"]["digests"]
     assert runs["another order"]["digests"] == runs["... cold "]["digests"]

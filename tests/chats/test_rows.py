@@ -144,7 +144,7 @@ def test_rows_of_messages_may_have_a_prompt_of_their_own_kind(tmp_path: Path) ->
     tree = {"message_tree_id": "t", "prompt": {"message_id": "t", "text": "x", "role": "prompter", "replies": []}}
     rows = [chat("q", "a", prompt="q"), {**tree, "messages": []}, {**tree, "messages": 5}, chat("r", prompt=None)]
     file = lines(tmp_path, *rows, {"prompt": "p", "messages": "m"})
-    _, messages, rejected = parsed(tmp_path / "out", file, max_bad=1)
+    _, messages, rejected = parsed(tmp_path / "out", file, max_bad_fraction=1)
     assert messages["text"].to_list() == ["q", "a", "x", "r"]
     assert rejected.select("line", "code").rows() == [(5, "schema.prompt")]
 
@@ -189,7 +189,9 @@ def test_how_many_characters_are_those_of_the_system_is_noted_where_the_user_say
 def test_a_bad_row_is_rejected_with_its_line_and_a_reason(
     tmp_path: Path, row: dict[str, Any], code: str, words: str
 ) -> None:
-    counts, messages, rejected = parsed(tmp_path / "out", lines(tmp_path, chat("good"), row, chat("too")), max_bad=1)
+    counts, messages, rejected = parsed(
+        tmp_path / "out", lines(tmp_path, chat("good"), row, chat("too")), max_bad_fraction=1
+    )
     assert messages["text"].to_list() == ["good", "too"]
     (bad,) = rejected.rows(named=True)
     assert (bad["line"], bad["code"]) == (2, code)
@@ -272,7 +274,7 @@ def test_a_tree_id_with_ids_of_another_first_message_is_refused_and_not_taken_fo
     tmp_path: Path,
 ) -> None:
     rows = [chat(f"q{n}", f"a{n}", tree_id="same", message_ids=[f"q{n}", f"a{n}"]) for n in range(3)]
-    counts, messages, rejected = parsed(tmp_path / "out", lines(tmp_path, *rows), max_bad=1)
+    counts, messages, rejected = parsed(tmp_path / "out", lines(tmp_path, *rows), max_bad_fraction=1)
     assert messages["text"].to_list() == ["q0", "a0"]
     assert rejected.select("line", "code", "messages").rows() == [(2, "tree.root", 2), (3, "tree.root", 2)]
     assert counts["messages_rejected"] == 4

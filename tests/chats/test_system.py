@@ -46,12 +46,12 @@ def dropped(made: Dialogues) -> list[tuple[str, str]]:
     return made.dropped().select("text", "reason").collect().rows()
 
 
-TRAIN = {"test_share": 0.0, "val_share": 0.0}
+TRAIN = {"test_fraction": 0.0, "val_fraction": 0.0}
 
 
 def test_questions_behind_one_long_system_message_neither_leak_nor_are_copies(tmp_path: Path) -> None:
     rows = [chat(LONG, words(f"q{n}x"), words(f"a{n}x")) for n in range(400)]
-    made, counts = curated(tmp_path, *rows, repeat_prompts=False)
+    made, counts = curated(tmp_path, *rows, keep_duplicate_prompts=False)
     _, alone = curated(tmp_path / "alone", *rows[:1], **TRAIN)
     assert (counts["dropped"], alone["messages"]) == (0, 2)
     assert all(sizes["messages"] for sizes in counts["splits"].values())
@@ -62,7 +62,7 @@ def test_questions_behind_one_long_system_message_neither_leak_nor_are_copies(tm
 
 def test_one_question_behind_two_system_messages_is_one_question(tmp_path: Path) -> None:
     rows = [chat(system, words("q"), words(f"a{n}x")) for n, system in enumerate(("", "Be kind.", LONG))]
-    made, _ = curated(tmp_path, *rows, repeat_prompts=False, **TRAIN)
+    made, _ = curated(tmp_path, *rows, keep_duplicate_prompts=False, **TRAIN)
     gone = made.dropped().filter(pl.col("parent_id").is_null()).collect()
     assert gone["reason"].to_list() == ["near_duplicate"] * 2
     assert all(seen.endswith(" 1.000") for seen in gone["evidence"])
@@ -75,7 +75,7 @@ def test_a_system_message_hides_no_question_of_an_evaluation_and_may_hold_none(t
         chat(f"Answer this: {ASKED}", words("q"), "Well."),
         chat("You are a helpful assistant.", words("r"), "Yes."),
     ]
-    made, _ = curated(tmp_path, *rows, panel=(panel,), **TRAIN)
+    made, _ = curated(tmp_path, *rows, sample_prompts=(panel,), **TRAIN)
     gone = [text.partition("\n\n")[2] for text, reason in dropped(made) if reason == "contaminated"]
     assert gone == ([panel] if panel != ASKED else [panel, words("q")])
 
@@ -88,7 +88,7 @@ def test_what_is_personal_is_masked_on_both_sides_and_copies_are_found_whatever_
         for n, (system, mail) in enumerate(zip(systems, mails, strict=True))
     ]
     rows.append(chat(systems[0], words("r"), words("b")))
-    made, _ = curated(tmp_path, *rows, repeat_prompts=False, **TRAIN)
+    made, _ = curated(tmp_path, *rows, keep_duplicate_prompts=False, **TRAIN)
     gone = made.dropped().filter(pl.col("parent_id").is_null()).collect()
     assert [seen.rpartition(" ")[2] for seen in gone["evidence"]] == ["1.000"] * 2
     kept = made.scan().filter(pl.col("parent_id").is_null()).collect()["text"].to_list()

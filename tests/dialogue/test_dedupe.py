@@ -16,7 +16,7 @@ from tasks.dialogue.dedupe import (
 )
 from tasks.dialogue.minhash import compute
 from tasks.dialogue.near_duplicates import Prints
-from tasks.dialogue.record import CopyLimits
+from tasks.dialogue.settings import DuplicateSettings
 from tasks.dialogue.tree import parent_rows
 
 Row = tuple[str, str | None, str, dict[str, Any]]  # id, parent, text, other fields
@@ -48,7 +48,7 @@ def prints(messages: pl.DataFrame) -> Prints:
 
 
 def compared(messages: pl.DataFrame, chars: int = 5) -> Likeness:
-    limits, every = CopyLimits(copy_chars=chars), [True] * len(messages)
+    limits, every = DuplicateSettings(dedupe_min_chars=chars), [True] * len(messages)
     texts = messages["text"].to_arrow().cast(pa.string())
     return likeness(messages, prints(messages), lambda rows: texts.take(pa.array(rows)), every, limits)
 

@@ -10,7 +10,7 @@ from tasks.dialogue.dedupe import Likeness, likeness
 from tasks.dialogue.leakage import Compared, crossing
 from tasks.dialogue.minhash import compute
 from tasks.dialogue.near_duplicates import Prints
-from tasks.dialogue.record import PROTECTION, CopyLimits
+from tasks.dialogue.settings import PROTECTION, DuplicateSettings
 
 SPLITS = ("train", "train", "train", "val", "test")
 
@@ -27,7 +27,7 @@ def jaccard(one: str, other: str) -> float:
 def prompts(texts: list[str], splits: list[str]) -> tuple[Compared, Likeness]:
     """Lay out first prompts, one a tree."""
     table = pl.DataFrame({"parent_id": pl.Series([None] * len(texts), dtype=pl.String), "role": "prompter"})
-    column, limits = pa.array(texts), CopyLimits()
+    column, limits = pa.array(texts), DuplicateSettings()
     prints = Prints.of(compute(column, 3, 128, 0.8))
 
     def texts_of(rows: Any) -> pa.Array:

@@ -3,13 +3,15 @@ from typing import Any
 import polars as pl
 import pytest
 
-from tasks.dialogue.record import RULES, TEXT_RULES, Limits, RuleName
-from tasks.dialogue.rules import COLUMNS, MAKERS, in_thread, judge, rules_of
+from tasks.dialogue import rules as rules_module
+from tasks.dialogue.rules import Rule, columns_of, in_thread, judge, rules_of
+from tasks.dialogue.settings import RULES, FilterRule, FilterSettings
 
 GOOD: dict[str, Any] = {
     "tree_state": "ready_for_export", "text": "Hi", "role": "prompter", "lang": "en", "deleted": False,
     "synthetic": False, "review_result": True, "label_spam": 0.0, "label_quality": 0.8, "detoxify_toxicity": 0.0,
 }  # fmt: skip
+COLUMNS = sorted({"text", *columns_of(rules_of(FilterSettings()))} - {"parent_role", "prompt_lang", "siblings"})
 SCHEMA = {
     name: pl.Float32 if name.startswith(("label", "detoxify")) else pl.String for name in COLUMNS
 } | {"rank": pl.Int32, "deleted": pl.Boolean, "synthetic": pl.Boolean, "review_result": pl.Boolean}  # fmt: skip
@@ -17,7 +19,7 @@ SCHEMA = {
 
 def verdicts(*rows: dict[str, Any], parents: list[int] | None = None, **limits: Any) -> list[tuple[Any, Any]]:
     table = pl.DataFrame([{**dict.fromkeys(COLUMNS), **GOOD, **row} for row in rows], schema=SCHEMA)
-    found = judge(in_thread(table, parents or [-1] * len(rows)), rules_of(Limits(**limits)))
+    found = judge(in_thread(table, parents or [-1] * len(rows)), rules_of(FilterSettings(**limits)))
     return list(zip(found.reasons, found.evidence, strict=True))
 
 
@@ -27,7 +29,7 @@ def talk(*texts: str) -> list[Any]:
     return [reason for reason, _ in verdicts(*rows, parents=list(range(-1, len(rows) - 1)))]
 
 
-CASES: list[tuple[str, dict[str, Any], RuleName | None, str]] = [
+CASES: list[tuple[str, dict[str, Any], str | None, str]] = [
     ("a good message", {}, None, ""),
     ("a tree in growth", {"tree_state": "growing"}, "tree_state", "tree_state growing is not ready_for_export"),
     ("another language", {"lang": "de-AT"}, "language", "lang de-AT is not en"),
@@ -72,11 +74,27 @@ def test_what_is_unknown_drops_nothing() -> None:
     assert verdicts({**dict.fromkeys(COLUMNS), "text": "Hi", "role": "prompter"}) == [(None, None)]
 
 
-def test_every_rule_has_a_case_here_and_a_maker_of_its_name_in_order() -> None:
-    elsewhere = {"paste", "unreviewed", "top_k", *TEXT_RULES}  # these have laws of their own below
+def test_every_rule_has_a_case_here_and_a_function_of_its_name_or_a_limit() -> None:
+    elsewhere = {
+        "paste",
+        "unreviewed",
+        "top_k",
+        *(name for name, spec in RULES.items() if spec.reads_text),
+    }  # these have laws of their own below
     assert {reason for _, _, reason, _ in CASES if reason} | elsewhere == set(RULES)
-    assert tuple(MAKERS) == RULES
-    assert [make.__name__ for make in MAKERS.values()] == list(RULES)
+    assert {*rules_module._DROPS} == {name for name, spec in RULES.items() if not spec.label}
+
+
+@pytest.mark.parametrize("reads_text", [False, True])
+def test_a_rule_that_is_appended_at_the_end_just_works(monkeypatch: pytest.MonkeyPatch, reads_text: bool) -> None:
+    """Also where it reads columns, although those before it read texts."""
+    linked = pl.col("text").str.contains("https?://")
+    monkeypatch.setitem(RULES, "links", FilterRule(reads_text=reads_text))
+    monkeypatch.setitem(rules_module._DROPS, "links", lambda _: Rule("links", linked, pl.lit("holds a URL")))
+    settings = {"rules": ("contaminated", "links")}
+    verdict = read if reads_text else lambda row, **more: verdicts(row, **more)[0]
+    assert verdict({"text": "see https://example.org"}, **settings) == ("links", "holds a URL")
+    assert verdict({"text": "see there"}, **settings) == (None, None)
 
 
 def test_a_speaker_does_not_follow_himself() -> None:
@@ -89,7 +107,7 @@ def test_the_first_rule_that_fires_names_the_reason_whatever_order_was_asked() -
     row = {"deleted": True, "lang": "de", "label_spam": 1.0}
     assert verdicts(row)[0][0] == "language"
     assert verdicts(row, rules=("spam", "deleted"))[0] == ("deleted", "deleted is true")
-    assert Limits(rules=("spam", "deleted", "spam")).rules == ("deleted", "spam")
+    assert FilterSettings(rules=("spam", "deleted", "spam")).rules == ("deleted", "spam")
 
 
 def test_no_rules_drop_nothing() -> None:
@@ -109,13 +127,13 @@ def test_empty_lists_of_states_and_languages_let_everything_through() -> None:
 
 
 def test_languages_are_settings_in_any_spelling() -> None:
-    assert Limits(languages=("pt-BR", "EN", "en_US")).languages == ("en", "pt")
+    assert FilterSettings(languages=("pt-BR", "EN", "en_US")).languages == ("en", "pt")
     assert verdicts({"lang": "pt-BR"}, languages=("pt",)) == [(None, None)]
 
 
 def test_a_limit_is_a_setting() -> None:
-    assert verdicts({"label_spam": 0.3}, spam_above=0.25) == [("spam", "label_spam 0.3 > 0.25")]
-    assert verdicts({"label_quality": 0.3}, quality_below=0.3) == [(None, None)]
+    assert verdicts({"label_spam": 0.3}, label_limits={"spam": 0.25}) == [("spam", "label_spam 0.3 > 0.25")]
+    assert verdicts({"label_quality": 0.3}, label_limits={"quality": 0.3}) == [(None, None)]
 
 
 PASTES = [
@@ -190,7 +208,10 @@ def test_the_best_replies_stay_and_an_unranked_one_only_where_it_is_alone() -> N
 def read(row: dict[str, Any], **limits: Any) -> tuple[Any, Any]:
     """Return the verdict of the rules that judge what was read in a text."""
     seen = {"text": "x", "detected": None, "share": None, "tagged": "en", "personal": None, "overlap": None} | row
-    found = judge(pl.DataFrame([seen], schema_overrides={"share": pl.Float32}), rules_of(Limits(**limits), TEXT_RULES))
+    found = judge(
+        pl.DataFrame([seen], schema_overrides={"share": pl.Float32}),
+        rules_of(FilterSettings(**limits), reading_text=True),
+    )
     return found.reasons[0], found.evidence[0]
 
 
@@ -199,7 +220,7 @@ def test_a_text_that_is_clearly_in_another_language_than_its_tag_is_dropped() ->
     assert read(german) == ("text_language", "0.97 of the text is de, tagged en")
     assert read(german | {"share": 0.94}) == read(german | {"tagged": "de"}) == (None, None)
     assert read(german | {"tagged": None}) == read({"detected": None}) == (None, None)
-    assert read(german, text_language_from=0.98) == (None, None)
+    assert read(german, min_language_confidence=0.98) == (None, None)
 
 
 def test_personal_data_drop_a_message_only_where_they_are_not_masked() -> None:

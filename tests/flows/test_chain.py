@@ -52,10 +52,10 @@ def test_nothing_changed_means_all_cached(store: Store) -> None:
 
 def test_one_setting_changed_runs_that_step_and_those_after_it_and_why_names_it(store: Store) -> None:
     run()
-    planned = chain.plan(recipe.load(TINY, ["curate.quality_below=0.9"]), DATA)
+    planned = chain.plan(recipe.load(TINY, ["curate.label_limits.quality=0.9"]), DATA)
     assert [entry.status for entry in planned] == ["cached", "cached", "run", "unknown"]
-    assert planned[2].why == "params.quality_below: 0.4 -> 0.9"
-    assert run("curate.quality_below=0.9")[:3] == [True, True, False]
+    assert planned[2].why == "params.label_limits.quality: 0.4 -> 0.9"
+    assert run("curate.label_limits.quality=0.9")[:3] == [True, True, False]
 
 
 def test_an_upstream_rerun_with_equal_bytes_leaves_everything_after_it_cached(store: Store) -> None:
@@ -172,7 +172,7 @@ def test_a_model_that_prefers_is_made_of_the_one_that_was_trained(store: Store) 
 @pytest.mark.slow
 def test_a_step_that_kept_its_start_is_told_as_one_that_changed_nothing(store: Store) -> None:
     """At such a learning rate no weight changes, so no loss is better than the first one."""
-    settings = ["preferences=true", "train.epochs=0.3", "prefer.lr=1e-30", "curate.val_share=0.3", "train.threads=1"]
+    settings = ["preferences=true", "train.epochs=0.3", "prefer.lr=1e-30", "curate.val_fraction=0.3", "train.threads=1"]
     asked = recipe.load(TINY, settings)
     with session():
         made = chain.run(asked, chain.whole(asked))

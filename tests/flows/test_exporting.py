@@ -47,7 +47,10 @@ def tokens(dialogues: Dialogues, tmp_path: Path) -> Tokens:
     out = tmp_path / "tokens"
     out.mkdir()
     encode.function(
-        out, dialogues, EncodeParams(tokenizer="trained", vocab_size=300, block=64, layout="paths"), EncodeRuntime()
+        out,
+        dialogues,
+        EncodeParams(tokenizer="trained", vocab_size=300, context_length=64, layout="paths"),
+        EncodeRuntime(),
     )
     return Tokens(out, MANIFEST)
 
@@ -57,7 +60,7 @@ def test_nanogpt_gets_the_paths_of_packed_trees(dialogues: Dialogues, tokens: To
     encode.function(
         tmp_path / "tree",
         dialogues,
-        EncodeParams(tokenizer="trained", vocab_size=300, block=64, pack=128),
+        EncodeParams(tokenizer="trained", vocab_size=300, context_length=64, sequence_length=128),
         EncodeRuntime(),
     )
     export("nanogpt", Tokens(tmp_path / "tree", MANIFEST), tmp_path / "of-trees")
@@ -98,7 +101,7 @@ def test_a_split_that_nanogpt_could_not_open_is_refused(tmp_path: Path) -> None:
     with parquet_writer(tmp_path / "dialogues.parquet", DIALOGUE_COLUMNS) as writer:
         writer.write_table(pa.Table.from_pylist(rows("a", "train"), schema=arrow_schema(DIALOGUE_COLUMNS)))
     (tmp_path / "tokens").mkdir()
-    params = EncodeParams(tokenizer="trained", vocab_size=300, block=64)
+    params = EncodeParams(tokenizer="trained", vocab_size=300, context_length=64)
     encode.function(tmp_path / "tokens", Dialogues(tmp_path, MANIFEST), params, EncodeRuntime())
     with pytest.raises(InputError, match="val split holds no tokens"):
         export("nanogpt", Tokens(tmp_path / "tokens", MANIFEST), tmp_path / "out")

@@ -85,13 +85,16 @@ def test_the_plan_for_programs(shell: Shell) -> None:
     assert isinstance(planned, list)
     assert [set(entry) for entry in planned] == [{"step", "status", "key", "why", "notices"}] * 6
     assert {entry["status"] for entry in planned} == {"cached"}
-    changed = shell.json("plan", TINY, "--set", "encode.block=96")
+    changed = shell.json("plan", TINY, "--set", "encode.context_length=96")
     assert isinstance(changed, list)
     assert [entry["status"] for entry in changed] == ["cached"] * 3 + ["run", "unknown", "unknown"]
 
 
 def test_why_names_the_setting_with_old_and_new(shell: Shell) -> None:
-    assert "encode would run: params.block: 64 -> 96" in shell("why", TINY, "--set", "encode.block=96").stdout
+    assert (
+        "encode would run: params.context_length: 64 -> 96"
+        in shell("why", TINY, "--set", "encode.context_length=96").stdout
+    )
     assert "nothing would run" in shell("why", TINY).stdout
 
 
@@ -302,7 +305,7 @@ def test_a_signal_to_the_whole_group_ends_a_run_soon_with_one_line(
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_with_nine_a_run_leaves_no_process_behind_and_the_next_one_goes_on(shell: Shell, processes: int) -> None:
-    more = ("--set", f"train.seed={processes}", "--set", f"train.processes={processes}")
+    more = ("--set", f"train.seed={processes}", "--set", f"train.num_processes={processes}")
     asked = [
         sys.executable,
         "-m",

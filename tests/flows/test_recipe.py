@@ -18,8 +18,10 @@ def test_every_recipe_that_comes_with_treeline_is_valid_and_says_what_it_is_for(
 
 
 def test_a_setting_is_changed_by_its_name() -> None:
-    made = recipe.load("quickstart", ["encode.block=256", 'encode.layout="top1"', "curate.languages=['de', 'en']"])
-    assert (made.encode.block, made.encode.layout, made.curate.languages) == (256, "top1", ("de", "en"))
+    made = recipe.load(
+        "quickstart", ["encode.context_length=256", 'encode.layout="top1"', "curate.languages=['de', 'en']"]
+    )
+    assert (made.encode.context_length, made.encode.layout, made.curate.languages) == (256, "top1", ("de", "en"))
 
 
 def test_several_inputs_are_a_list_of_tables() -> None:
@@ -41,9 +43,9 @@ def test_a_runtime_setting_may_be_named_by_its_step() -> None:
     ("setting", "says"),
     [
         ("encode.blok=5", "did you mean block"),
-        ("encod.block=5", "did you mean encode"),
-        ("encode.block=five", "encode.block: .*found 'five'"),
-        ("encode.block=-1", "greater than or equal"),
+        ("encod.context_length=5", "did you mean encode"),
+        ("encode.context_length=five", "encode.context_length: .*found 'five'"),
+        ("encode.context_length=-1", "greater than or equal"),
         ("encode.layout=zigzag", "encode.layout"),
         ("encode", "expected section.name=value"),
         ("=5", "expected section.name=value"),
@@ -67,7 +69,7 @@ def test_a_value_that_is_nested_or_long_without_end_is_refused_in_a_setting_a_re
 ) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(f"[encode]\nblock = {value}\n")
-    setting = f"encode.block={value}"
+    setting = f"encode.context_length={value}"
     ways: list[Callable[[], object]] = [
         lambda: recipe.load("quickstart", [setting]),
         lambda: recipe.load(str(file)),
@@ -92,7 +94,7 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_name() -> None:
 def test_a_file_of_ones_own_is_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "mine & co.toml").write_text("[encode]\nblock = 64\n")
     made = recipe.load(str(tmp_path / "mine & co.toml"))
-    assert (made.name, made.encode.block) == ("mine---co", 64)
+    assert (made.name, made.encode.context_length) == ("mine---co", 64)
     (tmp_path / "broken.toml").write_text("[encode\n")
     with pytest.raises(ParameterError, match=r"broken\.toml"):
         recipe.load(str(tmp_path / "broken.toml"))
@@ -129,24 +131,28 @@ def test_a_setting_without_a_say_is_in_no_key() -> None:
     assert keys("encode.vocab_size=8192") == keys()
     assert keys("encode.tokenizer=trained", "encode.vocab_size=8192") != keys("encode.tokenizer=trained")
     assert keys("evaluate.temperature=0", "evaluate.top_k=3", "evaluate.seed=1") == keys("evaluate.temperature=0")
-    assert keys("evaluate.panel=[]", "evaluate.seed=1") == keys("evaluate.panel=[]")
+    assert keys("evaluate.sample_prompts=[]", "evaluate.seed=1") == keys("evaluate.sample_prompts=[]")
     assert keys("evaluate.seed=1") != keys() != keys("evaluate.max_new_tokens=9")
 
 
 def test_curation_is_told_what_the_evaluation_asks_unless_it_was_told_otherwise() -> None:
-    made = recipe.load("quickstart", ['evaluate.panel=["Who?"]'])
+    made = recipe.load("quickstart", ['evaluate.sample_prompts=["Who?"]'])
     told = made.section("curate").model_dump()
-    assert (told["panel"], told["facts"]) == (("Who?",), ("capital", "us_state", "indian_state"))
-    own = recipe.load("quickstart", ["curate.panel=[]", 'curate.facts=["plural"]']).section("curate").model_dump()
-    assert (own["panel"], own["facts"]) == ((), ("plural",))
+    assert (told["sample_prompts"], told["fact_families"]) == (("Who?",), ("capital", "us_state", "indian_state"))
+    own = (
+        recipe.load("quickstart", ["curate.sample_prompts=[]", 'curate.fact_families=["plural"]'])
+        .section("curate")
+        .model_dump()
+    )
+    assert (own["sample_prompts"], own["fact_families"]) == ((), ("plural",))
     assert made.section("encode") is made.encode
 
 
 def test_what_a_schedule_made_in_the_ui_leaves_out_or_empty_is_taken_from_the_recipe_of_its_deployment() -> None:
-    whole = recipe.load("quickstart", ["train.targets=1000"])
+    whole = recipe.load("quickstart", ["train.target_tokens=1000"])
     partial = recipe.Recipe.model_validate(
         {
-            "train": {"seed": 7, "targets": None, "lr": 0.5},
+            "train": {"seed": 7, "target_tokens": None, "lr": 0.5},
             "curate": {"top_k": None},
             "runtime": {"train": {"threads": None}},
         }

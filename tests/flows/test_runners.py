@@ -84,7 +84,7 @@ def test_two_workers_of_a_cluster_make_the_bytes_that_threads_make(
     monkeypatch.setenv("TREELINE_ARTIFACTS", str(tmp_path / "threads"))
     monkeypatch.setenv("TREELINE_SOURCE_ROOTS", str(tmp_path))
     given = ["download.source=file", f"download.path={source}", "parse.max_trees=100000", "curate.languages=[]"]
-    given += ["encode.block=256"]
+    given += ["encode.context_length=256"]
     chain.run(recipe.load(TINY, given), chain.DATA)
     before = work_done(scheduler)
     run_on("dask", tmp_path, given, TREELINE_DASK_SCHEDULER=scheduler)

@@ -51,7 +51,7 @@ def test_contests_show_the_prompt_once_and_the_replies_best_first(tmp_path: Path
     dialogues = Dialogues(tmp_path, manifest(kind="dialogues"))
     for name in ("tokens", "contests"):
         (tmp_path / name).mkdir()
-    params = EncodeParams(tokenizer="trained", vocab_size=300, block=128)
+    params = EncodeParams(tokenizer="trained", vocab_size=300, context_length=128)
     encode.function(tmp_path / "tokens", dialogues, params, EncodeRuntime(workers=1))
     tokens = Tokens(tmp_path / "tokens", manifest(kind="tokens"))
     pair.function(tmp_path / "contests", dialogues, tokens, PairParams())

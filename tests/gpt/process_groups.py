@@ -74,7 +74,7 @@ def sharded(folder: Path, world: ProcessGroup) -> FactQuery:
 
 def recomputed(folder: Path, world: ProcessGroup) -> FactQuery:
     """Parts of the model, and blocks that are computed again on the way back."""
-    return trained(folder, world, machine=replace(MACHINE, sharded=True, recompute=True))
+    return trained(folder, world, machine=replace(MACHINE, sharded=True, activation_checkpointing=True))
 
 
 def even(folder: Path, world: ProcessGroup) -> FactQuery:

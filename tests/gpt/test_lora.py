@@ -126,19 +126,19 @@ def fitted(folder: Path, **machine: Any) -> dict[str, Tensor]:
     return {name: weight.detach() for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
 def test_killed_and_resumed_it_ends_the_same_to_the_bit_and_checkpoints_hold_adapters_only(
-    tmp_path: Path, recompute: bool
+    tmp_path: Path, activation_checkpointing: bool
 ) -> None:
     whole = fitted(tmp_path / "whole")
     with listening(Killer(5)), pytest.raises(Killed):
-        fitted(tmp_path / "cut", recompute=recompute)
+        fitted(tmp_path / "cut", activation_checkpointing=activation_checkpointing)
     found = checkpoint.latest(tmp_path / "cut" / "checkpoints")
     assert found is not None
     for table in found.tensors.values():
         assert table
         assert all("lora_" in name for name in table)
-    resumed = fitted(tmp_path / "cut", recompute=recompute)
+    resumed = fitted(tmp_path / "cut", activation_checkpointing=activation_checkpointing)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     before = dict(start(0.0).named_parameters())
     same = {name for name in whole if torch.equal(whole[name], before[name])}

@@ -31,9 +31,9 @@ from tests.gpt.test_loop import MACHINE, SETTINGS
 from dataclasses import replace
 torch.set_num_threads(1)
 layers, heads, width, vocab, block, size = map(int, sys.argv[1:7])
-dropout, recompute, frozen = float(sys.argv[7]), bool(int(sys.argv[8])), int(sys.argv[9])
+dropout, again, frozen = float(sys.argv[7]), bool(int(sys.argv[8])), int(sys.argv[9])
 decay, rank = float(sys.argv[10]) or None, int(sys.argv[11])
-(spare_memory if recompute or rank else hold_memory)()
+(spare_memory if again or rank else hold_memory)()
 model = build_start(scratch_spec(layers=layers, heads=heads, width=width, positions=block, vocab_size=vocab, seed=0))
 set_dropout(model, dropout)
 if rank:
@@ -44,14 +44,14 @@ one = np.ones_like(ids)
 split = Split(ids, one, np.cumsum(one, 1) - 1, np.full_like(ids, block) - (np.arange(block) < block // 2) * block // 2)
 resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 with tempfile.TemporaryDirectory() as folder:
-    machine = replace(MACHINE, micro_batch=size, checkpoint_seconds=0.0, recompute=recompute)
+    machine = replace(MACHINE, micro_batch=size, checkpoint_seconds=0.0, activation_checkpointing=again)
     settings = replace(SETTINGS, epochs=1, sequences=2 * size, ema_decay=decay, evals_per_epoch=2)
     fit(model, split, split, settings=settings, machine=machine, workplace=Path(folder))
 status = Path("/proc/self/status").read_text().splitlines()  # `ru_maxrss` would begin with the peak of the parent
 (peak,) = [int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")]
 count = sum(weight.numel() for weight in trained(model).values())
 table = not frozen and not rank
-how = dict(ema=decay is not None, recompute=recompute, holds=not rank)
+how = dict(ema=decay is not None, activation_checkpointing=again, holds=not rank)
 shape = ModelShape(layers, heads, width, vocab, count, block, dropout > 0, False, True, frozen, table, **how)
 print(json.dumps([resident + memory(shape, size), peak]))
 """
@@ -124,9 +124,9 @@ def test_work_grows_with_what_is_done() -> None:
     once = seconds(GPT2, 1e6, 0, 0.9, 1e11)
     assert seconds(GPT2, 2e6, 0, 0.9, 1e11) == pytest.approx(2 * once)
     assert seconds(GPT2, 1e6, 3e6, 0.9, 1e11) == pytest.approx(2 * once)
-    assert flops(replace(GPT2, block=4_096), 1.0) > 1.2 * flops(GPT2, 1.0)  # a mask hides what is computed
-    assert flops(replace(GPT2, block=4_096, seen=1_024), 1.0) == flops(GPT2, 1.0)
-    again = replace(GPT2, recompute=True)
+    assert flops(replace(GPT2, sequence_length=4_096), 1.0) > 1.2 * flops(GPT2, 1.0)  # a mask hides what is computed
+    assert flops(replace(GPT2, sequence_length=4_096, seen=1_024), 1.0) == flops(GPT2, 1.0)
+    again = replace(GPT2, activation_checkpointing=True)
     assert flops(GPT2, 1.0) < flops(again, 1.0) < 4 / 3 * flops(GPT2, 1.0)
     assert (
         memory(again, 4)

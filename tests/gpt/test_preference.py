@@ -64,7 +64,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Contests, Model, Ref
     for name in ("tokens", "contests", "model", "references"):
         (folder / name).mkdir()
     dialogues = Dialogues(folder, manifest(kind="dialogues"))
-    params = EncodeParams(tokenizer="trained", vocab_size=300, block=64, pack=128)
+    params = EncodeParams(tokenizer="trained", vocab_size=300, context_length=64, sequence_length=128)
     encode.function(folder / "tokens", dialogues, params, EncodeRuntime(workers=1))
     tokens = Tokens(folder / "tokens", manifest(kind="tokens"))
     pair.function(folder / "contests", dialogues, tokens, PairParams())

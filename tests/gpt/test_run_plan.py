@@ -18,8 +18,8 @@ def plan(asked: object = None) -> int:
     return choice(asked)[0]
 
 
-def choice(asked: object = None, recompute: object = False) -> tuple[int, bool]:
-    return planned(start(), [split(), split(6)], SETTINGS, CPU, asked, iter(range(99)).__next__, recompute)  # type: ignore[arg-type]
+def choice(asked: Any = None, checkpointing: Any = False) -> tuple[int, bool]:
+    return planned(start(), [split(), split(6)], SETTINGS, CPU, asked, iter(range(99)).__next__, checkpointing)
 
 
 def test_what_is_asked_is_taken_but_never_more_than_a_step(caplog: pytest.LogCaptureFixture) -> None:
@@ -35,7 +35,10 @@ def test_little_memory_makes_auto_take_less_and_others_are_warned(
     with caplog.at_level(logging.WARNING, logger="treeline.train"):
         assert plan("auto") == 1
         assert plan(8) == 8
-    assert "more than is free; set train.micro_batch to auto, or lower encode.pack or block" in caplog.text
+    assert (
+        "more than is free; set train.micro_batch to auto, or lower encode.sequence_length or encode.context_length"
+        in caplog.text
+    )
 
 
 def test_blocks_are_computed_again_where_asked_or_where_memory_would_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,10 +121,13 @@ def test_out_of_memory_names_what_to_lower(error: BaseException) -> None:
 
 
 def test_out_of_memory_offers_to_compute_again_what_is_not_so_yet() -> None:
-    for recompute in (False, True):
-        with pytest.raises(TrainingError) as caught, memory_named(replace(MACHINE, recompute=recompute), 12):
+    for activation_checkpointing in (False, True):
+        with (
+            pytest.raises(TrainingError) as caught,
+            memory_named(replace(MACHINE, activation_checkpointing=activation_checkpointing), 12),
+        ):
             raise MemoryError
-        assert ("train.recompute to true" in str(caught.value)) is not recompute
+        assert ("train.activation_checkpointing to true" in str(caught.value)) is not activation_checkpointing
 
 
 def test_another_failure_stays_what_it_is() -> None:

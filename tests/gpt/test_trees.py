@@ -56,7 +56,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
         writer.write_table(pa.Table.from_pylist(rows_of(found, TREES), schema=arrow_schema(DIALOGUE_COLUMNS)))
     manifest = Manifest("0" * 64, "", {}, {}, "0" * 64)
     (folder / "tokens").mkdir()
-    params = EncodeParams(tokenizer="trained", vocab_size=512, block=PATH, pack=PACK)
+    params = EncodeParams(tokenizer="trained", vocab_size=512, context_length=PATH, sequence_length=PACK)
     counts = encode.function(folder / "tokens", Dialogues(folder, manifest), params, EncodeRuntime())
     return Tokens(folder / "tokens", Manifest("0" * 64, "", {}, {}, "0" * 64, counts))
 
@@ -121,7 +121,7 @@ def test_a_packed_tree_has_the_loss_and_gradients_of_its_paths_each_message_once
 def test_a_weighed_tree_has_the_weighed_loss_and_gradients_of_its_paths_each_message_once(
     tokens: Tokens, model: GPT2LMHeadModel, siblings: Literal["each", "shared"], decay: float
 ) -> None:
-    worth = worth_of(tokens, TrainParams(siblings=siblings, rank_decay=decay))
+    worth = worth_of(tokens, TrainParams(reply_weighting=siblings, rank_weight_decay=decay))
     assert worth is not None
     rows, each = np.arange(len(tokens.ids())), paths(tokens)
     spread = torch.from_numpy(worth.spread(rows, (len(rows), PACK)))
@@ -139,7 +139,7 @@ def test_a_weighed_tree_has_the_weighed_loss_and_gradients_of_its_paths_each_mes
 
 
 def test_siblings_share_a_weight_of_1_though_a_cut_parts_them(tokens: Tokens) -> None:
-    worth = worth_of(tokens, TrainParams(siblings="shared", rank_decay=0.5))
+    worth = worth_of(tokens, TrainParams(reply_weighting="shared", rank_weight_decay=0.5))
     assert worth is not None
     index = tokens.index().collect()
     above = index["message_id"].gather(index["parent"])
@@ -210,7 +210,9 @@ def test_a_tree_of_one_branch_is_an_isolated_document(tmp_path: Path) -> None:
     made = []
     for layout in ("tree", "paths"):
         (tmp_path / layout).mkdir()
-        params = EncodeParams(tokenizer="trained", vocab_size=300, block=128, pack=128, layout=layout)
+        params = EncodeParams(
+            tokenizer="trained", vocab_size=300, context_length=128, sequence_length=128, layout=layout
+        )
         encode.function(
             tmp_path / layout, Dialogues(tmp_path, Manifest("0" * 64, "", {}, {}, "0" * 64)), params, EncodeRuntime()
         )

@@ -67,7 +67,9 @@ def tokens_of(folder: Path, template: Literal["chat", "xml"]) -> Tokens:
         writer.write_table(pa.Table.from_pylist(rows, schema=arrow_schema(DIALOGUE_COLUMNS)))
     out = folder / "tokens"
     out.mkdir()
-    params = EncodeParams(tokenizer="trained", vocab_size=280, block=256, pack=256, template=template)
+    params = EncodeParams(
+        tokenizer="trained", vocab_size=280, context_length=256, sequence_length=256, template=template
+    )
     encode.function(out, Dialogues(folder, manifest), params, EncodeRuntime(workers=1))
     return Tokens(out, manifest)
 

@@ -1,4 +1,4 @@
-from tasks.dialogue.record import named_in, near_evidence
+from tasks.dialogue.verdicts import named_in, near_evidence
 
 
 def test_a_verdict_names_the_message_that_it_is_about() -> None:
