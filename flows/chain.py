@@ -87,7 +87,7 @@ def settings(step: Step[Any, Any], recipe: Recipe) -> dict[str, Any]:
     """Return the arguments that a recipe gives to a step: its Params, and its Runtime where it takes one."""
     given: dict[str, Any] = {step.params_name: recipe.section(step.name)}
     if step.runtime_name:
-        given[step.runtime_name] = getattr(recipe.runtime, step.name)
+        given[step.runtime_name] = recipe.runtime.of(step.runtime_type)
     return given
 
 

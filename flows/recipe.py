@@ -8,47 +8,36 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flows.runners import Runner
-from tasks.curate import CurateParams, CurateRuntime
+from tasks.curate import CurateParams
 from tasks.download import DownloadParams, DownloadRuntime
-from tasks.encode import EncodeParams, EncodeRuntime
+from tasks.encode import EncodeParams
 from tasks.errors import ParameterError
 from tasks.evaluate import EvaluateParams, EvaluateRuntime
 from tasks.pair import PairParams
 from tasks.parse import ParseParams
-from tasks.prefer import PreferParams, PreferRuntime
-from tasks.refer import ReferParams, ReferRuntime
-from tasks.step import Params
+from tasks.prefer import PreferParams
+from tasks.refer import ReferParams
+from tasks.step import Params, Runtime, TextsRuntime
 from tasks.train import TrainParams, TrainRuntime
 
+R = TypeVar("R", bound=Runtime)
 FOLDER = Path(__file__).parent / "recipes"
 
 
-class RuntimeSettings(BaseModel):
-    """How fast the steps work, never what they make: none of these asks for a rerun."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+class RuntimeSettings(DownloadRuntime, TextsRuntime, TrainRuntime, EvaluateRuntime):
+    """How fast the steps work, and where, never what they make: none of these asks for a rerun."""
 
     runner: Runner = "threads"
     """Where texts are worked on: threads of this machine, or the workers of a Dask or Ray cluster."""
-    download: DownloadRuntime = DownloadRuntime()
-    """The download step."""
-    curate: CurateRuntime = CurateRuntime()
-    """The curate step."""
-    encode: EncodeRuntime = EncodeRuntime()
-    """The encode step."""
-    train: TrainRuntime = TrainRuntime()
-    """The train step."""
-    evaluate: EvaluateRuntime = EvaluateRuntime()
-    """The evaluate step."""
-    refer: ReferRuntime = ReferRuntime()
-    """The refer step, of a run with preferences."""
-    prefer: PreferRuntime = PreferRuntime()
-    """The prefer step, of a run with preferences."""
+
+    def of(self, runtime: type[R]) -> R:
+        """Return the settings that a step takes."""
+        return runtime(**self.model_dump(include={*runtime.model_fields}))
 
 
 class Recipe(BaseModel):
@@ -85,11 +74,9 @@ class Recipe(BaseModel):
     def _acts(self) -> Recipe:
         """Refuse settings of steps that the recipe does not have: they would be thought to act."""
         if not self.preferences:
-            for told in (self, self.runtime):
-                for name in ("pair", "refer", "prefer"):
-                    fields = type(told).model_fields
-                    if name in fields and getattr(told, name) != fields[name].default:
-                        raise ValueError(f"settings of {name} need preferences = true, without which it does not run")
+            for name in ("pair", "refer", "prefer"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"settings of {name} need preferences = true, without which it does not run")
         return self
 
     def section(self, step: str) -> Params:
@@ -116,8 +103,7 @@ def load(name: str = "quickstart", settings: Sequence[str] = ()) -> Recipe:
 
     Args:
         name: One of `names()`, or the path of a TOML file.
-        settings: `section.name=value` each; a value is TOML, or else plain text. `train.device` stands for
-            `runtime.train.device`, where no other setting has that name.
+        settings: `section.name=value` each; a value is TOML, or else plain text.
 
     Raises:
         ParameterError: If the recipe or a setting is unknown, or a value is out of its range.
@@ -219,7 +205,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _put(data: dict[str, Any], setting: str) -> None:
     path, equals, text = setting.partition("=")
-    parts = _route(path.strip().split("."))
+    parts = path.strip().split(".")
     if not equals or not all(parts):
         raise ParameterError(f"expected section.name=value, found {setting!r}", "--set", code="param.set")
     for part in parts[:-1]:
@@ -227,17 +213,6 @@ def _put(data: dict[str, Any], setting: str) -> None:
         if not isinstance(data, dict):
             raise ParameterError(f"{part!r} holds a value, not settings", f"--set {setting}", code="param.set")
     data[parts[-1]] = _value(text.strip())
-
-
-def _route(parts: list[str]) -> list[str]:
-    """Lead `train.device` to `runtime.train.device`: who sets it need not know which settings are keyed."""
-    if len(parts) == 2 and parts[0] in RuntimeSettings.model_fields and parts[0] in Recipe.model_fields:
-        section, name = parts
-        keyed = Recipe.model_fields[section].default
-        runtime = RuntimeSettings.model_fields[section].default
-        if name not in type(keyed).model_fields and name in type(runtime).model_fields:
-            return ["runtime", *parts]
-    return parts
 
 
 def _value(text: str) -> Any:
@@ -265,6 +240,8 @@ def _advice(error: ValidationError) -> str:
             for section in sections:
                 default = model.model_fields[section].default if section in model.model_fields else None
                 model = type(default) if isinstance(default, BaseModel) else model  # one of `also` is like its section
+            if sections and unknown in RuntimeSettings.model_fields:
+                return f"did you mean runtime.{unknown}"
             near = difflib.get_close_matches(unknown, model.model_fields, 1)
             return f"did you mean {near[0]}" if near else f"known are {', '.join(model.model_fields)}"
     return "give another value"

@@ -97,13 +97,7 @@ class DownloadParams(Input):
 
 
 class DownloadRuntime(Runtime):
-    """How patiently a hub is asked, and how much is taken from it."""
-
-    retries: int = Field(default=4, ge=0, le=20)
-    """Tries after the first one."""
-
-    backoff_s: float = Field(default=1.0, ge=0, le=60)
-    """Seconds before the first of them; doubles each time, up to 30."""
+    """How much is taken from a hub."""
 
     max_download_gb: float = Field(default=16, gt=0, le=1e6)
     """Largest file that is taken from the hub, in GB, where its size is not pinned."""
@@ -147,7 +141,7 @@ def _pieces(params: Input, pinned: Source, run: DownloadRuntime) -> Iterator[byt
     if params.path is not None:
         yield from read_pieces(allowed_file(params.path), "copy")
     elif pinned.repo and pinned.revision:
-        patience = Patience(run.retries, run.backoff_s, most=int(run.max_download_gb * 1e9))
+        patience = Patience(most=int(run.max_download_gb * 1e9))
         where = (pinned.repo, pinned.file, pinned.revision, pinned.sha256)
         path = fetch_file(*where, repo_type="dataset", size=pinned.bytes, patience=patience)
         yield from read_pieces(path, "copy")

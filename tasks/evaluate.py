@@ -19,8 +19,8 @@ from tasks.artifacts import Contests, Counts, Model, Report, Tokens
 from tasks.errors import InputError, ParameterError
 from tasks.initial_weights import folder_of, given_to_prefer, of_training
 from tasks.notices import told
-from tasks.step import Params, Runtime, hold, step
-from tasks.tuning import check_same_encoding, replies_of
+from tasks.step import Params, hold, step
+from tasks.tuning import ModelRuntime, check_same_encoding, replies_of
 from tasks.tuning import split_of as sequences_of
 
 if TYPE_CHECKING:
@@ -88,17 +88,11 @@ class EvaluateParams(Params):
         return set() if self.temperature else how - {"temperature", "samples_per_prompt"}
 
 
-class EvaluateRuntime(Runtime):
+class EvaluateRuntime(ModelRuntime):
     """How fast, and where. The figures are the same but for rounding."""
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to evaluate; auto takes a GPU where there is one. As in training, a GPU rounds the factors of products to 10 bits (TF32)."""  # noqa: E501
-    batch: Count | None = None
-    """Sequences that go through the model at once; lower it where memory runs out. None: as many as hold 8,192 tokens."""  # noqa: E501
-    replies: Count = 128
-    """Replies that are made at once; lower it where memory runs out."""
-    threads: Count | None = None
-    """CPU threads. None: one for a model narrower than 512, else as torch finds best."""
+    generation_batch: Count = 128
+    """Replies that are generated at once; lower it where memory runs out."""
 
 
 @step("evaluate", version=8, makes=Report)
@@ -121,7 +115,7 @@ def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, ru
     }
     results: dict[str, ModelOutputs] = {}
     device = device_of(run.device)
-    less = "Set evaluate.batch and evaluate.replies to less"
+    less = "Set runtime.micro_batch and runtime.generation_batch to less"
     with at_work(device, run.threads, start["width"]), shortage_named("a model at its exam", device, less):
         for which, load in loads.items():  # one after the other: the larger ones fill a GPU
             kept = which in trainings and trainings[which].get("best_step") == 0  # the very weights of the model before
@@ -233,9 +227,9 @@ def examine(
     from tasks.report.figures import ModelOutputs
 
     model.eval()
-    nats = total_nats(model, exam.split, run.batch, label) if exam.split else None
+    nats = total_nats(model, exam.split, run.rows_at_once, label) if exam.split else None
     dialect, many = exam.dialect, len(exam.seeds)
-    how: dict[str, Any] = {"vocab": dialect.used, "batch": run.replies}
+    how: dict[str, Any] = {"vocab": dialect.used, "batch": run.generation_batch}
     asked = [dialect.prompt([("user", question.text)]) for question in exam.questions]
     answers = generate(model, asked, dialect.stop, params.max_new_tokens, label=f"answers, {label}", **how)
     how |= params.model_dump(include={"temperature", "top_k", "top_p"})
@@ -243,7 +237,7 @@ def examine(
     seeds = [*exam.seeds] * len(exam.panel)
     said = generate(model, prompts, dialect.stop, params.max_new_tokens, seeds=seeds, label=f"panel, {label}", **how)
     replies = [said[first : first + many] for first in range(0, len(said), many)]
-    return ModelOutputs(nats, answers, replies, ranked_logps(model, exam, run.batch, label))
+    return ModelOutputs(nats, answers, replies, ranked_logps(model, exam, run.rows_at_once, label))
 
 
 def ranked_logps(model: GPT2LMHeadModel, exam: EvaluationSet, batch: int | None, label: str) -> Floats | None:

@@ -97,7 +97,7 @@ def refuse_sharded_ema(step: str, params: TuningParams, run: TuningRuntime) -> N
     if run.sharding == "full" and params.ema_decay is not None:
         raise ParameterError(
             "ema_decay needs whole weights, and each process would hold a shard",
-            f"{step}.sharding = full",
+            "runtime.sharding = full",
             f"Set it to none, or leave {step}.ema_decay out",
             "param.sharding",
         )

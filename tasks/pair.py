@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 class PairParams(Params):
     """Settings of the pair step."""
 
-    replies: int = Field(default=8, ge=2, le=64)
+    max_replies: int = Field(default=8, ge=2, le=64)
     """Most replies of a contest; of more, those in the middle are left out: the best and the worst teach the most."""
 
 
@@ -65,7 +65,7 @@ def pair(out: Path, dialogues: Dialogues, tokens: Tokens, params: PairParams) ->
     table = _Table.of(
         dialogues, rows, dialect, encoder(vocabulary), (encoding.context_length, encoding.sequence_length)
     )
-    found = list(table.contests(params.replies))
+    found = list(table.contests(params.max_replies))
     kept = {split: [one for one in found if table.splits[one.prompt] == split] for split in SPLITS}
     if not kept["train"]:
         what = f"no two replies to one prompt of the train split are ranked, of {rows.height:,} messages"

@@ -10,8 +10,8 @@ from typing import Literal
 
 from tasks.artifacts import Contests, Counts, Model, References
 from tasks.errors import TrainingError
-from tasks.step import Params, Runtime, step
-from tasks.tuning import Count, Device, MicroBatch, check_same_encoding, replies_of, split_of
+from tasks.step import Params, step
+from tasks.tuning import ModelRuntime, check_same_encoding, replies_of, split_of
 
 
 class ReferParams(Params):
@@ -21,15 +21,8 @@ class ReferParams(Params):
     """Of products. None: that of prefer, which is held to what is found here."""
 
 
-class ReferRuntime(Runtime):
+class ReferRuntime(ModelRuntime):
     """How fast, and where. The outcome is the same but for rounding."""
-
-    device: Device = "auto"
-    """Where to compute; auto takes a GPU where there is one."""
-    micro_batch: MicroBatch = None
-    """Sequences that go through the model at once; lower it where memory runs out. None: as many as hold 8,192 tokens; auto: of these, as many as fit."""  # noqa: E501
-    threads: Count | None = None
-    """CPU threads. None: one for a model narrower than 512, else as torch finds best."""
 
 
 @step("refer", version=5, makes=References)
@@ -57,7 +50,7 @@ def refer(out: Path, contests: Contests, model: Model, params: ReferParams, run:
         while logps is None:
             told = f"{at_once} sequences of {split.sequence_length:,} tokens at once"
             try:
-                with shortage_named(told, device, "Set refer.micro_batch to auto, or to less"):
+                with shortage_named(told, device, "Set runtime.micro_batch to auto, or to less"):
                     logps = all_logps(loaded, split, replies, at_once, device, half=params.precision == "bfloat16")
             except TrainingError:
                 if run.micro_batch != "auto" or at_once == 1:

@@ -58,10 +58,6 @@ class TuningParams(Params):
     """Share of the steps in which the learning rate rises to its highest."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decay of weight matrices and embeddings, per update and unit of learning rate."""
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """AdamW: decay of the running mean of the gradient."""
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """AdamW: decay of the running mean of the squared gradient."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Longest gradient; a longer one is shortened to it. None: as it is."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -72,8 +68,6 @@ class TuningParams(Params):
     """Rank of LoRA adapters beside every matrix of the blocks: they alone are trained, then merged, and kept apart as adapter.tar, too. 0: none, all weights are trained. They want ten times the learning rate."""  # noqa: E501
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     """What adapters add is scaled by lora_alpha / lora_rank."""
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of numbers dropped before an adapter, besides dropout."""
     evals_per_epoch: Annotated[int, Field(ge=1, le=1_000)] = 8
     """Evaluations of the whole validation split in an epoch, besides those at the start and the end."""
     patience: Count | None = None
@@ -85,7 +79,7 @@ class TuningParams(Params):
 
     def idle(self) -> set[str]:
         """Return the settings that have no say beside the others."""
-        found = set() if self.lora_rank else {"lora_alpha", "lora_dropout"}
+        found = set() if self.lora_rank else {"lora_alpha"}
         return found if self.target_tokens is None else found | {"epochs"}
 
     def keeps_table(self) -> bool:
@@ -108,27 +102,35 @@ class TuningParams(Params):
         return Settings(sequences=sequences, **{f.name: chosen[f.name] for f in fields(Settings) if f.name in chosen})
 
 
-class TuningRuntime(Runtime):
-    """How fast, and where. The outcome is the same but for rounding and the draws of dropout."""
+class ModelRuntime(Runtime):
+    """Where a model is computed, and how much at once."""
 
     device: Device = "auto"
-    """Where to train; auto takes a GPU where there is one."""
+    """Where models are computed; auto takes a GPU where there is one."""
     micro_batch: MicroBatch = None
-    """Sequences that go through the model at once; lower it where memory runs out. None: as many as hold 8,192 tokens; auto: of these, as many as fit into the memory that is free."""  # noqa: E501
+    """Sequences that go through the model at once; lower it where memory runs out. None: as many as hold 8,192 tokens; auto: of these, in training, as many as fit into the memory that is free."""  # noqa: E501
+    threads: Count | None = None
+    """CPU threads. None: one for a model narrower than 512, else as torch finds best."""
+
+    @property
+    def rows_at_once(self) -> int | None:
+        """Sequences of a pass without gradients; None: as many as hold 8,192 tokens."""
+        return self.micro_batch if isinstance(self.micro_batch, int) else None
+
+
+class TuningRuntime(ModelRuntime):
+    """How fast, and where. The outcome is the same but for rounding and the draws of dropout."""
+
     activation_checkpointing: bool | Literal["auto"] = "auto"
     """Keep only what enters each block and compute the block again on the way back: far less memory for a quarter to a third more time, the same gradients. auto: where memory would run out."""  # noqa: E501
     compile: bool = False
     """Compile the model; pays on a GPU, in runs longer than a few minutes."""
     attention: Literal["auto", "sdpa", "flex"] = "auto"
     """How tokens look back: by a mask (SDPA), or by blocks that leave out what nobody sees (FlexAttention; CUDA, compiled, without dropout). auto: by blocks where that can be done; on a CPU, the same in plain products."""  # noqa: E501
-    threads: Count | None = None
-    """CPU threads. None: one for a model narrower than 512, else as torch finds best."""
     deterministic: bool = False
     """On a GPU, take only algorithms that give the same bits each time; slower. A CPU always does: with as many threads and as much at once, a run repeats to the bit."""  # noqa: E501
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 120.0
     """Seconds between checkpoints, from which a killed run goes on; more where saving is slow. 0: after each step."""
-    keep_checkpoints: Count = 2
-    """Checkpoints kept. With one, a disk that spoils it costs the run so far. The best weights are in each."""
     num_processes: Count | Literal["auto"] = 1
     """Processes that train together, each on a GPU of its own; auto: one a GPU. On the CPU, one is best. Those of torchrun, where it started this one; on several machines, only it can."""  # noqa: E501
     sharding: Literal["auto", "none", "full"] = "auto"
@@ -206,7 +208,7 @@ def _set_up(model: GPT2LMHeadModel, params: TuningParams) -> PeftModel | None:
     from tasks.gpt.weights import freeze, set_dropout
 
     set_dropout(model, params.dropout)
-    how = params.lora_rank, params.lora_alpha, params.lora_dropout
+    how = params.lora_rank, params.lora_alpha
     adapters = lora.attach(model, *how, params.seed) if params.lora_rank else None
     freeze(model, params.freeze_layers)
     return adapters
@@ -259,7 +261,6 @@ def _machine(
         time.monotonic,
         compile=run.compile,
         checkpoint_seconds=run.checkpoint_seconds,
-        keep=run.keep_checkpoints,
         interrupt=interrupt,
         world=world,
         sharded=should_shard(model, device, run.sharding, params.ema_decay is not None, world),

@@ -5,8 +5,10 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from pydantic import ValidationError
@@ -28,8 +30,6 @@ from tests.hub import REVISION, Hub
 
 DATA = b"".join(b'{"message_tree_id": "%d"}\n' % n for n in range(40_000))  # about 1 MB
 REPO, FILE = "someone/trees", "data/ready.trees.jsonl"
-QUICK = DownloadRuntime(retries=3, backoff_s=0.001)
-ONCE = DownloadRuntime(retries=0, backoff_s=0)
 
 
 @pytest.fixture
@@ -50,8 +50,9 @@ def pin(sha256: str, **changes: str) -> DownloadParams:
     )
 
 
-def fetch(out: Path, params: DownloadParams, run: DownloadRuntime = QUICK) -> bytes:
-    counts = download.function(out, params, run)
+def fetch(out: Path, params: DownloadParams, retries: int = 3, backoff_s: float = 0.001) -> bytes:
+    with patch("tasks.download.Patience", partial(Patience, retries=retries, backoff_s=backoff_s)):
+        counts = download.function(out, params, DownloadRuntime())
     (path,) = out.iterdir()
     assert counts == {"files": 1, "bytes": path.stat().st_size}
     assert path.is_file()
@@ -148,7 +149,7 @@ def test_pauses_double_up_to_half_a_minute(
     monkeypatch.setattr("tasks.hub.time.sleep", pauses.append)
     hub.fail(503, times=1_000)
     with pytest.raises(UnavailableError):
-        fetch(out, published, DownloadRuntime(retries=6))
+        fetch(out, published, retries=6, backoff_s=1)
     assert pauses == [1, 2, 4, 8, 16, 30]
 
 
@@ -175,7 +176,7 @@ def test_a_hub_that_cannot_be_reached_is_unavailable(
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
         with pytest.raises(UnavailableError, match=r"ConnectError \(.*refused\), tried 1 times"):
-            fetch(out, published, ONCE)
+            fetch(out, published, retries=0)
 
 
 def test_offline_a_good_copy_in_the_cache_is_used_and_without_one_the_step_fails_at_once(
@@ -217,7 +218,7 @@ def test_no_error_quotes_the_token(
     monkeypatch.setenv("HF_TOKEN", token)
     hub.fail(status, times=9)
     with pytest.raises(TreelineError) as caught:
-        fetch(out, published, ONCE)
+        fetch(out, published, retries=0)
     assert not any(part in str(caught.value) for part in ("secret", "sécret"))
     assert caught.value.__suppress_context__
     assert caught.value.__cause__ is None
@@ -228,7 +229,7 @@ def test_what_the_store_keeps_holds_no_token(
 ) -> None:
     monkeypatch.setenv("TREELINE_ARTIFACTS", str(tmp_path / "artifacts"))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    raw = download(published, QUICK)
+    raw = download(published, DownloadRuntime())
     assert [path.read_bytes() for path in raw.data()] == [DATA]
     assert any(request.token == "hf_secret" for request in hub.requests)
     kept = [path for path in (tmp_path / "artifacts").rglob("*") if path.is_file()]
@@ -241,7 +242,7 @@ def test_an_endpoint_that_is_no_address_is_a_matter_of_configuration(
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "gopher://hub")
     with pytest.raises(ConfigurationError, match="HF_ENDPOINT"):
-        fetch(out, published, ONCE)
+        fetch(out, published, retries=0)
 
 
 # The hub, when its bytes are not the pinned ones

@@ -36,7 +36,7 @@ def paired(folder: Path, rows: list[Row], replies: int = 8, block: int = 256) ->
     params = EncodeParams(tokenizer="trained", vocab_size=300, context_length=block, sequence_length=block)
     encode.function(folder / "tokens", dialogues, params, EncodeRuntime(workers=1))
     tokens = Tokens(folder / "tokens", manifest(kind="tokens"))
-    counts = pair.function(folder / "contests", dialogues, tokens, PairParams(replies=replies))
+    counts = pair.function(folder / "contests", dialogues, tokens, PairParams(max_replies=replies))
     return Contests(folder / "contests", manifest(kind="contests", counts=counts))
 
 

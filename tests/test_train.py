@@ -256,10 +256,10 @@ def test_the_key_holds_the_folders_content_and_not_its_path(folder: Path, roots:
 
 def test_the_key_holds_every_setting_that_has_a_say() -> None:
     scratch = PARAMS.keyed()
-    idle = {"folder", "model", "lora_alpha", "lora_dropout"}
+    idle = {"folder", "model", "lora_alpha"}
     assert set(scratch) == set(TrainParams.model_fields) - idle
     busy = TrainParams(start="gpt2", lora_rank=8, target_tokens=9).keyed()
-    assert {"lora_alpha", "lora_dropout"} <= set(busy)
+    assert {"lora_alpha"} <= set(busy)
     assert "epochs" not in busy
     published = HUB.keyed()
     assert set(scratch) - set(published) == {"layers", "heads", "width"}

@@ -1,7 +1,7 @@
 """The filter rules: each a small function from the settings to what it drops and what it saw.
 
-A rule judges one message by its own row and by its thread (`in_thread`); those that read texts, by what was detected in
 A rule judges one message by its own row and by its thread (`in_thread`); those that read texts, by what was detected
+in them. `RULES` in settings.py lists all; those on labels are there alone. What is unknown never drops a message: older
 exports have no labels, and a missing vote is no evidence. Descendants of a dropped message are not the rules' business.
 
 Source of the limits: the reference loader of Open-Assistant (states, review, deleted, synthetic), and the recipe that

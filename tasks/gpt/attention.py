@@ -136,15 +136,15 @@ def way_for(asked: Literal["auto", "sdpa", "flex"], device: torch.device, compil
         ConfigurationError: If it is asked for where there is no GPU.
         ParameterError: If it is asked for without compiling, or with dropout.
     """
-    where = "train.attention = flex"
+    where = "runtime.attention = flex"
     if asked == "flex" and device.type != "cuda":
         what = f"FlexAttention trains on CUDA devices, and this one is {device.type}"
         raise ConfigurationError(what, where, "Set it to auto or sdpa", "config.attention")
     if asked == "flex" and not compiled:
-        hint = "Set train.compile, or train.attention to auto or sdpa"
+        hint = "Set runtime.compile, or runtime.attention to auto or sdpa"
         raise ParameterError("FlexAttention pays only where it is compiled", where, hint, "param.attention")
     if asked == "flex" and dropout:
-        hint = "Set train.dropout to 0, or train.attention to auto or sdpa"
+        hint = "Set train.dropout to 0, or runtime.attention to auto or sdpa"
         raise ParameterError(
             f"FlexAttention has no dropout, and {dropout} is asked for", where, hint, "param.attention"
         )
@@ -154,7 +154,7 @@ def way_for(asked: Literal["auto", "sdpa", "flex"], device: torch.device, compil
         return "parts"
     possible = device.type == "cuda" and compiled
     if possible and dropout:
-        log.info("train.attention: by mask (SDPA), as dropout is %s; with 0, FlexAttention would be used", dropout)
+        log.info("runtime.attention: by mask (SDPA), as dropout is %s; with 0, FlexAttention would be used", dropout)
     return "flex" if possible and not dropout else "sdpa"
 
 

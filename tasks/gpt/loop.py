@@ -94,9 +94,7 @@ class _Run:
         self.evaluations = self.plan.evaluations(settings.evals_per_epoch)
         self.weights = trained(model)
         self.ema = WeightEma(self.weights, settings.ema_decay)
-        self.optimizer = adamw(
-            model, lr=settings.lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
-        )
+        self.optimizer = adamw(model, lr=settings.lr, weight_decay=settings.weight_decay)
         self.at_once = machine.micro_batch or max(1, AT_ONCE // train.sequence_length)
         self.progress = Progress()
         self.pending: dict[str, Any] | None = {}  # measured in a step whose evaluation and entry are still to come
@@ -353,7 +351,7 @@ class _Run:
         if self.world.is_main:
             self.log.flush()
             found = checkpoint.Checkpoint(now.step, state, tensors)
-            checkpoint.save(self.checkpoints, found, self.machine.keep, self.world.heartbeat)
+            checkpoint.save(self.checkpoints, found, begin=self.world.heartbeat)
 
     def way(self) -> dict[str, Any]:
         """Return how the run is computed."""

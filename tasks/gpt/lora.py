@@ -30,14 +30,13 @@ TARGETS = ("c_attn", "c_fc", "c_proj")  # every product of a block
 ARCHIVE = "adapter.tar"
 
 
-def attach(model: GPT2LMHeadModel, rank: int, alpha: float, dropout: float, seed: int) -> PeftModel:
+def attach(model: GPT2LMHeadModel, rank: int, alpha: float, seed: int) -> PeftModel:
     """Put adapters beside every product of the model's blocks; they alone are trained, and begin as nothing.
 
     Args:
         model: Changed in place; it computes what it did.
         rank: Of the adapters' product.
         alpha: What is added is scaled by `alpha / rank`.
-        dropout: Share of what enters an adapter that is dropped.
         seed: Of the adapters' first weights.
 
     Returns:
@@ -55,7 +54,6 @@ def attach(model: GPT2LMHeadModel, rank: int, alpha: float, dropout: float, seed
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=alpha,
-        lora_dropout=dropout,
         target_modules=list(TARGETS),
         fan_in_fan_out=True,  # GPT-2's matrices are stored the other way round
     )

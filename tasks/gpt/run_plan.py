@@ -69,7 +69,7 @@ def planned(
     if world.is_main:
         log.info("train.plan: %s", memory_model.said(shape, size, free, took))
     if free is not None and memory_model.memory(shape, size) > free:
-        log.warning("train.plan: that is more than is free; set train.micro_batch to auto, or %s", LESS)
+        log.warning("train.plan: that is more than is free; set runtime.micro_batch to auto, or %s", LESS)
     return world.min(size), world.any(shape.activation_checkpointing)
 
 
@@ -184,8 +184,8 @@ def memory_named(machine: Machine, block: int) -> AbstractContextManager[None]:
     """Turn running out of memory in training into an error that names what to lower."""
     many = "the first" if machine.micro_batch is None else str(machine.micro_batch)
     told = f"{many} sequences of {block:,} tokens at once"
-    first = "Set train.micro_batch to auto, or to less; at 1, "
-    hint = first + ("" if machine.activation_checkpointing else "set train.activation_checkpointing to true, ") + LESS
+    first = "Set runtime.micro_batch to auto, or to less; at 1, "
+    hint = first + ("" if machine.activation_checkpointing else "set runtime.activation_checkpointing to true, ") + LESS
     return shortage_named(told, machine.device, hint)
 
 

@@ -23,8 +23,6 @@ class Settings:
         min_lr_ratio: Learning rate of the last step as a share of the highest.
         warmup_ratio: Share of the steps that lead up to the highest.
         weight_decay: On matrices.
-        beta1: Decay of the running mean of the gradient.
-        beta2: Decay of the running mean of its square.
         max_grad_norm: Longest gradient; a longer one is shortened to it. None: as it is.
         evals_per_epoch: Evaluations of the validation split in an epoch.
         patience: Evaluations without a better loss after which the run ends. None: it goes on.
@@ -39,8 +37,6 @@ class Settings:
     min_lr_ratio: float
     warmup_ratio: float
     weight_decay: float
-    beta1: float
-    beta2: float
     max_grad_norm: float | None
     evals_per_epoch: int
     patience: int | None
@@ -64,7 +60,6 @@ class Machine:
         compile: Compile the transformer's blocks.
         activation_checkpointing: Keep only what enters each block, and compute the block again on the way back.
         checkpoint_seconds: Between two checkpoints, more where saving is slow; 0: after each step.
-        keep: Checkpoints kept, at least 1; the best weights are in each of them.
         interrupt: Asked to stop, the run saves a checkpoint and raises `Interrupted`.
         world: Who else does the same run.
         sharded: Leave a part of the model on each of its ranks, in place of a copy.
@@ -77,7 +72,6 @@ class Machine:
     compile: bool = False
     activation_checkpointing: bool = False
     checkpoint_seconds: float = 120.0
-    keep: int = 2
     interrupt: Interrupt = field(default_factory=Interrupt)
     world: ProcessGroup = SINGLE
     sharded: bool = False

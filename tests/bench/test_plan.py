@@ -43,8 +43,8 @@ every = np.ones_like(data)
 split = Split(data, every, np.cumsum(every, axis=1) - 1, np.full_like(data, block))
 none = Split(*(array[:0] for array in (data, every, every, every)))
 settings = Settings(
-    seed=0, epochs=1, sequences=size, lr=3e-4, min_lr_ratio=1.0, warmup_ratio=0.0, weight_decay=0.1, beta1=0.9,
-    beta2=0.95, max_grad_norm=1.0, evals_per_epoch=1, patience=None, precision="float32",
+    seed=0, epochs=1, sequences=size, lr=3e-4, min_lr_ratio=1.0, warmup_ratio=0.0, weight_decay=0.1,
+    max_grad_norm=1.0, evals_per_epoch=1, patience=None, precision="float32",
 )
 said = []
 class Ear(logging.Handler):

@@ -93,7 +93,7 @@ set_dropout(model, 0.0)
 none = Split(*(array[:0] for array in (split.ids, split.mask, split.positions, split.ends)))
 settings = Settings(
     seed=0, epochs=steps / -(-len(split) // size), sequences=size, lr=3e-4, min_lr_ratio=1.0, warmup_ratio=0.0,
-    weight_decay=0.1, beta1=0.9, beta2=0.95, max_grad_norm=1.0, evals_per_epoch=1, patience=None, precision="float32",
+    weight_decay=0.1, max_grad_norm=1.0, evals_per_epoch=1, patience=None, precision="float32",
 )
 class Stopwatch:
     start = 0.0

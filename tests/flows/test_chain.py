@@ -84,7 +84,7 @@ def digests(store: Store) -> dict[str, str]:
 
 
 def start(folder: Path, *settings: str, before: Sequence[str] = ()) -> AbstractContextManager[subprocess.Popen[bytes]]:
-    values = ["train.threads=1", *settings]
+    values = ["runtime.threads=1", *settings]
     code = f"from flows import chain, recipe; chain.run(recipe.load({TINY!r}, {values!r}), chain.CHAIN)"
     environment = {**os.environ, "TREELINE_ARTIFACTS": str(folder)}
     return started([*before, sys.executable, "-c", code], cwd=ROOT, env=environment, start_new_session=True)
@@ -97,7 +97,7 @@ def test_training_that_was_killed_goes_on_under_another_host_name_and_publishes_
     other_host = ("unshare", "--uts", "sh", "-c", 'hostname pod-b; exec "$0" "$@"')
     if not shutil.which("unshare") or subprocess.run([*other_host, "true"]).returncode:
         pytest.skip("may not take another host name")
-    whole, killed, setting = Store(tmp_path / "whole"), Store(tmp_path / "killed"), "runtime.train.checkpoint_seconds=0"
+    whole, killed, setting = Store(tmp_path / "whole"), Store(tmp_path / "killed"), "runtime.checkpoint_seconds=0"
     steps = "resume-model-*/checkpoints/step-*[1-9]"
     with start(killed.root, setting) as process:
         checkpoints = until(lambda: [*(killed.root / ".scratch").glob(steps)], process, pause=0.002)
@@ -148,7 +148,7 @@ def test_a_recipe_with_preferences_has_three_steps_more(store: Store) -> None:
 
 @pytest.mark.slow
 def test_a_model_that_prefers_is_made_of_the_one_that_was_trained(store: Store) -> None:
-    settings = ["preferences=true", "train.epochs=0.3", "prefer.epochs=0.3", "prefer.lora_rank=2", "train.threads=1"]
+    settings = ["preferences=true", "train.epochs=0.3", "prefer.epochs=0.3", "prefer.lora_rank=2", "runtime.threads=1"]
     asked = recipe.load(TINY, settings)
     with session() as now:
         chain.run(asked, chain.whole(asked))
@@ -172,7 +172,13 @@ def test_a_model_that_prefers_is_made_of_the_one_that_was_trained(store: Store) 
 @pytest.mark.slow
 def test_a_step_that_kept_its_start_is_told_as_one_that_changed_nothing(store: Store) -> None:
     """At such a learning rate no weight changes, so no loss is better than the first one."""
-    settings = ["preferences=true", "train.epochs=0.3", "prefer.lr=1e-30", "curate.val_fraction=0.3", "train.threads=1"]
+    settings = [
+        "preferences=true",
+        "train.epochs=0.3",
+        "prefer.lr=1e-30",
+        "curate.val_fraction=0.3",
+        "runtime.threads=1",
+    ]
     asked = recipe.load(TINY, settings)
     with session():
         made = chain.run(asked, chain.whole(asked))

@@ -305,7 +305,7 @@ def test_a_signal_to_the_whole_group_ends_a_run_soon_with_one_line(
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_with_nine_a_run_leaves_no_process_behind_and_the_next_one_goes_on(shell: Shell, processes: int) -> None:
-    more = ("--set", f"train.seed={processes}", "--set", f"train.num_processes={processes}")
+    more = ("--set", f"train.seed={processes}", "--set", f"runtime.num_processes={processes}")
     asked = [
         sys.executable,
         "-m",
@@ -316,7 +316,7 @@ def test_killed_with_nine_a_run_leaves_no_process_behind_and_the_next_one_goes_o
         "train",
         *more,
         "--set",
-        "train.checkpoint_seconds=0",
+        "runtime.checkpoint_seconds=0",
     ]
     third = ".scratch/resume-*/checkpoints/step-00000003"
     with started(asked, cwd=ROOT, env=shell.environment, start_new_session=True) as process:

@@ -121,7 +121,7 @@ def test_a_run_whose_server_is_lost_goes_on_and_one_that_never_had_it_does_not(
 @pytest.mark.slow
 def test_a_sweep_that_goes_on_alone_makes_what_its_flow_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TREELINE_ARTIFACTS", str(tmp_path))
-    base = recipe.load(TINY, ["train.threads=1"])
+    base = recipe.load(TINY, ["runtime.threads=1"])
     planned = sweep.arms(base, ["train.lr=1e-3,3e-3"], 1)
     sweep.alone(base, planned)
     outcomes = sweep.done(base, planned)

@@ -14,7 +14,7 @@ from tests.serving import ROOT, Serve, awaited, clean_environment
 
 pytestmark = [pytest.mark.services, pytest.mark.slow, pytest.mark.timeout(900)]
 UNDER_WAY = {"RUNNING", "PENDING", "CANCELLING"}
-LONG = ("train.epochs=2000", "train.evals_per_epoch=1", "runtime.train.checkpoint_seconds=3600")
+LONG = ("train.epochs=2000", "train.evals_per_epoch=1", "runtime.checkpoint_seconds=3600")
 
 
 @pytest.fixture

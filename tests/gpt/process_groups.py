@@ -43,7 +43,7 @@ def trained(
     folder.mkdir(exist_ok=True)
     model = test_loop.start(0.0)
     if rank := more.pop("lora", 0):
-        attach(model, rank, 2.0 * rank, 0.0, seed=0)
+        attach(model, rank, 2.0 * rank, seed=0)
     freeze(model, more.pop("frozen", 0))
     train, val = more.pop("train", test_loop.split(rows)), test_loop.split(5, seed=1)
     told: FactQuery = {"rank": world.rank, "torch": [held()]}

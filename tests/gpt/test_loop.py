@@ -54,7 +54,7 @@ def start(dropout: float = 0.1) -> GPT2LMHeadModel:
 
 SETTINGS = Settings(
     seed=1, epochs=3, sequences=8, lr=1e-2, min_lr_ratio=0.1, warmup_ratio=0.1, weight_decay=0.1,
-    beta1=0.9, beta2=0.95, max_grad_norm=1.0, evals_per_epoch=1, patience=None, precision="float32",
+    max_grad_norm=1.0, evals_per_epoch=1, patience=None, precision="float32",
 )  # fmt: skip
 MACHINE = Machine(CPU, clock=lambda: 0.0, micro_batch=3, checkpoint_seconds=math.inf)
 STEPS = 9

@@ -28,7 +28,7 @@ RANK = 4
 
 def adapted(dropout: float = 0.0) -> tuple[GPT2LMHeadModel, Any]:
     model = start(dropout)
-    return model, lora.attach(model, RANK, 8.0, dropout, seed=3)
+    return model, lora.attach(model, RANK, 8.0, seed=3)
 
 
 def moved(model: GPT2LMHeadModel) -> None:

@@ -26,7 +26,7 @@ def weights(net: nn.Module) -> dict[str, Tensor]:
 def test_matrices_decay_and_vectors_do_not() -> None:
     net = model()
     before = weights(net)
-    optimizer = adamw(net, lr=0.5, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = adamw(net, lr=0.5, weight_decay=0.1)
     for weight in net.parameters():
         weight.grad = torch.zeros_like(weight)  # no slope: what changes is decay alone
     optimizer.step()
@@ -37,11 +37,11 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 
 def test_an_optimizer_given_saved_moments_goes_on_to_the_bit() -> None:
     straight, cut = model(), model()
-    whole = adamw(straight, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1)
+    whole = adamw(straight, lr=0.1, weight_decay=0.1)
     train(straight, whole, 5)
-    first = adamw(cut, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1)
+    first = adamw(cut, lr=0.1, weight_decay=0.1)
     train(cut, first, 3)
-    second = adamw(cut, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1)
+    second = adamw(cut, lr=0.1, weight_decay=0.1)
     saved = {name: tensor.clone() for name, tensor in moments(first, cut).items()}
     assert "exp_avg_sq/2.weight" in saved
     set_moments(second, cut, saved)
@@ -51,21 +51,21 @@ def test_an_optimizer_given_saved_moments_goes_on_to_the_bit() -> None:
 
 def test_an_optimizer_without_its_moments_goes_elsewhere() -> None:
     straight, cut = model(), model()
-    train(straight, adamw(straight, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1), 5)
-    train(cut, adamw(cut, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1), 3)
-    train(cut, adamw(cut, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1), 2)
+    train(straight, adamw(straight, lr=0.1, weight_decay=0.1), 5)
+    train(cut, adamw(cut, lr=0.1, weight_decay=0.1), 3)
+    train(cut, adamw(cut, lr=0.1, weight_decay=0.1), 2)
     assert not torch.equal(straight[2].weight, cut[2].weight)  # type: ignore[index]
 
 
 def test_before_the_first_update_there_are_no_moments() -> None:
     net = model()
-    assert moments(adamw(net, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1), net) == {}
+    assert moments(adamw(net, lr=0.1, weight_decay=0.1), net) == {}
 
 
 def test_a_rate_of_zero_changes_nothing() -> None:
     net = model()
     before = weights(net)
-    optimizer = adamw(net, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = adamw(net, lr=0.1, weight_decay=0.1)
     set_rate(optimizer, 0.0)
     train(net, optimizer, 1)
     assert all(torch.equal(weight, before[name]) for name, weight in net.named_parameters())

@@ -36,7 +36,7 @@ def test_little_memory_makes_auto_take_less_and_others_are_warned(
         assert plan("auto") == 1
         assert plan(8) == 8
     assert (
-        "more than is free; set train.micro_batch to auto, or lower encode.sequence_length or encode.context_length"
+        "more than is free; set runtime.micro_batch to auto, or lower encode.sequence_length or encode.context_length"
         in caplog.text
     )
 
@@ -127,7 +127,7 @@ def test_out_of_memory_offers_to_compute_again_what_is_not_so_yet() -> None:
             memory_named(replace(MACHINE, activation_checkpointing=activation_checkpointing), 12),
         ):
             raise MemoryError
-        assert ("train.activation_checkpointing to true" in str(caught.value)) is not activation_checkpointing
+        assert ("runtime.activation_checkpointing to true" in str(caught.value)) is not activation_checkpointing
 
 
 def test_another_failure_stays_what_it_is() -> None:
