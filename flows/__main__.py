@@ -258,7 +258,9 @@ def _about_settings(made: argparse.ArgumentParser) -> None:
     _recipe(made)
     _settings(made, "change a setting, such as train.epochs=2; may be repeated")
     made.add_argument("--tokens", default="", metavar="ID", help="begin with these tokens, such as copied ones")
-    made.add_argument("--contests", default="", metavar="ID", help="with --tokens and preferences: these contests")
+    made.add_argument(
+        "--preference-groups", default="", metavar="ID", help="with --tokens and preferences: these preference groups"
+    )
 
 
 def _about_recipe(made: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 Six steps, and three more beside them for a recipe with preferences:
 
-    download  parse  curate  encode (pair)  |  train (refer  prefer)  evaluate
+    download  parse  curate  encode (pair)  |  train (score  prefer)  evaluate
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 from flows.recipe import Recipe
-from tasks.artifacts import Artifact, Contests, Tokens
+from tasks.artifacts import Artifact, PreferenceGroups, Tokens
 from tasks.curate import curate
 from tasks.download import download
 from tasks.encode import encode
@@ -24,7 +24,7 @@ from tasks.lookup import seen
 from tasks.pair import pair
 from tasks.parse import parse
 from tasks.prefer import prefer
-from tasks.refer import refer
+from tasks.score import score
 from tasks.step import Outcome, Session, Step, hold, home, session
 from tasks.store.canonical import sha256_of
 from tasks.store.explain import why_missing
@@ -36,8 +36,8 @@ from tasks.train import train
 DATA: tuple[Step[Any, Any], ...] = (download, parse, curate, encode)  # needs no GPU
 MODEL: tuple[Step[Any, Any], ...] = (train, evaluate)
 CHAIN = (*DATA, *MODEL)
-STEPS = (*DATA, pair, train, refer, prefer, evaluate)  # those of a recipe with preferences, too
-StepName = Literal["download", "parse", "curate", "encode", "pair", "train", "refer", "prefer", "evaluate"]
+STEPS = (*DATA, pair, train, score, prefer, evaluate)  # those of a recipe with preferences, too
+StepName = Literal["download", "parse", "curate", "encode", "pair", "train", "score", "prefer", "evaluate"]
 STEP_NAMES: tuple[StepName, ...] = get_args(StepName)
 
 Made = dict[type[Artifact], Artifact]
@@ -62,7 +62,7 @@ def data(recipe: Recipe) -> tuple[Step[Any, Any], ...]:
 
 def model(recipe: Recipe) -> tuple[Step[Any, Any], ...]:
     """Return the steps of a recipe that want one."""
-    return (train, refer, prefer, evaluate) if recipe.preferences else MODEL
+    return (train, score, prefer, evaluate) if recipe.preferences else MODEL
 
 
 def whole(recipe: Recipe) -> tuple[Step[Any, Any], ...]:
@@ -159,7 +159,7 @@ def done(planned: Sequence[Planned]) -> bool:
     return all(entry.status == "cached" for entry in planned)
 
 
-def encoded(recipe: Recipe, tokens: str = "", contests: str = "") -> Made:
+def encoded(recipe: Recipe, tokens: str = "", preference_groups: str = "") -> Made:
     """Return what the model half of a recipe begins with: the artifacts of those ids, or else those it leads to.
 
     Raises:
@@ -167,7 +167,11 @@ def encoded(recipe: Recipe, tokens: str = "", contests: str = "") -> Made:
     """
     made: Made = {Tokens: tokens_of(recipe, tokens)}
     if recipe.preferences:
-        made[Contests] = seen(Contests, contests, "contests") if contests else _led_to(recipe, data(recipe), Contests)
+        made[PreferenceGroups] = (
+            seen(PreferenceGroups, preference_groups, "preference_groups")
+            if preference_groups
+            else _led_to(recipe, data(recipe), PreferenceGroups)
+        )
     return made
 
 

@@ -58,7 +58,7 @@ def model(
     tokens: str = "",
     until: StepName = "evaluate",
     force: Sequence[StepName] = (),
-    contests: str = "",
+    preference_groups: str = "",
 ) -> Artifact:
     """Tune a model on tokens that are there, and measure it.
 
@@ -67,10 +67,10 @@ def model(
         tokens: Id of the tokens to train on, such as tokens/3f2a5c9d01ab; empty: those that the recipe leads to.
         until: The last step to run.
         force: Steps to build even where their artifact is there.
-        contests: With preferences, id of the ranked replies to learn from; empty: those that the recipe leads to.
+        preference_groups: With preferences, id of those to learn from; empty: those that the recipe leads to.
     """
     with _run(recipe, force) as run:
-        chain.run(recipe, chain.until(until, chain.model(recipe)), chain.encoded(recipe, tokens, contests))
+        chain.run(recipe, chain.until(until, chain.model(recipe)), chain.encoded(recipe, tokens, preference_groups))
         return run.outcomes[-1].artifact
 
 

@@ -21,7 +21,7 @@ from tasks.evaluate import EvaluateParams, EvaluateRuntime
 from tasks.pair import PairParams
 from tasks.parse import ParseParams
 from tasks.prefer import PreferParams
-from tasks.refer import ReferParams
+from tasks.score import ScoreParams
 from tasks.step import Params, Runtime, TextsRuntime
 from tasks.train import TrainParams, TrainRuntime
 
@@ -61,12 +61,12 @@ class Recipe(BaseModel):
     """Step 6: what is measured."""
     pair: PairParams = PairParams()
     """With preferences, after encode: which ranked replies are compared."""
-    refer: ReferParams = ReferParams()
+    score: ScoreParams = ScoreParams()
     """With preferences, after train: how likely the model finds them."""
     prefer: PreferParams = PreferParams()
     """With preferences, before evaluate: how the model learns to prefer the better ones."""
     preferences: bool = False
-    """Whether the model is tuned further, by how people ranked replies: steps pair, refer and prefer."""
+    """Whether the model is tuned further, by how people ranked replies: steps pair, score and prefer."""
     runtime: RuntimeSettings = RuntimeSettings()
     """How fast, never what."""
 
@@ -74,7 +74,7 @@ class Recipe(BaseModel):
     def _acts(self) -> Recipe:
         """Refuse settings of steps that the recipe does not have: they would be thought to act."""
         if not self.preferences:
-            for name in ("pair", "refer", "prefer"):
+            for name in ("pair", "score", "prefer"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"settings of {name} need preferences = true, without which it does not run")
         return self
@@ -82,11 +82,11 @@ class Recipe(BaseModel):
     def section(self, step: str) -> Params:
         """Return the settings of a step, with what other steps decide unless it was told otherwise.
 
-        Curation is told what the evaluation asks, and refer in what numbers prefer works.
+        Curation is told what the evaluation asks, and score in what numbers prefer works.
         """
         told: dict[str, dict[str, Any]] = {
             "curate": {"sample_prompts": self.evaluate.sample_prompts, "fact_families": self.evaluate.fact_families},
-            "refer": {"precision": self.prefer.precision},
+            "score": {"precision": self.prefer.precision},
         }
         found: Params = getattr(self, step)
         left = {name: value for name, value in told.get(step, {}).items() if getattr(found, name) is None}

@@ -48,7 +48,7 @@ class _Wanted:
 
 def _wanted(asked: argparse.Namespace) -> _Wanted:
     settings = recipe.load(asked.recipe, asked.settings)
-    given = chain.encoded(settings, asked.tokens, asked.contests) if asked.tokens else {}
+    given = chain.encoded(settings, asked.tokens, asked.preference_groups) if asked.tokens else {}
     steps = chain.until(asked.until, chain.model(settings) if given else chain.whole(settings))
     names = {step.name for step in steps}
     odd = [name for name in (*asked.force, asked.until) if name and chain.until(name) and name not in names]
@@ -126,7 +126,7 @@ def _work(wanted: _Wanted, asked: argparse.Namespace) -> list[tuple[str, bool, f
             surviving(lambda: _alone(wanted, run), run),
         ):
             if asked.tokens:
-                model(wanted.recipe, asked.tokens, until, forced, asked.contests)
+                model(wanted.recipe, asked.tokens, until, forced, asked.preference_groups)
             else:
                 pipeline(wanted.recipe, until, forced)
     first = {one.step: one for one in reversed(run.outcomes)}  # without a server, steps that were done are called again

@@ -6,7 +6,17 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from tasks.artifacts import Artifact, Contests, Dialogues, Messages, Model, RawTrees, References, Report, Tokens
+from tasks.artifacts import (
+    Artifact,
+    Dialogues,
+    Messages,
+    Model,
+    PreferenceGroups,
+    RawTrees,
+    ReferenceLogprobs,
+    Report,
+    Tokens,
+)
 from tasks.dialogue.verdicts import named_in
 from tasks.errors import ParameterError
 from tasks.step import home
@@ -24,9 +34,9 @@ def rows(artifact: Artifact, count: int) -> Any:
         return {**told, "adapters": adapters(artifact) or None, "log": _last(artifact.log(), count)}
     if isinstance(artifact, Tokens):
         return _documents(artifact, count)
-    if isinstance(artifact, Contests):
+    if isinstance(artifact, PreferenceGroups):
         return _ranked(artifact, count)
-    if isinstance(artifact, References):
+    if isinstance(artifact, ReferenceLogprobs):
         return [{"reply": reply, "nats": nats} for reply, nats in enumerate(artifact.logps()[:count].tolist())]
     if isinstance(artifact, Messages | Dialogues):
         return [_plain(row) for row in artifact.scan().head(count).collect().to_dicts()]
@@ -40,8 +50,8 @@ def text(artifact: Artifact, count: int) -> str:
         Messages: _messages,
         Dialogues: _conversations,
         Tokens: _marked,
-        Contests: _contests,
-        References: _references,
+        PreferenceGroups: _preference_groups,
+        ReferenceLogprobs: _reference_logprobs,
         Model: _model,
         Report: lambda made, n: made.markdown(),
     }
@@ -192,8 +202,8 @@ def _marked(artifact: Tokens, count: int) -> str:
     return "\n".join(lines)
 
 
-def _ranked(artifact: Contests, count: int) -> list[dict[str, Any]]:
-    """Decode the first contests: what is asked, and the replies to it, in the order in which they lie."""
+def _ranked(artifact: PreferenceGroups, count: int) -> list[dict[str, Any]]:
+    """Decode the first preference groups: what is asked, and the replies to it, in the order in which they lie."""
     import numpy as np
     import polars as pl
     from tokenizers import Tokenizer
@@ -205,31 +215,31 @@ def _ranked(artifact: Contests, count: int) -> list[dict[str, Any]]:
         return str(tokenizer.decode(ids[sequence][start:stop].tolist(), skip_special_tokens=False))
 
     found: dict[int, dict[str, Any]] = {}
-    for row in artifact.replies().filter(pl.col("contest") < count).collect().iter_rows(named=True):
+    for row in artifact.replies().filter(pl.col("group") < count).collect().iter_rows(named=True):
         where = row["sequence"], row["start"], row["stop"]
-        if row["contest"] not in found:  # what is above its first reply begins where positions do
+        if row["group"] not in found:  # what is above its first reply begins where positions do
             begin = int(np.flatnonzero(positions[where[0]][: where[1]] == 0)[-1])
             asked = {"sequence": where[0], "split": row["split"], "prompt": read(where[0], begin, where[1])}
-            found[row["contest"]] = {"contest": row["contest"], **asked, "replies": []}
+            found[row["group"]] = {"group": row["group"], **asked, "replies": []}
         reply = {"message_id": row["message_id"], "rank": row["rank"], "text": read(*where)}
-        found[row["contest"]]["replies"].append(reply)
+        found[row["group"]]["replies"].append(reply)
     return list(found.values())
 
 
-def _contests(artifact: Contests, count: int) -> str:
+def _preference_groups(artifact: PreferenceGroups, count: int) -> str:
     lines = []
-    for contest in _ranked(artifact, count):
-        lines.append(f"\n── contest {contest['contest']} · {contest['split']}\n{contest['prompt']}")
-        best_first = sorted(contest["replies"], key=lambda reply: int(reply["rank"]))
+    for group in _ranked(artifact, count):
+        lines.append(f"\n── group {group['group']} · {group['split']}\n{group['prompt']}")
+        best_first = sorted(group["replies"], key=lambda reply: int(reply["rank"]))
         lines += [f"rank {reply['rank']} {reply['message_id']}: {reply['text']}" for reply in best_first]
     return "\n".join(lines).strip()
 
 
-def _references(artifact: References, count: int) -> str:
+def _reference_logprobs(artifact: ReferenceLogprobs, count: int) -> str:
     found = "\n".join(
         f"reply {reply:,}: {nats:.3f} nats" for reply, nats in enumerate(artifact.logps()[:count].tolist())
     )
-    return f"log-probability of each reply, in the order of the contests' replies.parquet\n{found}"
+    return f"log-probability of each reply, in the order of the preference groups' replies.parquet\n{found}"
 
 
 def _model(artifact: Model, count: int) -> str:

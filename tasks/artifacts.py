@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -104,8 +104,8 @@ REPLY_COLUMNS: Mapping[str, str] = {
     "start": "int32!",  # first token of the reply in that row
     "stop": "int32!",  # one past its last token
     "trained": "int32!",  # tokens in the range that its probability is taken over
-    "contest": "int32!",  # replies of one number answer one prompt
-    "rank": "int32!",  # 0 = best; within a contest, a lesser rank is preferred
+    "group": "int32!",  # replies of one number answer one prompt
+    "rank": "int32!",  # 0 = best; within a group, a lesser rank is preferred
     "message_id": "string!",
     "message_tree_id": "string!",
     "split": "string!",
@@ -359,13 +359,13 @@ class Tokens(Sequences):
 
 
 @dataclass(frozen=True)
-class Contests(Sequences):
+class PreferenceGroups(Sequences):
     """Replies to one prompt that people ranked, as token ids: each prompt once, its replies blind to each other.
 
     replies.parquet               which tokens are which reply, and its rank: REPLY_COLUMNS
     """
 
-    kind = "contests"
+    kind = "groups"
     files = (*ARRAYS, "replies.parquet", "tokenizer.json", "encoding.json")
 
     def replies(self) -> pl.LazyFrame:
@@ -374,10 +374,10 @@ class Contests(Sequences):
 
 
 @dataclass(frozen=True)
-class References(Artifact):
-    """How likely a model finds each reply of contests: logps.bin, (R,) float32 nats, as replies.parquet has them."""
+class ReferenceLogprobs(Artifact):
+    """Log-probability of each ranked reply: logps.bin, (R,) float32 nats, in the order of replies.parquet."""
 
-    kind = "references"
+    kind = "logprobs"
     files = ("logps.bin",)
 
     def logps(self) -> np.ndarray:
@@ -432,22 +432,29 @@ class Report(Artifact):
 
 
 KINDS: Mapping[str, type[Artifact]] = {
-    made.kind: made for made in (RawTrees, Messages, Dialogues, Tokens, Model, Report, Contests, References)
+    made.kind: made
+    for made in (RawTrees, Messages, Dialogues, Tokens, Model, Report, PreferenceGroups, ReferenceLogprobs)
 }
 
 
 def write_encoding(folder: Path, encoding: Encoding) -> None:
     """Write `encoding.json` into a folder."""
-    from dataclasses import asdict
-
     (folder / "encoding.json").write_text(json.dumps(asdict(encoding), indent=1, sort_keys=True), encoding="utf-8")
 
 
 def read_encoding(folder: Path) -> Encoding:
-    """Read `encoding.json` from a folder."""
-    found = _json(folder / "encoding.json")
-    found.setdefault("length", found["block"])  # before trees could be longer than a path
-    return Encoding(**{**found, "splits": {name: tuple(rows) for name, rows in found["splits"].items()}})
+    """Read `encoding.json` from a folder.
+
+    Raises:
+        StoreError: If it is none, or of an earlier Treeline, which named its fields otherwise.
+    """
+    path = folder / "encoding.json"
+    values, known = _json(path), {field.name for field in fields(Encoding)}
+    if not isinstance(values, dict) or {*values} != known:
+        odd = ", ".join(sorted({*values} ^ known)) if isinstance(values, dict) else type(values).__name__
+        what = f"expected the fields of an encoding, found these missing or unknown: {odd}"
+        raise StoreError(what, str(path), "Run encode again: another version of Treeline wrote it", "artifact.encoding")
+    return Encoding(**{**values, "splits": {name: tuple(rows) for name, rows in values["splits"].items()}})
 
 
 def _json(path: Path) -> Any:

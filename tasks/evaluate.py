@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from tasks.artifacts import Contests, Counts, Model, Report, Tokens
+from tasks.artifacts import Counts, Model, PreferenceGroups, Report, Tokens
 from tasks.errors import InputError, ParameterError
 from tasks.initial_weights import folder_of, given_to_prefer, of_training
 from tasks.notices import told
@@ -193,16 +193,16 @@ def ranked_of(model: Model, asked: str) -> tuple[Split, Replies] | None:
     """Return the ranked replies that models are asked about: those of the split asked for, else of val, else none.
 
     Raises:
-        ParameterError: If the model was tuned to prefer, and the contests are no longer there.
+        ParameterError: If the model was tuned to prefer, and the preference groups are no longer there.
     """
-    digest = model.json("training.json").get("contests")
+    digest = model.json("training.json").get("preference_groups")
     if digest is None:
         return None
-    contests = of_training(Contests, digest, model)
-    hold(contests)
+    preference_groups = of_training(PreferenceGroups, digest, model)
+    hold(preference_groups)
     for name in dict.fromkeys((asked, "val")):
-        if name in contests.encoding().splits and len((replies := replies_of(contests, name)).rank):
-            return sequences_of(contests, name), replies
+        if name in preference_groups.encoding().splits and len((replies := replies_of(preference_groups, name)).rank):
+            return sequences_of(preference_groups, name), replies
     return None
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from tasks.artifacts import Contests, Counts, Model, References
+from tasks.artifacts import Counts, Model, PreferenceGroups, ReferenceLogprobs
 from tasks.errors import InputError, ParameterError
 from tasks.launch import run_distributed
 from tasks.step import step
@@ -33,7 +33,7 @@ class PreferParams(TuningParams):
     lr: Annotated[float, Field(gt=0)] = 5e-6
     """Highest learning rate; far lower than for fine-tuning, or the model unlearns to speak."""
     epochs: Annotated[float, Field(gt=0, le=10_000)] = 1.0
-    """How often the contests are gone through; a fraction ends in the middle."""
+    """How often the preference groups are gone through; a fraction ends in the middle."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of numbers dropped. The start was asked without, so anything else adds noise to the comparison."""
 
@@ -44,53 +44,68 @@ class PreferRuntime(TuningRuntime):
 
 @step("prefer", version=6, makes=Model, inherits=(CHECKPOINTS, "log.jsonl"))
 def prefer(
-    out: Path, contests: Contests, references: References, model: Model, params: PreferParams, run: PreferRuntime
+    out: Path,
+    preference_groups: PreferenceGroups,
+    reference_logprobs: ReferenceLogprobs,
+    model: Model,
+    params: PreferParams,
+    run: PreferRuntime,
 ) -> Counts:
     """Write the model that prefers, as a folder like that of the train step.
 
     Adapters, if any, lie over the model that `from` in training.json names, not over what start.json tells.
 
     Raises:
-        ParameterError: If the model speaks another language than the contests.
-        InputError: If the references are of other contests.
+        ParameterError: If the model speaks another language than the preference groups.
+        InputError: If the reference log-probabilities are of other preference groups.
     """
     from tasks.gpt.preference import EachPair
     from tasks.gpt.weights import export, load_model, parameter_count
 
-    check_same_encoding(model, contests)
-    refuse_other_precision(references, params)
-    inputs = {"contests": contests, "references": references, "model": model}
+    check_same_encoding(model, preference_groups)
+    refuse_other_precision(reference_logprobs, params)
+    inputs = {"preference_groups": preference_groups, "reference_logprobs": reference_logprobs, "model": model}
     if (counts := run_distributed("prefer", out, inputs, params, run)) is not None:
         return counts
-    fitted, held = (_side(contests, references, name) for name in ("train", "val"))
+    fitted, held = (_side(preference_groups, reference_logprobs, name) for name in ("train", "val"))
     aim = EachPair(fitted, held, params.beta)
-    tuned, encoding = load_model(model.path), contests.encoding()
+    tuned, encoding = load_model(model.path), preference_groups.encoding()
     progress = tune(tuned, (aim.train, aim.val), params, run, out, objective=aim)
     export(tuned, out, stop=encoding.stop, pad=encoding.pad, used=encoding.used)
     for name in KEPT:
         shutil.copyfile(model.path / name, out / name)
     counts = counts_of(progress, parameter_count(tuned), out)
-    write_json(out / "training.json", {**counts, "from": model.manifest.digest, "contests": contests.manifest.digest})
+    write_json(
+        out / "training.json",
+        {**counts, "from": model.manifest.digest, "preference_groups": preference_groups.manifest.digest},
+    )
     return counts
 
 
-def refuse_other_precision(references: References, params: PreferParams) -> None:
+def refuse_other_precision(reference_logprobs: ReferenceLogprobs, params: PreferParams) -> None:
     """Raise `ParameterError` where the start was asked in other numbers than it is tuned in: it would seem to move."""
-    asked = references.manifest.recipe.get("params", {}).get("precision") or "float32"
+    asked = reference_logprobs.manifest.recipe.get("params", {}).get("precision") or "float32"
     if asked != params.precision:
-        what = f"the references are in {asked}, and prefer.precision is {params.precision}"
-        raise ParameterError(what, "refer.precision", "Leave refer.precision out", "param.precision")
+        what = f"the reference log-probabilities are in {asked}, and prefer.precision is {params.precision}"
+        raise ParameterError(what, "score.precision", "Leave score.precision out", "param.precision")
 
 
-def _side(contests: Contests, references: References, name: str) -> Side:
-    """Return a split of the contests with what the start makes of it."""
+def _side(preference_groups: PreferenceGroups, reference_logprobs: ReferenceLogprobs, name: str) -> Side:
+    """Return a split of the preference groups with what the start makes of it."""
     from tasks.gpt.preference import Side
 
-    of_each, logps = contests.replies().select("split").collect()["split"], references.logps()
+    of_each, logps = preference_groups.replies().select("split").collect()["split"], reference_logprobs.logps()
     if len(logps) != len(of_each):
-        what = f"expected references of {len(of_each):,} replies, found {len(logps):,}"
-        raise InputError(what, references.id, "Run the refer step again on these contests", "prefer.references")
-    return Side(split_of(contests, name), replies_of(contests, name), logps[(of_each == name).to_numpy()])
+        what = f"expected reference log-probabilities of {len(of_each):,} replies, found {len(logps):,}"
+        raise InputError(
+            what,
+            reference_logprobs.id,
+            "Run the score step again on these preference groups",
+            "prefer.reference_logprobs",
+        )
+    return Side(
+        split_of(preference_groups, name), replies_of(preference_groups, name), logps[(of_each == name).to_numpy()]
+    )
 
 
 def counts_of(progress: Progress, parameters: int, out: Path) -> Counts:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from tasks.artifacts import Contests, Encoding, Model, Sequences
+from tasks.artifacts import Encoding, Model, PreferenceGroups, Sequences
 from tasks.errors import ParameterError
 from tasks.signals import kept_signals
 from tasks.step import Params, Runtime
@@ -283,17 +283,17 @@ def split_of(tokens: Sequences, name: str | None) -> Split:
     return Split(*arrays)
 
 
-def replies_of(contests: Contests, name: str | None) -> Replies:
+def replies_of(preference_groups: PreferenceGroups, name: str | None) -> Replies:
     """Read where the replies of a split lie in its sequences; None: those of all."""
     import numpy as np
 
     from tasks.gpt.preference import Replies
 
-    table = contests.replies().collect()
+    table = preference_groups.replies().collect()
     first = 0
     if name is not None:
-        table, first = table.filter(table["split"] == name), contests.encoding().splits[name][0]
-    columns = [table[column].to_numpy().astype(np.int64) for column in ("sequence", "trained", "contest", "rank")]
+        table, first = table.filter(table["split"] == name), preference_groups.encoding().splits[name][0]
+    columns = [table[column].to_numpy().astype(np.int64) for column in ("sequence", "trained", "group", "rank")]
     return Replies(columns[0] - first, *columns[1:])
 
 

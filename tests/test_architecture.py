@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STEPS = {"download", "parse", "curate", "encode", "train", "evaluate", "pair", "refer", "prefer"}
+STEPS = {"download", "parse", "curate", "encode", "train", "evaluate", "pair", "score", "prefer"}
 NOUNS = {"dialogue", "oasst", "chats", "text", "gpt", "sample", "report"}
 FRAMES = {"parquet", "ndjson", "csv", "ipc"}  # what polars reads from a path
 LEAVES = {"errors", "progress", "jsonfile"}  # import nothing of ours

@@ -13,9 +13,9 @@ import pytest
 from pydantic import ValidationError
 
 from tasks import text_chunks
-from tasks.artifacts import DIALOGUE_COLUMNS, Dialogues, Tokens, arrow_schema, parquet_writer
+from tasks.artifacts import DIALOGUE_COLUMNS, Dialogues, Tokens, arrow_schema, parquet_writer, read_encoding
 from tasks.encode import EncodeParams, EncodeRuntime, encode
-from tasks.errors import InputError
+from tasks.errors import InputError, StoreError
 from tasks.store.manifest import Manifest
 from tasks.text.templates import load_dialect
 
@@ -300,3 +300,13 @@ def test_what_is_told_of_the_data_goes_with_the_tokens_and_is_no_content(tmp_pat
     made = Tokens(out, manifest(kind="tokens"))
     assert made.curation() == {"counts": {}}
     assert "curation.json" in made.records
+
+
+def test_an_encoding_of_an_earlier_version_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    encoded(tmp_path, talk("a", "Hi", "Ho"), SMALL)
+    path = next(tmp_path.rglob("encoding.json"))
+    values = json.loads(path.read_text())
+    values["block"] = values.pop("context_length")
+    path.write_text(json.dumps(values))
+    with pytest.raises(StoreError, match=r"unknown: block, context_length.*encoding\.json.* Run encode again"):
+        read_encoding(path.parent)

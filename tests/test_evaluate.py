@@ -196,7 +196,7 @@ def test_too_little_memory_names_what_to_lower(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr("tasks.gpt.sampling.generate", short)
-    with pytest.raises(TrainingError, match=r"evaluate\.replies"):
+    with pytest.raises(TrainingError, match=r"runtime\.generation_batch"):
         reported(tmp_path / "r", model, tokens)
 
 

@@ -229,7 +229,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("step", ["train", "prefer"])
 def test_an_average_of_shards_is_refused_before_anything_is_started(tokens: Tokens, tmp_path: Path, step: str) -> None:
     params, run = PARAMS.model_copy(update={"ema_decay": 0.999}), TWO.model_copy(update={"sharding": "full"})
-    with pytest.raises(ParameterError, match=rf"{step}\.sharding = full\. .*leave {step}\.ema_decay out"):
+    with pytest.raises(ParameterError, match=rf"runtime\.sharding = full\. .*leave {step}\.ema_decay out"):
         run_distributed(step, tmp_path, {"tokens": tokens}, params, run)
 
 

@@ -1,4 +1,4 @@
-"""Laws of the pair step: a contest's replies share one prompt, and see it and not each other."""
+"""Laws of the pair step: a group's replies share one prompt, and see it and not each other."""
 
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from tasks.artifacts import DIALOGUE_COLUMNS, Contests, Dialogues, Tokens, arrow_schema, parquet_writer
+from tasks.artifacts import DIALOGUE_COLUMNS, Dialogues, PreferenceGroups, Tokens, arrow_schema, parquet_writer
 from tasks.encode import EncodeParams, EncodeRuntime, encode
 from tasks.errors import InputError
 from tasks.pair import PairParams, pair
@@ -27,17 +27,17 @@ def message(tree: str, name: str, parent: str | None, text: str, rank: int | Non
     }  # fmt: skip
 
 
-def paired(folder: Path, rows: list[Row], replies: int = 8, block: int = 256) -> Contests:
+def paired(folder: Path, rows: list[Row], replies: int = 8, block: int = 256) -> PreferenceGroups:
     with parquet_writer(folder / "dialogues.parquet", DIALOGUE_COLUMNS) as writer:
         writer.write_table(pa.Table.from_pylist(rows, schema=arrow_schema(DIALOGUE_COLUMNS)))
     dialogues = Dialogues(folder, manifest(kind="dialogues"))
-    for name in ("tokens", "contests"):
+    for name in ("tokens", "preference_groups"):
         (folder / name).mkdir()
     params = EncodeParams(tokenizer="trained", vocab_size=300, context_length=block, sequence_length=block)
     encode.function(folder / "tokens", dialogues, params, EncodeRuntime(workers=1))
     tokens = Tokens(folder / "tokens", manifest(kind="tokens"))
-    counts = pair.function(folder / "contests", dialogues, tokens, PairParams(max_replies=replies))
-    return Contests(folder / "contests", manifest(kind="contests", counts=counts))
+    counts = pair.function(folder / "preference_groups", dialogues, tokens, PairParams(max_replies=replies))
+    return PreferenceGroups(folder / "preference_groups", manifest(kind="preference_groups", counts=counts))
 
 
 ROWS = [
@@ -55,14 +55,14 @@ ROWS = [
 ]
 
 
-def test_each_contest_stands_once_with_what_is_above_it(tmp_path: Path) -> None:
+def test_each_group_stands_once_with_what_is_above_it(tmp_path: Path) -> None:
     made = paired(tmp_path, ROWS)
     replies, dialect, ids = made.replies().collect(), load_dialect(made.path), made.ids()
-    assert made.counts["contests"] == 3
+    assert made.counts["preference_groups"] == 3
     assert made.counts["pairs"] == 3
     assert made.encoding().splits == {"train": (0, 1), "val": (1, 2), "test": (2, 2)}
-    for _, contest in replies.group_by("contest"):
-        assert contest["rank"].to_list() == sorted(contest["rank"].to_list())
+    for _, group in replies.group_by("group"):
+        assert group["rank"].to_list() == sorted(group["rank"].to_list())
     text_of = {row["message_id"]: row for row in ROWS}
     for row in replies.iter_rows(named=True):
         turns, above = [], text_of[row["message_id"]]["parent_id"]
@@ -98,7 +98,7 @@ def test_without_a_preference_there_is_nothing_to_learn(tmp_path: Path) -> None:
 
 def test_the_arrays_are_those_that_a_reader_maps(tmp_path: Path) -> None:
     made = paired(tmp_path, ROWS)
-    assert {path.name for path in made.path.iterdir()} == {*Contests.files}
+    assert {path.name for path in made.path.iterdir()} == {*PreferenceGroups.files}
     assert made.ids("train").shape == (1, 256)
     assert made.ids().dtype == np.uint16
     assert made.replies().filter(pl.col("split") == "val").collect()["message_id"].to_list() == ["v.a", "v.b"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Contest:
+class Group:
     """Replies to one prompt, ranked.
 
     Attributes:
@@ -28,16 +28,16 @@ class Contest:
         """How many pairs of a better and a worse reply there are."""
         return sum(better < worse for place, worse in enumerate(self.ranks) for better in self.ranks[:place])
 
-    def without(self, row: int) -> Contest:
-        """Return the contest without one of its replies."""
+    def without(self, row: int) -> Group:
+        """Return the group without one of its replies."""
         kept = [pair for pair in zip(self.replies, self.ranks, strict=True) if pair[0] != row]
-        return Contest(self.prompt, tuple(row for row, _ in kept), tuple(rank for _, rank in kept))
+        return Group(self.prompt, tuple(row for row, _ in kept), tuple(rank for _, rank in kept))
 
 
-def contests(
+def preference_groups(
     children: Sequence[Sequence[int]], replies: Sequence[bool], ranks: Sequence[int | None]
-) -> Iterator[Contest]:
-    """Yield the contests in which one reply is better than another, by prompt.
+) -> Iterator[Group]:
+    """Yield the preference groups in which one reply is better than another, by prompt.
 
     Args:
         children: (R,) rows of the replies to each row.
@@ -46,6 +46,6 @@ def contests(
     """
     for prompt, below in enumerate(children):
         ranked = sorted((rank, row) for row in below if replies[row] and (rank := ranks[row]) is not None)
-        found = Contest(prompt, tuple(row for _, row in ranked), tuple(rank for rank, _ in ranked))
+        found = Group(prompt, tuple(row for _, row in ranked), tuple(rank for rank, _ in ranked))
         if found.pairs:
             yield found

@@ -40,7 +40,7 @@ def count_of(device: torch.device) -> int:
 
 @contextmanager
 def at_work(device: torch.device, threads: int | None, width: int, *, repeats: bool = False) -> Iterator[None]:
-    """Let torch compute as every step does it inside the block, whether it trains, evaluates or asks for references.
+    """Let torch compute as every step does it inside the block, whether it trains, evaluates or scores replies.
 
     A GPU rounds the factors of float32 products to 10 bits (TF32), which is several times as fast: everywhere, since
     what is compared must be computed alike.

@@ -39,13 +39,13 @@ class Replies:
     Attributes:
         sequence: (R,) sequence of the split.
         trained: (R,) supervised tokens.
-        contest: (R,) replies of one number answer one prompt, in one sequence.
+        group: (R,) replies of one number answer one prompt, in one sequence.
         rank: (R,) 0 = best.
     """
 
     sequence: Ints
     trained: Ints
-    contest: Ints
+    group: Ints
     rank: Ints
 
     def of(self, rows: Ints) -> Ints:
@@ -56,9 +56,9 @@ class Replies:
     def pairs(self, numbers: Ints) -> tuple[Ints, Ints]:
         """Return all pairs of a better and a worse reply among some, as places in `numbers`: two of (P,)."""
         better, worse = [], []
-        contest, rank = self.contest[numbers], self.rank[numbers]
-        for number in np.unique(contest):
-            places = np.flatnonzero(contest == number)
+        group, rank = self.group[numbers], self.rank[numbers]
+        for number in np.unique(group):
+            places = np.flatnonzero(group == number)
             above = rank[places][:, None] < rank[places][None, :]
             first, second = np.nonzero(above)
             better.append(places[first])
@@ -99,7 +99,7 @@ def all_logps(
     device: torch.device,
     *,
     half: bool = False,
-    label: str = "refer",
+    label: str = "score",
 ) -> Floats:
     """Return how likely the model finds each reply of a split: (R,) nats, by sequence and start.
 
@@ -152,7 +152,7 @@ def judge(logps: Tensor, reference: Tensor, better: Tensor, worse: Tensor, beta:
 
 @dataclass(frozen=True)
 class Side:
-    """A split of contests, and what the model that is started from makes of its replies.
+    """A split of preference groups, and what the model that is started from makes of its replies.
 
     Attributes:
         sequences: The split.
@@ -181,8 +181,8 @@ class EachPair:
     """The loss of each pair of a better and a worse reply, nats: an `Objective` whose units are pairs.
 
     Attributes:
-        fitted: Contests that are trained on.
-        held: Contests that choose the best weights.
+        fitted: PreferenceGroups that are trained on.
+        held: PreferenceGroups that choose the best weights.
         beta: How hard the model is held to its start.
     """
 

@@ -142,7 +142,7 @@ def _kill_during(step: Step[..., Artifact], store: Store) -> None:
 def test_a_recipe_with_preferences_has_three_steps_more(store: Store) -> None:
     asked = recipe.load(TINY, ["preferences=true"])
     names = [step.name for step in chain.whole(asked)]
-    assert names == ["download", "parse", "curate", "encode", "pair", "train", "refer", "prefer", "evaluate"]
+    assert names == ["download", "parse", "curate", "encode", "pair", "train", "score", "prefer", "evaluate"]
     assert [step.name for step in chain.whole(recipe.load(TINY))] == [step.name for step in chain.CHAIN]
 
 

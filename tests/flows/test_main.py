@@ -202,7 +202,7 @@ def test_after_verify_found_a_bit_flipped_below_the_file_system_the_plan_is_a_mi
 
 def test_one_bad_artifact_stops_no_command_and_is_named(shell: Shell, tmp_path: Path) -> None:
     root = shell.folder / "artifacts"
-    bad, link = root / "messages" / ("a" * 12), root / "contests"
+    bad, link = root / "messages" / ("a" * 12), root / "preference_groups"
     bad.mkdir()
     (bad / "manifest.json").write_bytes(b"[" * 200_000)
     link.symlink_to(tmp_path)
@@ -211,10 +211,10 @@ def test_one_bad_artifact_stops_no_command_and_is_named(shell: Shell, tmp_path: 
             shell(*asked)
         for said in (shell("ls").stderr, shell("gc", "--dry-run").stderr):
             assert "passed over: messages/aaaaaaaaaaaa: manifest cannot be read" in said
-            assert "passed over: contests: is a link" in said
+            assert "passed over: preference groups: is a link" in said
         found = shell.json("verify", code=65)
         assert isinstance(found, dict)
-        assert [entry["id"] for entry in found["corrupt"]] == ["messages/aaaaaaaaaaaa", "contests"]
+        assert [entry["id"] for entry in found["corrupt"]] == ["messages/aaaaaaaaaaaa", "preference_groups"]
     finally:
         shutil.rmtree(bad)
         link.unlink()

@@ -10,7 +10,7 @@ from flows import recipe, sweep
 from tasks.encode import EncodeRuntime
 from tasks.errors import ParameterError
 from tasks.evaluate import EvaluateRuntime
-from tasks.refer import ReferRuntime
+from tasks.score import ScoreRuntime
 from tasks.train import TrainRuntime
 
 
@@ -97,7 +97,7 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_name() -> None:
 
 
 def test_a_file_of_ones_own_is_a_recipe(tmp_path: Path) -> None:
-    (tmp_path / "mine & co.toml").write_text("[encode]\nblock = 64\n")
+    (tmp_path / "mine & co.toml").write_text("[encode]\ncontext_length = 64\n")
     made = recipe.load(str(tmp_path / "mine & co.toml"))
     assert (made.name, made.encode.context_length) == ("mine---co", 64)
     (tmp_path / "broken.toml").write_text("[encode\n")
@@ -108,11 +108,11 @@ def test_a_file_of_ones_own_is_a_recipe(tmp_path: Path) -> None:
 def test_refer_works_in_the_numbers_of_prefer_unless_it_was_told_otherwise() -> None:
     def numbers(*settings: str) -> str:
         return str(
-            recipe.load("quickstart", ["preferences=true", *settings]).section("refer").model_dump()["precision"]
+            recipe.load("quickstart", ["preferences=true", *settings]).section("score").model_dump()["precision"]
         )
 
     half = "prefer.precision=bfloat16"
-    assert (numbers(), numbers(half), numbers(half, "refer.precision=float32")) == ("float32", "bfloat16", "float32")
+    assert (numbers(), numbers(half), numbers(half, "score.precision=float32")) == ("float32", "bfloat16", "float32")
 
 
 @pytest.mark.parametrize("setting", ["prefer.beta=0.3", "pair.max_replies=4"])
@@ -123,7 +123,7 @@ def test_settings_of_a_step_that_does_not_run_are_refused(setting: str) -> None:
 
 
 def test_refer_takes_the_settings_that_it_heeds_and_no_others() -> None:
-    assert set(ReferRuntime.model_fields) == {"device", "micro_batch", "threads"}
+    assert set(ScoreRuntime.model_fields) == {"device", "micro_batch", "threads"}
 
 
 def test_a_setting_without_a_say_is_in_no_key() -> None:

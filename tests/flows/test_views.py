@@ -8,7 +8,15 @@ import numpy as np
 import pyarrow as pa
 
 from flows.views import aside_line, rows, text, verdict
-from tasks.artifacts import DIALOGUE_COLUMNS, Contests, Dialogues, References, Tokens, arrow_schema, parquet_writer
+from tasks.artifacts import (
+    DIALOGUE_COLUMNS,
+    Dialogues,
+    PreferenceGroups,
+    ReferenceLogprobs,
+    Tokens,
+    arrow_schema,
+    parquet_writer,
+)
 from tasks.encode import EncodeParams, EncodeRuntime, encode
 from tasks.pair import PairParams, pair
 from tasks.store.manifest import Manifest
@@ -38,7 +46,7 @@ def test_what_was_set_aside_says_why_in_two_lines() -> None:
     assert len(second) <= 104
 
 
-def test_contests_show_the_prompt_once_and_the_replies_best_first(tmp_path: Path) -> None:
+def test_groups_show_the_prompt_once_and_the_replies_best_first(tmp_path: Path) -> None:
     def said(name: str, parent: str | None, words: str, rank: int | None = None) -> dict[str, Any]:
         role = "assistant" if name.count(".") % 2 else "prompter"
         links = {"message_tree_id": "t", "message_id": name, "parent_id": parent, "depth": name.count(".")}
@@ -49,26 +57,26 @@ def test_contests_show_the_prompt_once_and_the_replies_best_first(tmp_path: Path
     with parquet_writer(tmp_path / "dialogues.parquet", DIALOGUE_COLUMNS) as writer:
         writer.write_table(pa.Table.from_pylist(made, schema=arrow_schema(DIALOGUE_COLUMNS)))
     dialogues = Dialogues(tmp_path, manifest(kind="dialogues"))
-    for name in ("tokens", "contests"):
+    for name in ("tokens", "preference_groups"):
         (tmp_path / name).mkdir()
     params = EncodeParams(tokenizer="trained", vocab_size=300, context_length=128)
     encode.function(tmp_path / "tokens", dialogues, params, EncodeRuntime(workers=1))
     tokens = Tokens(tmp_path / "tokens", manifest(kind="tokens"))
-    pair.function(tmp_path / "contests", dialogues, tokens, PairParams())
-    contests = Contests(tmp_path / "contests", manifest(kind="contests"))
+    pair.function(tmp_path / "preference_groups", dialogues, tokens, PairParams())
+    preference_groups = PreferenceGroups(tmp_path / "preference_groups", manifest(kind="groups"))
 
-    second = text(contests, 5).split("── contest 1 · train\n")[1]
+    second = text(preference_groups, 5).split("── group 1 · train\n")[1]
     assert second.splitlines() == [
         "<|endoftext|><|user|>Who?<|end|><|assistant|>You.<|end|><|user|>Why?<|end|>",
         "rank 2 t.a.p.y: <|assistant|>So.<|end|>",
         "rank 3 t.a.p.x: <|assistant|>No.<|end|>",
     ]
-    first = rows(contests, 1)
+    first = rows(preference_groups, 1)
     assert [len(first), len(first[0]["replies"]), first[0]["split"]] == [1, 2, "train"]
 
 
 def test_references_show_a_number_a_reply(tmp_path: Path) -> None:
     np.array([-1.5, -2.25], "<f4").tofile(tmp_path / "logps.bin")
-    made = References(tmp_path, manifest(kind="references"))
+    made = ReferenceLogprobs(tmp_path, manifest(kind="logprobs"))
     assert rows(made, 1) == [{"reply": 0, "nats": -1.5}]
     assert text(made, 9).endswith("reply 0: -1.500 nats\nreply 1: -2.250 nats")

@@ -192,10 +192,10 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_two_in_a_row_end_the_ru
 ) -> None:
     written = checkpoint.save
 
-    def save(folder: Path, found: checkpoint.Checkpoint, *rest: Any) -> Path:
+    def save(folder: Path, found: checkpoint.Checkpoint, **rest: Any) -> Path:
         if found.step in failing:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return written(folder, found, *rest)
+        return written(folder, found, **rest)
 
     whole, _, log = run(tmp_path / "whole")
     monkeypatch.setattr(checkpoint, "save", save)

@@ -1,4 +1,4 @@
-"""Laws of preferences: one packed contest is worth its pairs taken apart, and the loss is the published one."""
+"""Laws of preferences: one packed group is worth its pairs taken apart, and the loss is the published one."""
 
 import copy
 from functools import partial
@@ -15,10 +15,10 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from tasks.artifacts import (
     DIALOGUE_COLUMNS,
-    Contests,
     Dialogues,
     Model,
-    References,
+    PreferenceGroups,
+    ReferenceLogprobs,
     Tokens,
     arrow_schema,
     parquet_writer,
@@ -29,7 +29,7 @@ from tasks.gpt.preference import Replies, Side, judge, reply_logps
 from tasks.gpt.weights import load_model, set_dropout
 from tasks.pair import PairParams, pair
 from tasks.prefer import PreferParams, PreferRuntime, prefer, refuse_other_precision
-from tasks.refer import ReferParams, ReferRuntime, refer
+from tasks.score import ScoreParams, ScoreRuntime, score
 from tasks.store.manifest import Manifest
 from tasks.train import TrainParams, TrainRuntime, train
 from tasks.tuning import split_of
@@ -39,7 +39,7 @@ TUNING: dict[str, Any] = {"epochs": 8, "batch_tokens": 512, "lr": 1e-3, "evals_p
 
 
 def rows() -> list[dict[str, Any]]:
-    """Make contests in which the polite reply always wins."""
+    """Make preference groups in which the polite reply always wins."""
     made = []
     for tree in range(24):
         split = "val" if tree % 6 == 5 else "train"
@@ -57,87 +57,101 @@ def rows() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Contests, Model, References]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreferenceGroups, Model, ReferenceLogprobs]:
     folder = tmp_path_factory.mktemp("preferences")
     with parquet_writer(folder / "dialogues.parquet", DIALOGUE_COLUMNS) as writer:
         writer.write_table(pa.Table.from_pylist(rows(), schema=arrow_schema(DIALOGUE_COLUMNS)))
-    for name in ("tokens", "contests", "model", "references"):
+    for name in ("tokens", "preference_groups", "model", "reference_logprobs"):
         (folder / name).mkdir()
     dialogues = Dialogues(folder, manifest(kind="dialogues"))
     params = EncodeParams(tokenizer="trained", vocab_size=300, context_length=64, sequence_length=128)
     encode.function(folder / "tokens", dialogues, params, EncodeRuntime(workers=1))
     tokens = Tokens(folder / "tokens", manifest(kind="tokens"))
-    pair.function(folder / "contests", dialogues, tokens, PairParams())
+    pair.function(folder / "preference_groups", dialogues, tokens, PairParams())
     train.function(
         folder / "model",
         tokens,
         TrainParams(**TUNING, layers=2, heads=2, width=32),
         TrainRuntime(device="cpu", threads=1),
     )
-    contests, model = (
-        Contests(folder / "contests", manifest(kind="contests")),
+    preference_groups, model = (
+        PreferenceGroups(folder / "preference_groups", manifest(kind="groups")),
         Model(folder / "model", manifest(kind="model")),
     )
-    refer.function(folder / "references", contests, model, ReferParams(), ReferRuntime(device="cpu", threads=1))
-    return contests, model, References(folder / "references", manifest(kind="references"))
+    score.function(
+        folder / "reference_logprobs", preference_groups, model, ScoreParams(), ScoreRuntime(device="cpu", threads=1)
+    )
+    return (
+        preference_groups,
+        model,
+        ReferenceLogprobs(folder / "reference_logprobs", manifest(kind="logprobs")),
+    )
 
 
-def alone(model: GPT2LMHeadModel, contests: Contests, row: dict[str, int]) -> Tensor:
+def alone(model: GPT2LMHeadModel, preference_groups: PreferenceGroups, row: dict[str, int]) -> Tensor:
     """Spell a reply out with all that it sees, as one plain sequence: its log-probability."""
-    ids, ends = contests.ids()[row["sequence"]], contests.ends()[row["sequence"]]
+    ids, ends = preference_groups.ids()[row["sequence"]], preference_groups.ends()[row["sequence"]]
     seen = [at for at in range(row["stop"]) if ends[at] >= row["stop"]]
     logits = log_softmax(model(torch.tensor(ids[seen].astype(np.int64))[None]).logits[0], dim=1)
     first = len(seen) - row["trained"]
     return torch.stack([logits[at - 1, int(ids[seen[at]])] for at in range(first, len(seen))]).sum()
 
 
-def test_a_packed_contest_gives_each_reply_the_probability_it_has_alone(
-    made: tuple[Contests, Model, References],
+def test_a_packed_group_gives_each_reply_the_probability_it_has_alone(
+    made: tuple[PreferenceGroups, Model, ReferenceLogprobs],
 ) -> None:
-    contests, model, references = made
-    loaded, table = load_model(model.path).eval(), contests.replies().collect()
+    preference_groups, model, reference_logprobs = made
+    loaded, table = load_model(model.path).eval(), preference_groups.replies().collect()
     with torch.no_grad():
-        expected = torch.stack([alone(loaded, contests, row) for row in table.iter_rows(named=True)])
-    torch.testing.assert_close(torch.from_numpy(references.logps()), expected, rtol=1e-5, atol=1e-4)
+        expected = torch.stack([alone(loaded, preference_groups, row) for row in table.iter_rows(named=True)])
+    torch.testing.assert_close(torch.from_numpy(reference_logprobs.logps()), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_with_little_memory_fewer_are_asked_at_once_where_that_is_left_to_it_and_else_that_is_said(
-    made: tuple[Contests, Model, References], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: tuple[PreferenceGroups, Model, ReferenceLogprobs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    contests, model, references = made
+    preference_groups, model, reference_logprobs = made
     tried: list[int] = []
 
     def short(loaded: object, split: object, replies: object, at_once: int, *rest: object, **how: object) -> np.ndarray:
         tried.append(at_once)
         if at_once > 1:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return references.logps()
+        return reference_logprobs.logps()
 
     monkeypatch.setattr("tasks.gpt.preference.all_logps", short)
-    refer.function(tmp_path, contests, model, ReferParams(), ReferRuntime(device="cpu", threads=1, micro_batch="auto"))
+    score.function(
+        tmp_path, preference_groups, model, ScoreParams(), ScoreRuntime(device="cpu", threads=1, micro_batch="auto")
+    )
     assert tried[-1] == 1
     assert len(tried) > 1
-    with pytest.raises(TrainingError, match=r"refer\.micro_batch"):
-        refer.function(tmp_path, contests, model, ReferParams(), ReferRuntime(device="cpu", threads=1, micro_batch=4))
+    with pytest.raises(TrainingError, match=r"runtime\.micro_batch"):
+        score.function(
+            tmp_path, preference_groups, model, ScoreParams(), ScoreRuntime(device="cpu", threads=1, micro_batch=4)
+        )
 
 
-def test_a_start_that_was_asked_in_other_numbers_is_refused(made: tuple[Contests, Model, References]) -> None:
-    *_, references = made
-    with pytest.raises(ParameterError, match=r"refer\.precision"):
-        refuse_other_precision(references, PreferParams(precision="bfloat16"))
-    refuse_other_precision(references, PreferParams())
+def test_a_start_that_was_asked_in_other_numbers_is_refused(
+    made: tuple[PreferenceGroups, Model, ReferenceLogprobs],
+) -> None:
+    *_, reference_logprobs = made
+    with pytest.raises(ParameterError, match=r"score\.precision"):
+        refuse_other_precision(reference_logprobs, PreferParams(precision="bfloat16"))
+    refuse_other_precision(reference_logprobs, PreferParams())
 
 
-def test_gradients_of_packed_replies_are_those_of_plain_sequences(made: tuple[Contests, Model, References]) -> None:
-    contests, model, _ = made
-    loaded, table = load_model(model.path).eval(), contests.replies().filter(sequence=0).collect()
+def test_gradients_of_packed_replies_are_those_of_plain_sequences(
+    made: tuple[PreferenceGroups, Model, ReferenceLogprobs],
+) -> None:
+    preference_groups, model, _ = made
+    loaded, table = load_model(model.path).eval(), preference_groups.replies().filter(sequence=0).collect()
     trained = table["trained"].to_numpy().astype(np.int64)
     weight = torch.linspace(-1, 1, len(trained))  # any function of the log-probabilities will do
-    batch = split_of(contests, None).batch(np.array([0]), torch.device("cpu"))
+    batch = split_of(preference_groups, None).batch(np.array([0]), torch.device("cpu"))
     (reply_logps(loaded, batch, trained, chunk=7) * weight).sum().backward()  # type: ignore[no-untyped-call]
     together = {name: one.grad.to_dense() for name, one in loaded.named_parameters() if one.grad is not None}
     loaded.zero_grad()
-    apart = torch.stack([alone(loaded, contests, row) for row in table.iter_rows(named=True)])
+    apart = torch.stack([alone(loaded, preference_groups, row) for row in table.iter_rows(named=True)])
     (apart * weight).sum().backward()  # type: ignore[no-untyped-call]
     for name, one in loaded.named_parameters():
         assert one.grad is not None
@@ -153,21 +167,23 @@ def test_the_loss_is_that_of_the_paper() -> None:
     assert found.chosen.tolist() == [-4.0, -4.0]
 
 
-def spelled(contests: Contests, row: dict[str, int]) -> tuple[list[int], list[int]]:
+def spelled(preference_groups: PreferenceGroups, row: dict[str, int]) -> tuple[list[int], list[int]]:
     """Return the ids of what a reply sees, and those of it that are trained."""
-    ids, ends = contests.ids()[row["sequence"]], contests.ends()[row["sequence"]]
+    ids, ends = preference_groups.ids()[row["sequence"]], preference_groups.ends()[row["sequence"]]
     seen = [int(ids[at]) for at in range(row["stop"]) if ends[at] >= row["stop"]]
     return seen[: -row["trained"]], seen[-row["trained"] :]
 
 
-def test_loss_and_gradients_are_those_of_trls_trainer(made: tuple[Contests, Model, References], tmp_path: Path) -> None:
+def test_loss_and_gradients_are_those_of_trls_trainer(
+    made: tuple[PreferenceGroups, Model, ReferenceLogprobs], tmp_path: Path
+) -> None:
     trl = pytest.importorskip("trl", reason="needs the package trl")
     datasets = pytest.importorskip("datasets", reason="needs the package datasets")
-    contests, model, references = made
-    table = contests.replies().filter(split="train").sort("sequence", "start")
-    columns = table.select("sequence", "trained", "contest", "rank").collect()
+    preference_groups, model, reference_logprobs = made
+    table = preference_groups.replies().filter(split="train").sort("sequence", "start")
+    columns = table.select("sequence", "trained", "group", "rank").collect()
     replies = Replies(*(columns[name].to_numpy().astype(np.int64) for name in columns.columns))
-    sequences, rows = split_of(contests, "train"), np.unique(replies.sequence)[:3]
+    sequences, rows = split_of(preference_groups, "train"), np.unique(replies.sequence)[:3]
     tuned = load_model(model.path)
     with torch.no_grad():
         for weight in tuned.parameters():  # away from the start, or the loss would be log 2 whatever is computed
@@ -175,7 +191,7 @@ def test_loss_and_gradients_are_those_of_trls_trainer(made: tuple[Contests, Mode
     set_dropout(tuned, 0.0)
     theirs = copy.deepcopy(tuned)
 
-    side = Side(sequences, replies, references.logps()[: len(columns)])
+    side = Side(sequences, replies, reference_logprobs.logps()[: len(columns)])
     loss = side.judge(tuned, rows, 0.3, torch.device("cpu")).loss.mean()
     loss.backward()  # type: ignore[no-untyped-call]
 
@@ -183,7 +199,9 @@ def test_loss_and_gradients_are_those_of_trls_trainer(made: tuple[Contests, Mode
     numbers = replies.of(rows)
     pairs = []
     for better, worse in zip(*replies.pairs(numbers), strict=True):
-        (prompt, chosen), (_, rejected) = (spelled(contests, each[numbers[place]]) for place in (better, worse))
+        (prompt, chosen), (_, rejected) = (
+            spelled(preference_groups, each[numbers[place]]) for place in (better, worse)
+        )
         pairs.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
     assert len(pairs) > 3
     words = AutoTokenizer.from_pretrained(model.path)
@@ -205,7 +223,7 @@ def test_loss_and_gradients_are_those_of_trls_trainer(made: tuple[Contests, Mode
         assert (weight.grad.to_dense() - known[name].grad).norm() <= 1e-5 * known[name].grad.norm(), name
 
 
-def test_pairs_are_within_contests_and_never_between_equals() -> None:
+def test_pairs_are_within_groups_and_never_between_equals() -> None:
     replies = Replies(
         np.array([0, 0, 0, 1, 1]), np.array([2, 2, 2, 3, 3]), np.array([0, 0, 0, 1, 1]), np.array([0, 1, 1, 2, 5])
     )
@@ -214,12 +232,17 @@ def test_pairs_are_within_contests_and_never_between_equals() -> None:
 
 
 def test_a_model_learns_to_prefer_what_people_ranked_higher(
-    made: tuple[Contests, Model, References], tmp_path: Path
+    made: tuple[PreferenceGroups, Model, ReferenceLogprobs], tmp_path: Path
 ) -> None:
-    contests, model, references = made
+    preference_groups, model, reference_logprobs = made
     params = PreferParams(**TUNING | {"lr": 3e-3, "epochs": 12.0, "beta": 0.3})
     counts = prefer.function(
-        tmp_path, contests, references, model, params, PreferRuntime(device="cpu", threads=1, deterministic=True)
+        tmp_path,
+        preference_groups,
+        reference_logprobs,
+        model,
+        params,
+        PreferRuntime(device="cpu", threads=1, deterministic=True),
     )
     assert counts["loss_start"] == pytest.approx(np.log(2), abs=1e-5)  # the start prefers nothing to itself
     assert counts["loss_best"] < counts["loss_start"] / 2
@@ -227,10 +250,12 @@ def test_a_model_learns_to_prefer_what_people_ranked_higher(
     assert {path.name for path in tmp_path.iterdir()} >= {*Model.files}
 
 
-def test_references_of_other_contests_are_refused(made: tuple[Contests, Model, References], tmp_path: Path) -> None:
-    contests, model, references = made
-    references.logps()[:-1].tofile(tmp_path / "logps.bin")
-    short = References(tmp_path, manifest(kind="references"))
+def test_scores_of_other_groups_are_refused(
+    made: tuple[PreferenceGroups, Model, ReferenceLogprobs], tmp_path: Path
+) -> None:
+    preference_groups, model, reference_logprobs = made
+    reference_logprobs.logps()[:-1].tofile(tmp_path / "logps.bin")
+    short = ReferenceLogprobs(tmp_path, manifest(kind="logprobs"))
     (tmp_path / "out").mkdir()
-    with pytest.raises(InputError, match="expected references of"):
-        prefer.function(tmp_path / "out", contests, short, model, PreferParams(), PreferRuntime(device="cpu"))
+    with pytest.raises(InputError, match="expected reference log-probabilities of"):
+        prefer.function(tmp_path / "out", preference_groups, short, model, PreferParams(), PreferRuntime(device="cpu"))

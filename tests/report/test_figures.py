@@ -111,11 +111,11 @@ def test_every_reply_is_a_line_of_the_samples() -> None:
 
 
 def test_a_pair_is_right_where_the_better_reply_is_likelier_and_a_tie_is_half_right() -> None:
-    """One contest of three ranks: pairs 0-1, 0-2 and 1-2."""
-    contest = Replies(*(np.array(column) for column in ([0, 0, 0], [5, 5, 5], [0, 0, 0], [0, 1, 2])))
+    """One group of three ranks: pairs 0-1, 0-2 and 1-2."""
+    group = Replies(*(np.array(column) for column in ([0, 0, 0], [5, 5, 5], [0, 0, 0], [0, 1, 2])))
     logps = {"base": [-9.0, -9.0, -9.0], "tuned": [-4.0, -6.0, -5.0], "preferred": [-1.0, -2.0, -4.0]}
     results = {which: replace(BASE, logps=np.array(found, np.float32)) for which, found in logps.items()}
-    asked = exam(ranked=(exam().split, contest))
+    asked = exam(ranked=(exam().split, group))
     found = figures(results, asked)
     assert (found["models"], found["pairs"]) == (["base", "tuned", "preferred"], 3)
     assert found["accuracy"] == {"base": 0.5, "tuned": pytest.approx(2 / 3), "preferred": 1.0}

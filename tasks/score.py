@@ -1,6 +1,6 @@
-"""Beside the chain, refer: how likely a model finds each reply of contests, before it is tuned to prefer some.
+"""Beside the chain, score: reference log-probabilities of the ranked replies, by the model that prefer starts from.
 
-That never changes while the preferred model is trained, so it is computed once, and the start need not be in memory.
+They do not change while the preferred model is trained, so they are computed once, and the start need not be in memory.
 """
 
 from __future__ import annotations
@@ -8,29 +8,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from tasks.artifacts import Contests, Counts, Model, References
+from tasks.artifacts import Counts, Model, PreferenceGroups, ReferenceLogprobs
 from tasks.errors import TrainingError
 from tasks.step import Params, step
 from tasks.tuning import ModelRuntime, check_same_encoding, replies_of, split_of
 
 
-class ReferParams(Params):
-    """Settings of the refer step."""
+class ScoreParams(Params):
+    """Settings of the score step."""
 
     precision: Literal["float32", "bfloat16"] | None = None
     """Of products. None: that of prefer, which is held to what is found here."""
 
 
-class ReferRuntime(ModelRuntime):
+class ScoreRuntime(ModelRuntime):
     """How fast, and where. The outcome is the same but for rounding."""
 
 
-@step("refer", version=5, makes=References)
-def refer(out: Path, contests: Contests, model: Model, params: ReferParams, run: ReferRuntime) -> Counts:
+@step("score", version=5, makes=ReferenceLogprobs)
+def score(
+    out: Path, preference_groups: PreferenceGroups, model: Model, params: ScoreParams, run: ScoreRuntime
+) -> Counts:
     """Write `logps.bin`.
 
     Raises:
-        ParameterError: If the model speaks another language than the contests.
+        ParameterError: If the model speaks another language than the preference groups.
     """
     import numpy as np
 
@@ -40,8 +42,8 @@ def refer(out: Path, contests: Contests, model: Model, params: ReferParams, run:
     from tasks.gpt.run_plan import shortage_named
     from tasks.gpt.weights import load_model
 
-    check_same_encoding(model, contests)
-    split, replies = split_of(contests, None), replies_of(contests, None)
+    check_same_encoding(model, preference_groups)
+    split, replies = split_of(preference_groups, None), replies_of(preference_groups, None)
     device = device_of(run.device)
     loaded = load_model(model.path).to(device)
     at_once = run.micro_batch if isinstance(run.micro_batch, int) else max(1, AT_ONCE // split.sequence_length)
