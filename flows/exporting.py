@@ -231,7 +231,7 @@ def adapter(model: Model, folder: Path) -> Counts:
     A published start would not do in its place: rows were added to its token table for this vocabulary.
     """
     from tasks.gpt.lora import ARCHIVE
-    from tasks.gpt.weights import build_start, export, parameter_count
+    from tasks.gpt.weights import build_start, parameter_count, save_hf_folder
 
     if not (model.path / ARCHIVE).exists():
         what = f"{model.id} has no adapters: all of its weights were trained"
@@ -240,7 +240,7 @@ def adapter(model: Model, folder: Path) -> Counts:
         )
     base, encoding = build_start(*base_of(model)).eval(), model.encoding()
     (folder / BASE).mkdir()
-    export(base, folder / BASE, stop=encoding.stop, pad=encoding.pad, used=encoding.used)
+    save_hf_folder(base, folder / BASE, stop=encoding.stop, pad=encoding.pad, used=encoding.used)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(model.path / name, folder / BASE / name)
     with tarfile.open(model.path / ARCHIVE) as archive:

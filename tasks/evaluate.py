@@ -20,8 +20,7 @@ from tasks.errors import InputError, ParameterError
 from tasks.initial_weights import folder_of, given_to_prefer, of_training
 from tasks.notices import told
 from tasks.step import Params, hold, step
-from tasks.tuning import ModelRuntime, check_same_encoding, replies_of
-from tasks.tuning import split_of as sequences_of
+from tasks.tuning import ModelRuntime, check_same_encoding, read_split, replies_of, write_json
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -116,10 +115,12 @@ def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, ru
     results: dict[str, ModelOutputs] = {}
     device = device_of(run.device)
     less = "Set runtime.micro_batch and runtime.generation_batch to less"
-    with at_work(device, run.threads, start["width"]), shortage_named("a model at its exam", device, less):
+    with at_work(device, run.threads, start["width"]), shortage_named("a model in evaluation", device, less):
         for which, load in loads.items():  # one after the other: the larger ones fill a GPU
             kept = which in trainings and trainings[which].get("best_step") == 0  # the very weights of the model before
-            results[which] = [*results.values()][-1] if kept else examine(load().to(device), exam, params, run, which)
+            results[which] = (
+                [*results.values()][-1] if kept else evaluate_model(load().to(device), exam, params, run, which)
+            )
     report = {
         "split": split,
         "split_asked": params.split,
@@ -141,7 +142,7 @@ def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, ru
     write_plots(out, report, tuned["tuned"].log())
     lines = (json.dumps(line) + "\n" for line in samples(results, exam))
     (out / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
-    return counts_of(report)
+    return report_counts(report)
 
 
 def made_of(model: Model) -> dict[str, Model]:
@@ -181,7 +182,7 @@ def exam_of(model: Model, tokens: Tokens, params: EvaluateParams) -> tuple[str |
     from tasks.sample.facts import held_out_questions
     from tasks.text.templates import load_dialect
 
-    name, split = split_of(tokens, params.split)
+    name, split = measured_split(tokens, params.split)
     utf8_bytes = tokens.encoding().utf8_bytes.get(name, 0) if name else 0
     seeds = range(params.seed, params.seed + params.samples_per_prompt)
     dialect = load_dialect(model.path)
@@ -202,11 +203,11 @@ def ranked_of(model: Model, asked: str) -> tuple[Split, Replies] | None:
     hold(preference_groups)
     for name in dict.fromkeys((asked, "val")):
         if name in preference_groups.encoding().splits and len((replies := replies_of(preference_groups, name)).rank):
-            return sequences_of(preference_groups, name), replies
+            return read_split(preference_groups, name), replies
     return None
 
 
-def split_of(tokens: Tokens, asked: str) -> tuple[str | None, Split | None]:
+def measured_split(tokens: Tokens, asked: str) -> tuple[str | None, Split | None]:
     """Return the split that the loss is measured on: the one asked for, else val, else none."""
     from tasks.gpt.batches import Split
 
@@ -219,7 +220,7 @@ def split_of(tokens: Tokens, asked: str) -> tuple[str | None, Split | None]:
     return None, None
 
 
-def examine(
+def evaluate_model(
     model: GPT2LMHeadModel, exam: EvaluationSet, params: EvaluateParams, run: EvaluateRuntime, label: str
 ) -> ModelOutputs:
     """Put one model to the exam."""
@@ -292,15 +293,10 @@ def write_plots(out: Path, report: Mapping[str, Any], log: Sequence[Mapping[str,
         (out / "funnel.svg").write_bytes(funnel_svg(report["curation"]["counts"]))
 
 
-def counts_of(report: Mapping[str, Any]) -> Counts:
+def report_counts(report: Mapping[str, Any]) -> Counts:
     """Return the figures that the manifest and a run's summary show."""
     measures = ("nll", "bits_per_byte", "stop_rate", "loop_rate", *(("accuracy",) if report["pairs"] else ()))
     counts = {name: report[name] for name in measures}
     if report["facts"]:
         counts["facts"] = {name: report["facts"][name] for name in (*report["models"], "n")}
     return {"sequences": report["sequences"], "tokens": report["tokens"], **counts}
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file; a number that is not finite is a bug, not a value."""
-    path.write_text(json.dumps(value, indent=1, allow_nan=False), encoding="utf-8")

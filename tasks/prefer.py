@@ -16,7 +16,7 @@ from tasks.errors import InputError, ParameterError
 from tasks.launch import run_distributed
 from tasks.step import step
 from tasks.store.store import CHECKPOINTS
-from tasks.tuning import TuningParams, TuningRuntime, check_same_encoding, replies_of, split_of, tune, write_json
+from tasks.tuning import TuningParams, TuningRuntime, check_same_encoding, read_split, replies_of, tune, write_json
 
 if TYPE_CHECKING:
     from tasks.gpt.preference import Side
@@ -60,7 +60,7 @@ def prefer(
         InputError: If the reference log-probabilities are of other preference groups.
     """
     from tasks.gpt.preference import EachPair
-    from tasks.gpt.weights import export, load_model, parameter_count
+    from tasks.gpt.weights import load_model, parameter_count, save_hf_folder
 
     check_same_encoding(model, preference_groups)
     refuse_other_precision(reference_logprobs, params)
@@ -71,10 +71,10 @@ def prefer(
     aim = EachPair(fitted, held, params.beta)
     tuned, encoding = load_model(model.path), preference_groups.encoding()
     progress = tune(tuned, (aim.train, aim.val), params, run, out, objective=aim)
-    export(tuned, out, stop=encoding.stop, pad=encoding.pad, used=encoding.used)
+    save_hf_folder(tuned, out, stop=encoding.stop, pad=encoding.pad, used=encoding.used)
     for name in KEPT:
         shutil.copyfile(model.path / name, out / name)
-    counts = counts_of(progress, parameter_count(tuned), out)
+    counts = preference_counts(progress, parameter_count(tuned), out)
     write_json(
         out / "training.json",
         {**counts, "from": model.manifest.digest, "preference_groups": preference_groups.manifest.digest},
@@ -104,11 +104,11 @@ def _side(preference_groups: PreferenceGroups, reference_logprobs: ReferenceLogp
             "prefer.reference_logprobs",
         )
     return Side(
-        split_of(preference_groups, name), replies_of(preference_groups, name), logps[(of_each == name).to_numpy()]
+        read_split(preference_groups, name), replies_of(preference_groups, name), logps[(of_each == name).to_numpy()]
     )
 
 
-def counts_of(progress: Progress, parameters: int, out: Path) -> Counts:
+def preference_counts(progress: Progress, parameters: int, out: Path) -> Counts:
     """Return what came of it: losses per pair, and of the best weights the share of validation pairs told right."""
     import json
 

@@ -11,7 +11,7 @@ from typing import Literal
 from tasks.artifacts import Counts, Model, PreferenceGroups, ReferenceLogprobs
 from tasks.errors import TrainingError
 from tasks.step import Params, step
-from tasks.tuning import ModelRuntime, check_same_encoding, replies_of, split_of
+from tasks.tuning import ModelRuntime, check_same_encoding, read_split, replies_of
 
 
 class ScoreParams(Params):
@@ -43,7 +43,7 @@ def score(
     from tasks.gpt.weights import load_model
 
     check_same_encoding(model, preference_groups)
-    split, replies = split_of(preference_groups, None), replies_of(preference_groups, None)
+    split, replies = read_split(preference_groups, None), replies_of(preference_groups, None)
     device = device_of(run.device)
     loaded = load_model(model.path).to(device)
     at_once = run.micro_batch if isinstance(run.micro_batch, int) else max(1, AT_ONCE // split.sequence_length)

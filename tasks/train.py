@@ -22,7 +22,7 @@ from tasks.tuning import (
     TuningParams,
     TuningRuntime,
     check_same_encoding,
-    split_of,
+    read_split,
     tune,
     write_json,
     write_tokenizer,
@@ -98,7 +98,7 @@ class TrainRuntime(TuningRuntime):
 def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> Counts:
     """Write the tuned model, its tokenizer and chat template, and how training went."""
     from tasks.gpt.objective import EachToken
-    from tasks.gpt.weights import build_start, export, parameter_count
+    from tasks.gpt.weights import build_start, parameter_count, save_hf_folder
 
     encoding = tokens.encoding()
     earlier = model_of(params.model) if params.model else None
@@ -109,7 +109,7 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     spec = start_of(params, folder, encoding)
     if earlier:
         spec |= {"model": earlier.manifest.digest, "from": earlier.json("start.json")}
-    splits = split_of(tokens, "train"), split_of(tokens, "val")
+    splits = read_split(tokens, "train"), read_split(tokens, "val")
     refuse_unfit(spec, *splits)
     refuse_foreign(params.start, tokens.path / "tokenizer.json")
     if (counts := run_distributed("train", out, {"tokens": tokens}, params, run)) is not None:
@@ -118,10 +118,10 @@ def train(out: Path, tokens: Tokens, params: TrainParams, run: TrainRuntime) -> 
     warn_of_new_words(encoding, folder, params)
     aim = EachToken(*splits, worth_of(tokens, params))
     progress = tune(model, splits, params, run, out, named=lambda rows: name_messages(tokens, rows), objective=aim)
-    export(model, out, stop=encoding.stop, pad=encoding.pad, used=encoding.used)
+    save_hf_folder(model, out, stop=encoding.stop, pad=encoding.pad, used=encoding.used)
     write_tokenizer(out, tokens.path, encoding, spec["positions"])
     write_json(out / "start.json", spec)
-    counts = counts_of(progress, parameter_count(model))
+    counts = training_counts(progress, parameter_count(model))
     write_json(out / "training.json", counts)
     return counts
 
@@ -243,7 +243,7 @@ def refuse_foreign(start: str, tokenizer: Path) -> None:
         )
 
 
-def counts_of(progress: Progress, parameters: int) -> Counts:
+def training_counts(progress: Progress, parameters: int) -> Counts:
     """Return what training.json and the manifest say of a run: nothing that differs between two equal runs."""
     return {
         "parameters": parameters,

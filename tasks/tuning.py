@@ -166,11 +166,11 @@ def tune(
         WorkerDone: On all other ranks, when training has ended.
     """
     from tasks.gpt import lora
-    from tasks.gpt.checkpoint import noted
+    from tasks.gpt.checkpoint import latest_state
     from tasks.gpt.device import at_work, device_of, keep_compiled
     from tasks.gpt.distributed import WorkerDone, current_group
     from tasks.gpt.interrupt import Interrupt
-    from tasks.gpt.loop import fit
+    from tasks.gpt.loop import train_model
     from tasks.gpt.run_plan import memory_named
 
     world, interrupt = current_group(), Interrupt()
@@ -183,7 +183,7 @@ def tune(
         )
         log.warning(what, f"{block:,}", f"{params.batch_tokens:,}")
     device = world.device(device_of(run.device))
-    first = world.broadcast(noted(workplace / CHECKPOINTS).get("way", {}) if world.is_main else None)
+    first = world.broadcast(latest_state(workplace / CHECKPOINTS).get("way", {}) if world.is_main else None)
     run = as_begun(run, first, world.size)
     if run.compile:
         keep_compiled(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / COMPILED)
@@ -193,7 +193,9 @@ def tune(
         if named:
             machine = replace(machine, named=named)
         with memory_named(machine, block):
-            progress = fit(model, *splits, settings=settings, machine=machine, workplace=workplace, objective=objective)
+            progress = train_model(
+                model, *splits, settings=settings, machine=machine, workplace=workplace, objective=objective
+            )
     if not world.is_main:
         raise WorkerDone
     if adapters:
@@ -275,7 +277,7 @@ def _machine(
     return replace(machine, micro_batch=size, activation_checkpointing=activation_checkpointing)
 
 
-def split_of(tokens: Sequences, name: str | None) -> Split:
+def read_split(tokens: Sequences, name: str | None) -> Split:
     """Map the sequences of a split; None: all of them."""
     from tasks.gpt.batches import Split
 
@@ -343,5 +345,5 @@ def write_tokenizer(out: Path, source: Path, encoding: Encoding, positions: int)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a small JSON file."""
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    """Write a small JSON file; a number that is not finite is a bug, not a value."""
+    path.write_text(json.dumps(value, indent=1, allow_nan=False), encoding="utf-8")

@@ -199,7 +199,7 @@ def test_a_try_that_was_cut_short_is_taken_up_and_ends_in_the_same_bytes(
 
     whole, cut = trained(tmp_path / "whole", tokens), tmp_path / "cut"
     cut.mkdir()
-    monkeypatch.setattr(tasks.gpt.weights, "export", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(tasks.gpt.weights, "save_hf_folder", lambda *_, **__: 1 / 0)
     every = RUN.model_copy(update={"checkpoint_seconds": 0.0})
     with pytest.raises(ZeroDivisionError):
         train.function(cut, tokens, PARAMS, every)
@@ -380,7 +380,9 @@ def test_a_run_goes_on_as_it_chose_at_first_or_says_that_it_cannot(
     assert "device" not in caplog.text.partition("train.resume")[2]
     if then >= free:
         assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-        assert checkpoint.noted(cut / "checkpoints")["way"] == checkpoint.noted(whole / "checkpoints")["way"]
+        assert (
+            checkpoint.latest_state(cut / "checkpoints")["way"] == checkpoint.latest_state(whole / "checkpoints")["way"]
+        )
 
 
 TERMINATED = """
@@ -517,7 +519,7 @@ def test_a_run_that_was_cut_short_is_taken_up_after_a_collection_and_its_earlier
     earlier: Model, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = TrainParams(**MORE, start="model", model=earlier.id)
-    monkeypatch.setattr("tasks.gpt.weights.export", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("tasks.gpt.weights.save_hf_folder", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(tokens, params, RUN.model_copy(update={"checkpoint_seconds": 0.0}))
     monkeypatch.undo()

@@ -136,7 +136,7 @@ def latest(
     return None
 
 
-def noted(folder: Path) -> Mapping[str, Any]:
+def latest_state(folder: Path) -> Mapping[str, Any]:
     """Read the newest state that is as it was written, without its tensors; empty where there is none."""
     for place in _newest_first(folder):
         with suppress(*BROKEN):

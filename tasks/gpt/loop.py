@@ -40,7 +40,7 @@ from tasks.gpt.parallel import ParallelModel, parallel_settings, scalar
 from tasks.gpt.schedule import learning_rate
 from tasks.gpt.training_log import Logbook
 from tasks.gpt.training_run import Machine, Progress, Settings
-from tasks.gpt.weights import trained
+from tasks.gpt.weights import trainable_parameters
 from tasks.progress import bar
 
 log = logging.getLogger("treeline.train")
@@ -48,7 +48,7 @@ PATIENT = 2  # checkpoints that cannot be written, one after another, end a run
 SAVING_SHARE = 0.1  # of the time at most: a large model on a slow disk is saved less often than asked for
 
 
-def fit(
+def train_model(
     model: GPT2LMHeadModel,
     train: Split,
     val: Split,
@@ -92,7 +92,7 @@ class _Run:
         self.train = train = objective.train
         self.plan = Plan(len(train), settings.sequences, settings.epochs, settings.seed)
         self.evaluations = self.plan.evaluations(settings.evals_per_epoch)
-        self.weights = trained(model)
+        self.weights = trainable_parameters(model)
         self.ema = WeightEma(self.weights, settings.ema_decay)
         self.optimizer = adamw(model, lr=settings.lr, weight_decay=settings.weight_decay)
         self.at_once = machine.micro_batch or max(1, AT_ONCE // train.sequence_length)

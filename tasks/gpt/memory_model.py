@@ -143,7 +143,7 @@ def seconds(shape: ModelShape, tokens: float, evaluated: float, supervised: floa
     return (flops(shape, supervised) * tokens + forth * evaluated) / (EFFICIENCY * rate)
 
 
-def said(shape: ModelShape, micro_batch: int, free: int | None, took: float) -> str:
+def plan_summary(shape: ModelShape, micro_batch: int, free: int | None, took: float) -> str:
     """Return the plan in words."""
     room = "" if free is None else f" of {free / 1e9:.1f} GB free"
     minutes = f"{took / 60:.0f} minutes" if took >= 90 else f"{math.ceil(took)} s"

@@ -47,7 +47,7 @@ def bits_per_byte(nats: float, utf8_bytes: int) -> float:
     return _mean(nats, utf8_bytes, "bytes") / math.log(2)
 
 
-def share(part: int, whole: int) -> float:
+def fraction(part: int, whole: int) -> float:
     """Return `part / whole`, in 0..1.
 
     Raises:

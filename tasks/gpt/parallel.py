@@ -24,7 +24,7 @@ from transformers import GPT2LMHeadModel
 
 from tasks.gpt.device import free_memory
 from tasks.gpt.distributed import ProcessGroup
-from tasks.gpt.weights import parameter_count, trained
+from tasks.gpt.weights import parameter_count, trainable_parameters
 
 log = logging.getLogger("treeline.train")
 T = TypeVar("T")
@@ -152,7 +152,9 @@ def should_shard(model: GPT2LMHeadModel, device: torch.device, sharding: str, em
 
 def training_bytes(model: GPT2LMHeadModel) -> int:
     """Return the bytes of weights, gradients and moments in training, whatever the batch."""
-    return WEIGHT_BYTES * (parameter_count(model) + 3 * sum(weight.numel() for weight in trained(model).values()))
+    return WEIGHT_BYTES * (
+        parameter_count(model) + 3 * sum(weight.numel() for weight in trainable_parameters(model).values())
+    )
 
 
 def scalar(tensor: Tensor) -> float:

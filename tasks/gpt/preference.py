@@ -121,7 +121,7 @@ def _nats(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return logits.logsumexp(dim=1) - logits.gather(1, targets[:, None]).squeeze(1)  # (C,)
 
 
-class Verdict(NamedTuple):
+class PairComparison(NamedTuple):
     """What a model makes of pairs; each (P,).
 
     Attributes:
@@ -135,7 +135,7 @@ class Verdict(NamedTuple):
     chosen: Tensor
 
 
-def judge(logps: Tensor, reference: Tensor, better: Tensor, worse: Tensor, beta: float) -> Verdict:
+def compare_pairs(logps: Tensor, reference: Tensor, better: Tensor, worse: Tensor, beta: float) -> PairComparison:
     """Compare pairs of replies.
 
     Args:
@@ -147,7 +147,7 @@ def judge(logps: Tensor, reference: Tensor, better: Tensor, worse: Tensor, beta:
     """
     gained = logps - reference  # (R,)
     margin = beta * (gained[better] - gained[worse])
-    return Verdict(-logsigmoid(margin), margin, logps[better])
+    return PairComparison(-logsigmoid(margin), margin, logps[better])
 
 
 @dataclass(frozen=True)
@@ -164,16 +164,16 @@ class Side:
     replies: Replies
     reference: Floats
 
-    def judge(
+    def compare(
         self, model: GPT2LMHeadModel, rows: Ints, beta: float, device: torch.device, trunk: Trunk = hidden_states
-    ) -> Verdict:
+    ) -> PairComparison:
         """Compare all pairs of some sequences."""
         numbers = self.replies.of(rows)
         better, worse = (torch.from_numpy(side).to(device) for side in self.replies.pairs(numbers))
         reference = torch.from_numpy(self.reference[numbers]).to(device)
         trained = self.replies.trained[numbers]
         logps = reply_logps(model, self.sequences.batch(rows, device), trained, trunk=trunk)
-        return judge(logps, reference, better, worse, beta)
+        return compare_pairs(logps, reference, better, worse, beta)
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class EachPair:
 
     def loss(self, model: GPT2LMHeadModel, rows: Array, share: float, device: torch.device, trunk: Trunk) -> Tensor:
         """Return the summed loss of the pairs of some training sequences, times `share`."""
-        return self.fitted.judge(model, rows, self.beta, device, trunk).loss.sum() * share
+        return self.fitted.compare(model, rows, self.beta, device, trunk).loss.sum() * share
 
     def filled(self, size: int) -> EachPair:
         """Return the same over batches that are filled up to so many sequences, with empty ones."""
@@ -228,7 +228,7 @@ class EachPair:
         names = ("val_nll", "accuracy", "margin", "chosen", "count")
         sums = torch.zeros(len(names), dtype=torch.float64)
         for rows, count in world.shard(np.arange(len(self.val)), at_once):
-            found = self.held.judge(model, rows, self.beta, device, trunk)
+            found = self.held.compare(model, rows, self.beta, device, trunk)
             ones = torch.ones_like(found.loss)
             right = (found.margin.sign() + ones) / 2  # a tie, as all pairs are at the start, is half right
             parts = (found.loss, right, found.margin, found.chosen, ones)

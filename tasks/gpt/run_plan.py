@@ -22,7 +22,7 @@ from tasks.gpt.distributed import SINGLE, ProcessGroup
 from tasks.gpt.forward import Trunk, hidden_states, recomputing
 from tasks.gpt.loss import supervised_nats
 from tasks.gpt.training_run import Machine, Settings
-from tasks.gpt.weights import parameter_count, trained
+from tasks.gpt.weights import parameter_count, trainable_parameters
 
 log = logging.getLogger("treeline.train")
 LESS = "lower encode.sequence_length or encode.context_length, or take a smaller model"
@@ -67,7 +67,7 @@ def planned(
     took = _seconds(model, splits, settings, device, clock, shape, size) / world.size
     world.heartbeat()
     if world.is_main:
-        log.info("train.plan: %s", memory_model.said(shape, size, free, took))
+        log.info("train.plan: %s", memory_model.plan_summary(shape, size, free, took))
     if free is not None and memory_model.memory(shape, size) > free:
         log.warning("train.plan: that is more than is free; set runtime.micro_batch to auto, or %s", LESS)
     return world.min(size), world.any(shape.activation_checkpointing)
@@ -84,17 +84,17 @@ def _shape(
         config.n_head,
         config.n_embd,
         config.vocab_size,
-        sum(weight.numel() for weight in trained(model).values()),
+        sum(weight.numel() for weight in trainable_parameters(model).values()),
         train.sequence_length,
         dropout=config.attn_pdrop > 0,
         half=settings.precision == HALF,
         keeps_best=bool(len(val)),
-        frozen=sum(not trained(block) for block in model.transformer.h),
+        frozen=sum(not trainable_parameters(block) for block in model.transformer.h),
         table=model.lm_head.weight.requires_grad,
         ema=settings.ema_decay is not None,
         parts=parts,
         brought=parameter_count(model) if parts > 1 or not there else 0,  # parts are of a copy
-        holds=device.type == "cpu" and not any("lora_" in name for name in trained(model)),
+        holds=device.type == "cpu" and not any("lora_" in name for name in trainable_parameters(model)),
         short=device.type == "cuda",
         seen=0 if config.attn_pdrop or way_set(model) == "sdpa" else 1 + round(float(train.positions.mean())),
     )

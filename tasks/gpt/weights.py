@@ -92,7 +92,7 @@ def _scratch(spec: Mapping[str, Any]) -> GPT2LMHeadModel:
         n_embd=spec["width"],
         n_positions=spec["positions"],
         vocab_size=spec["vocab_size"],
-        bos_token_id=None,  # GPT-2's own ids mean something else, or nothing, in this vocabulary: `export` sets them
+        bos_token_id=None,  # GPT-2's own ids mean something else in this vocabulary: `save_hf_folder` sets them
         eos_token_id=None,
         attn_implementation="sdpa",
     )
@@ -193,7 +193,7 @@ def freeze(model: GPT2LMHeadModel, blocks: int) -> None:
         )
     for part in (gpt.wte, gpt.wpe, *gpt.h[:blocks]) if blocks else ():
         part.requires_grad_(False)
-    if not trained(model):
+    if not trainable_parameters(model):
         what = f"with {blocks} blocks as they are, nothing is left to train: adapters beside them stay as they are, too"
         raise ParameterError(what, "freeze_layers", f"Set it to less than {len(gpt.h)}", code="param.freeze_layers")
 
@@ -203,12 +203,12 @@ def parameter_count(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the weights that training changes, by name."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def export(model: GPT2LMHeadModel, folder: Path, *, stop: int, pad: int, used: int | None = None) -> None:
+def save_hf_folder(model: GPT2LMHeadModel, folder: Path, *, stop: int, pad: int, used: int | None = None) -> None:
     """Write config.json, generation_config.json and model.safetensors, so that `AutoModelForCausalLM` opens the folder.
 
     Its `generate` then says what `sample.generate` says: it ends where that ends, and draws from the same ids.

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 
 from tasks.gpt.batches import Split
-from tasks.gpt.metrics import bits_per_byte, nll, perplexity, share
+from tasks.gpt.metrics import bits_per_byte, fraction, nll, perplexity
 from tasks.gpt.preference import Floats, Replies
 from tasks.gpt.sampling import End, Reply
 from tasks.sample.facts import Question, is_right
@@ -106,7 +106,7 @@ def endings(results: Results) -> dict[str, dict[str, float | None]]:
     """Return the shares of all replies, to questions and to the panel, by how they ended; null without any."""
 
     def rate(result: ModelOutputs, end: End) -> float | None:
-        return share(sum(reply.end == end for reply in result.said), len(result.said)) if result.said else None
+        return fraction(sum(reply.end == end for reply in result.said), len(result.said)) if result.said else None
 
     return {RATES[end]: {which: rate(result, end) for which, result in results.items()} for end in get_args(End)}
 
@@ -147,7 +147,10 @@ def fact_figures(results: Results, exam: EvaluationSet) -> dict[str, Any]:
     *_, last = results
 
     def shares(rows: Sequence[int]) -> dict[str, Any]:
-        return {**{which: share(sum(right[which][row] for row in rows), len(rows)) for which in right}, "n": len(rows)}
+        return {
+            **{which: fraction(sum(right[which][row] for row in rows), len(rows)) for which in right},
+            "n": len(rows),
+        }
 
     def by(names: Sequence[str]) -> dict[str, Any]:
         return {

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tasks.dialogue.stats import CASES, COLUMNS
-from tasks.report.markdown import fenced, named, printable, table
+from tasks.report.markdown import fenced, inline_name, markdown_table, printable
 
 WAYS = {  # name in counts["shared_across_splits"] -> what a reader is told
     "kept": "what was written",
@@ -51,8 +51,8 @@ def _funnel(funnel: Mapping[str, int], by_language: Mapping[str, Mapping[str, in
         if dropped:
             found = by_language.get(rule, {})
             shown = [found.get(lang, 0) for lang in langs]
-            rows.append((named(rule), *(f"{number:,}" for number in (dropped, *shown, dropped - sum(shown)))))
-    return table(("dropped by", "all", *map(named, langs), "others"), rows)
+            rows.append((inline_name(rule), *(f"{number:,}" for number in (dropped, *shown, dropped - sum(shown)))))
+    return markdown_table(("dropped by", "all", *map(inline_name, langs), "others"), rows)
 
 
 def _shared(shared: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
@@ -63,7 +63,7 @@ def _shared(shared: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
         " alone, so the test split only grows as data does:"
     )
     rows = [(told, *(f"{shared[way][kind]:,}" for kind in ("exact", "near"))) for way, told in WAYS.items()]
-    yield table(("split", "exact", "near"), rows)
+    yield markdown_table(("split", "exact", "near"), rows)
 
 
 def _facts(told: Mapping[str, int]) -> Iterator[str]:
@@ -78,7 +78,7 @@ def _cases(found: Mapping[str, Sequence[Mapping[str, str]]], heads: bool) -> Ite
     """Show the first cases of each rule, in a fence: ids and evidence hold what stands in the data, too."""
     lines = []
     for rule, shown in found.items():
-        lines.append(named(rule))
+        lines.append(inline_name(rule))
         for case in shown:
             said = [case["lang"], case["message_id"], case["evidence"], *([case["head"]] if heads else [])]
             lines.append("  " + "  ".join(" ".join(printable(part).split()) for part in said))

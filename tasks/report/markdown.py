@@ -37,7 +37,7 @@ def _hung(label: str, text: str, margin: int) -> str:
     return "\n".join(f"{label if at == 0 else '':<{margin}}{row}".rstrip() for at, row in enumerate(rows))
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table whose columns line up as plain text, too: words to the left, numbers to the right."""
     widths = [max(3, *(len(row[column]) for row in (head, *rows))) for column in range(len(head))]
 
@@ -60,6 +60,6 @@ def code(text: str) -> str:
     return f"{mark}{room}{line}{room}{mark}" if line else ""
 
 
-def named(text: str) -> str:
+def inline_name(text: str) -> str:
     """Return a name as it may stand outside a fence: plain words as they are, and all else as code."""
     return text if re.fullmatch(r"[^\W_]+([ _-][^\W_]+)*", text) else code(text)

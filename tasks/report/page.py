@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from tasks.report import funnel
-from tasks.report.markdown import code, entry, fenced, named, table
+from tasks.report.markdown import code, entry, fenced, inline_name, markdown_table
 
 Figures = Mapping[str, Any]  # report.json, or a part of it
 MARKS = {"stopped": "", "cut": " …", "looping": " ↻"}  # after a reply, by how it ended
@@ -95,7 +95,7 @@ def _measures(report: Figures) -> Iterator[str]:
         for name, label, form in MEASURES
         if report[name] is not None
     ]
-    yield table(("", *report["models"]), rows)
+    yield markdown_table(("", *report["models"]), rows)
     asked = report["replies"]
     if asked["facts"] or asked["panel"]:
         yield (
@@ -151,10 +151,10 @@ def _facts(report: Figures) -> Iterator[str]:
 
 def _shares(of: str, found_by: Figures, models: Sequence[str]) -> str:
     rows = [
-        (named(name), f"{found['n']:,}", *(f"{found[which]:.1%}" for which in models))
+        (inline_name(name), f"{found['n']:,}", *(f"{found[which]:.1%}" for which in models))
         for name, found in found_by.items()
     ]
-    return table((of, "questions", *models), rows)
+    return markdown_table((of, "questions", *models), rows)
 
 
 def _wrong(report: Figures) -> Iterator[str]:

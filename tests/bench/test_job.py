@@ -33,9 +33,9 @@ BLOCK, AT_ONCE = 1_024, 2_048  # tokens of a conversation, and of a step
 PACKED = """
 from tasks.artifacts import Tokens
 from tasks.store.manifest import read_manifest
-from tasks.tuning import split_of
+from tasks.tuning import read_split
 folder = Path(os.environ["BENCH_TOKENS"])
-split = split_of(Tokens(folder, read_manifest(folder)), "train")
+split = read_split(Tokens(folder, read_manifest(folder)), "train")
 size = max(1, size * block // split.sequence_length)
 """
 STREAM = """

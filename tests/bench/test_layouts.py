@@ -23,11 +23,11 @@ from flows import chain, recipe
 from tasks.artifacts import Tokens
 from tasks.gpt.batches import Split
 from tasks.gpt.device import at_work
-from tasks.gpt.loop import fit
+from tasks.gpt.loop import train_model
 from tasks.gpt.training_run import Machine
 from tasks.gpt.weights import build_start, scratch_spec, set_dropout
 from tasks.train import TrainParams
-from tasks.tuning import split_of
+from tasks.tuning import read_split
 
 SEEDS, TARGETS = int(os.environ.get("BENCH_SEEDS", "3")), int(os.environ.get("BENCH_TARGETS", "400000"))
 BLOCK = 512
@@ -114,11 +114,11 @@ def test_layouts_and_the_seeds_recipe_at_equal_targets(
     monkeypatch.setenv("TREELINE_ARTIFACTS", str(tmp_path / "store"))
     monkeypatch.setenv("TREELINE_SOURCE_ROOTS", str(source.parent))
     tokens = {layout: encoded(layout, source) for layout in LAYOUTS}
-    judge = split_of(tokens["tree"], "val")
+    judge = read_split(tokens["tree"], "val")
     found: dict[str, list[float]] = {}
     for seed in range(1_337, 1_337 + SEEDS):
         for arm in (*LAYOUTS, "seed's recipe"):
-            train = split_of(tokens[arm], "train") if arm in LAYOUTS else crops(tokens["first-reply"], seed)
+            train = read_split(tokens[arm], "train") if arm in LAYOUTS else crops(tokens["first-reply"], seed)
             params = TrainParams(**TUNING, seed=seed)
             settings = params.settings(train.sequence_length, train.supervised())
             size = tokens["tree"].encoding().vocab_size
@@ -128,7 +128,7 @@ def test_layouts_and_the_seeds_recipe_at_equal_targets(
             place.mkdir()
             machine = Machine(torch.device("cpu"), time.monotonic, checkpoint_seconds=1e9)
             with at_work(machine.device, 1, MODEL["width"]):
-                made = fit(model, train, judge, settings=settings, machine=machine, workplace=place)
+                made = train_model(model, train, judge, settings=settings, machine=machine, workplace=place)
             assert made.best_nll is not None
             found.setdefault(arm, []).append(made.best_nll)
             told = f"{made.supervised:,} targets, {made.tokens:,} tokens computed, NLL {made.best_nll:.4f}"

@@ -30,7 +30,7 @@ import torch
 torch.set_num_threads(1)
 from tasks.gpt.batches import Split
 from tasks.gpt.device import hold_memory, spare_memory
-from tasks.gpt.loop import fit
+from tasks.gpt.loop import train_model
 from tasks.gpt.run_plan import planned
 from tasks.gpt.training_run import Machine, Settings
 from tasks.gpt.weights import build_start, scratch_spec, set_dropout
@@ -60,7 +60,7 @@ with tempfile.TemporaryDirectory() as folder:
     how = {"micro_batch": at_once, "activation_checkpointing": again, "checkpoint_seconds": 1e9}
     machine = Machine(device, time.monotonic, **how)
     began = time.monotonic()
-    fit(model, split, none, settings=settings, machine=machine, workplace=Path(folder))
+    train_model(model, split, none, settings=settings, machine=machine, workplace=Path(folder))
     took = time.monotonic() - began
 print(json.dumps({"said": int(count) * (60 if unit == "minutes" else 1), "took": took}))
 """

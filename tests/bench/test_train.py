@@ -84,7 +84,7 @@ OURS = """
 import tempfile
 from pathlib import Path
 from tasks.gpt.device import hold_memory
-from tasks.gpt.loop import fit
+from tasks.gpt.loop import train_model
 from tasks.gpt.training_run import Machine, Settings
 from tasks.progress import listening
 hold_memory()
@@ -107,7 +107,7 @@ class Stopwatch:
         self.start = now
 with tempfile.TemporaryDirectory() as folder, listening(Stopwatch()):
     machine = Machine(torch.device("cpu"), time.monotonic, micro_batch=size, checkpoint_seconds=1e9)
-    fit(model, split, none, settings=settings, machine=machine, workplace=Path(folder))
+    train_model(model, split, none, settings=settings, machine=machine, workplace=Path(folder))
     losses = [json.loads(line)["loss"] for line in (Path(folder) / "log.jsonl").read_text().splitlines()][1:]
 done()
 """

@@ -17,7 +17,7 @@ from tasks.errors import TrainingError
 from tasks.gpt.batches import Array, Split
 from tasks.gpt.distributed import ProcessGroup, join_group
 from tasks.gpt.interrupt import Interrupted
-from tasks.gpt.loop import fit
+from tasks.gpt.loop import train_model
 from tasks.gpt.lora import attach
 from tasks.gpt.objective import EachToken
 from tasks.gpt.preference import EachPair, Replies, Side
@@ -49,7 +49,9 @@ def trained(
     told: FactQuery = {"rank": world.rank, "torch": [held()]}
     try:
         machine = replace(machine, world=world)
-        told["progress"] = vars(fit(model, train, val, settings=settings, machine=machine, workplace=folder, **more))
+        told["progress"] = vars(
+            train_model(model, train, val, settings=settings, machine=machine, workplace=folder, **more)
+        )
     except TrainingError as error:
         told["error"] = str(error)
     except Interrupted:

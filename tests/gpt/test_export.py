@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from tasks.artifacts import Encoding, write_encoding
 from tasks.gpt.sampling import generate
-from tasks.gpt.weights import build_start, export, load_model, scratch_spec
+from tasks.gpt.weights import build_start, load_model, save_hf_folder, scratch_spec
 from tasks.text.bpe import trained
 from tasks.text.templates import EOT, PAD, TEMPLATES, Dialect, load_dialect
 from tasks.tuning import write_tokenizer
@@ -41,7 +41,7 @@ def exported(folder: Path, template: str, vocab_size: int = 320) -> Path:
         for weights in model.parameters():
             if weights.ndim == 2:
                 weights.mul_(5)
-    export(model, folder / "model", stop=encoding.stop, pad=encoding.pad, used=encoding.used)
+    save_hf_folder(model, folder / "model", stop=encoding.stop, pad=encoding.pad, used=encoding.used)
     write_tokenizer(folder / "model", folder / "tokens", encoding, POSITIONS)
     return folder / "model"
 

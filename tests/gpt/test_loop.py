@@ -17,7 +17,7 @@ from transformers import GPT2LMHeadModel
 from tasks.errors import ParameterError, TrainingError
 from tasks.gpt import checkpoint, loop
 from tasks.gpt.batches import Plan, Split
-from tasks.gpt.loop import fit
+from tasks.gpt.loop import train_model
 from tasks.gpt.loss import token_nats
 from tasks.gpt.schedule import learning_rate
 from tasks.gpt.training_run import Machine, Progress, Settings
@@ -72,7 +72,7 @@ def run(
     model = start(dropout)
     train = split() if train is None else train
     val = split(6, seed=1) if val is None else val
-    progress = fit(model, train, val, settings=settings, machine=machine, workplace=folder)
+    progress = train_model(model, train, val, settings=settings, machine=machine, workplace=folder)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return {name: weight.detach().clone() for name, weight in model.named_parameters()}, progress, log
 
@@ -289,7 +289,7 @@ def stopped(folder: Path, model: GPT2LMHeadModel, train: Split, val: Split) -> s
     """Train until it stops; check that no weight was changed."""
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     with pytest.raises(TrainingError) as caught:
-        fit(model, train, val, settings=SETTINGS, machine=MACHINE, workplace=folder)
+        train_model(model, train, val, settings=SETTINGS, machine=MACHINE, workplace=folder)
     assert (caught.value.code, caught.value.exit_code) == ("train.nonfinite", 70)
     for name, weight in model.named_parameters():
         torch.testing.assert_close(weight.detach(), before[name], rtol=0, atol=0, equal_nan=True)
@@ -366,7 +366,7 @@ def test_weights_that_the_last_update_ruined_are_never_the_outcome(tmp_path: Pat
     """Without a validation split nothing else would look at them again."""
     ruinous = replace(SETTINGS, lr=1e38, warmup_ratio=0.0, epochs=1 / 3)
     with pytest.raises(TrainingError, match="not finite"):
-        fit(start(), split(), split(0), settings=ruinous, machine=MACHINE, workplace=tmp_path)
+        train_model(start(), split(), split(0), settings=ruinous, machine=MACHINE, workplace=tmp_path)
 
 
 @pytest.mark.parametrize("frozen", [1, 2])
@@ -376,7 +376,7 @@ def test_what_is_frozen_stays_as_it_is_and_costs_no_state(tmp_path: Path, frozen
     freeze(model, frozen)
     val = split(6, seed=1)
     every = replace(MACHINE, checkpoint_seconds=0.0)
-    fit(model, split(), val, settings=SETTINGS, machine=every, workplace=tmp_path)
+    train_model(model, split(), val, settings=SETTINGS, machine=every, workplace=tmp_path)
     changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
     assert changed == {
         name for name in before if name.startswith(("transformer.h.1", "transformer.ln_f")[frozen - 1 :])
@@ -402,7 +402,7 @@ def test_a_run_with_frozen_blocks_killed_and_resumed_ends_the_same_to_the_bit(tm
             freeze(model, 1)
             with listening(Killer(left or -1)), pytest.raises(Killed) if left else nullcontext():
                 every = replace(MACHINE, checkpoint_seconds=0.0)
-                fit(model, split(), split(6), settings=SETTINGS, machine=every, workplace=tmp_path / name)
+                train_model(model, split(), split(6), settings=SETTINGS, machine=every, workplace=tmp_path / name)
         ends.append({name: weight.detach() for name, weight in model.named_parameters()})
     assert equal(*ends)
 
@@ -427,10 +427,10 @@ def test_a_compiled_run_compiles_once_for_training_and_once_for_validation(
     val = split(4, seed=1)
     (tmp_path / "plain").mkdir()
     (tmp_path / "compiled").mkdir()
-    expected = fit(plain, split(), val, settings=SETTINGS, machine=MACHINE, workplace=tmp_path / "plain")
+    expected = train_model(plain, split(), val, settings=SETTINGS, machine=MACHINE, workplace=tmp_path / "plain")
     torch._dynamo.reset()
     machine = replace(MACHINE, compile=True)
-    found = fit(model, split(), val, settings=SETTINGS, machine=machine, workplace=tmp_path / "compiled")
+    found = train_model(model, split(), val, settings=SETTINGS, machine=machine, workplace=tmp_path / "compiled")
     assert len(compiled) == 2  # batches of 3, 2 and 1 are of one shape
     assert found.best_nll == pytest.approx(expected.best_nll, rel=1e-5)
     assert found.supervised == expected.supervised

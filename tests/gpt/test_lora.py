@@ -16,9 +16,9 @@ from transformers import GPT2LMHeadModel
 from tasks.errors import ConfigurationError
 from tasks.gpt import checkpoint, lora
 from tasks.gpt.forward import hidden_states, recomputing
-from tasks.gpt.loop import fit
+from tasks.gpt.loop import train_model
 from tasks.gpt.loss import supervised_nats
-from tasks.gpt.weights import trained
+from tasks.gpt.weights import trainable_parameters
 from tasks.progress import listening
 from tests.gpt.test_loop import CPU, MACHINE, SETTINGS, Killed, Killer, split, start
 
@@ -34,7 +34,7 @@ def adapted(dropout: float = 0.0) -> tuple[GPT2LMHeadModel, Any]:
 def moved(model: GPT2LMHeadModel) -> None:
     """Give adapters weights that do something: they begin as nothing."""
     drawn = torch.Generator().manual_seed(1)
-    for name, weight in trained(model).items():
+    for name, weight in trainable_parameters(model).items():
         weight.data = 0.1 * torch.randn(weight.shape, generator=drawn) if "lora_B" in name else weight.data
 
 
@@ -49,9 +49,11 @@ def test_adapters_begin_as_nothing_and_the_same_seed_gives_the_same() -> None:
     (one, _), (other, _), plain = adapted(), adapted(), start(0.0)
     nats = [supervised_nats(model.eval(), *batch).item() for model in (one, plain)]
     assert nats[0] == pytest.approx(nats[1], rel=1e-6)
-    assert all(torch.equal(weight, trained(other)[name]) for name, weight in trained(one).items())
-    assert len(trained(one)) == 2 * 4  # A and B beside c_attn, c_fc and both c_proj
-    assert all("lora_" in name for name in trained(one))
+    assert all(
+        torch.equal(weight, trainable_parameters(other)[name]) for name, weight in trainable_parameters(one).items()
+    )
+    assert len(trainable_parameters(one)) == 2 * 4  # A and B beside c_attn, c_fc and both c_proj
+    assert all("lora_" in name for name in trainable_parameters(one))
 
 
 @pytest.mark.parametrize("trunk", [hidden_states, recomputing])
@@ -63,7 +65,7 @@ def test_loss_and_gradients_are_those_of_peft_and_transformers(trunk: Any) -> No
     at = torch.arange(ids.shape[1]).expand_as(positions)
     nats = supervised_nats(model, ids, mask, at, ends, trunk=trunk)
     nats.backward()  # type: ignore[no-untyped-call]
-    ours = {name: weight.grad for name, weight in trained(model).items()}
+    ours = {name: weight.grad for name, weight in trainable_parameters(model).items()}
 
     theirs = start(0.0)
     config = peft.LoraConfig(
@@ -77,7 +79,7 @@ def test_loss_and_gradients_are_those_of_peft_and_transformers(trunk: Any) -> No
     expected = cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum", ignore_index=-100)
     expected.backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(nats, expected, rtol=1e-5, atol=0)
-    for name, weight in trained(theirs).items():
+    for name, weight in trainable_parameters(theirs).items():
         torch.testing.assert_close(ours[name], weight.grad, rtol=1e-4, atol=1e-5)
 
 
@@ -121,7 +123,7 @@ def fitted(folder: Path, **machine: Any) -> dict[str, Tensor]:
     folder.mkdir(exist_ok=True)
     model, held = adapted(0.1)
     kept = replace(MACHINE, checkpoint_seconds=0.0, **machine)
-    fit(model, split(), split(6, seed=1), settings=SETTINGS, machine=kept, workplace=folder)
+    train_model(model, split(), split(6, seed=1), settings=SETTINGS, machine=kept, workplace=folder)
     lora.merge(held)
     return {name: weight.detach() for name, weight in model.named_parameters()}
 

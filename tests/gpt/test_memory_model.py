@@ -23,10 +23,10 @@ import torch
 from tasks.gpt import lora
 from tasks.gpt.batches import Split
 from tasks.gpt.device import hold_memory, spare_memory
-from tasks.gpt.loop import fit
+from tasks.gpt.loop import train_model
 from tasks.gpt.memory_model import ModelShape, memory
 from tasks.gpt.training_run import Machine
-from tasks.gpt.weights import build_start, freeze, scratch_spec, set_dropout, trained
+from tasks.gpt.weights import build_start, freeze, scratch_spec, set_dropout, trainable_parameters
 from tests.gpt.test_loop import MACHINE, SETTINGS
 from dataclasses import replace
 torch.set_num_threads(1)
@@ -46,10 +46,10 @@ resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpa
 with tempfile.TemporaryDirectory() as folder:
     machine = replace(MACHINE, micro_batch=size, checkpoint_seconds=0.0, activation_checkpointing=again)
     settings = replace(SETTINGS, epochs=1, sequences=2 * size, ema_decay=decay, evals_per_epoch=2)
-    fit(model, split, split, settings=settings, machine=machine, workplace=Path(folder))
+    train_model(model, split, split, settings=settings, machine=machine, workplace=Path(folder))
 status = Path("/proc/self/status").read_text().splitlines()  # `ru_maxrss` would begin with the peak of the parent
 (peak,) = [int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")]
-count = sum(weight.numel() for weight in trained(model).values())
+count = sum(weight.numel() for weight in trainable_parameters(model).values())
 table = not frozen and not rank
 how = dict(ema=decay is not None, activation_checkpointing=again, holds=not rank)
 shape = ModelShape(layers, heads, width, vocab, count, block, dropout > 0, False, True, frozen, table, **how)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tasks.gpt.metrics import bits_per_byte, nll, perplexity, share
+from tasks.gpt.metrics import bits_per_byte, fraction, nll, perplexity
 
 
 def test_a_model_that_knows_nothing_is_as_unsure_as_its_vocabulary_is_large() -> None:
@@ -32,11 +32,11 @@ def test_an_average_over_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="0 bytes"):
         bits_per_byte(1.0, 0)
     with pytest.raises(ValueError, match="0 cases"):
-        share(0, 0)
+        fraction(0, 0)
 
 
 def test_a_share_is_a_part_of_its_whole() -> None:
-    assert share(3, 4) == 0.75
+    assert fraction(3, 4) == 0.75
     for part, whole in [(-1, 4), (5, 4)]:
         with pytest.raises(ValueError, match="no share"):
-            share(part, whole)
+            fraction(part, whole)

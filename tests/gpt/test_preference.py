@@ -25,14 +25,14 @@ from tasks.artifacts import (
 )
 from tasks.encode import EncodeParams, EncodeRuntime, encode
 from tasks.errors import InputError, ParameterError, TrainingError
-from tasks.gpt.preference import Replies, Side, judge, reply_logps
+from tasks.gpt.preference import Replies, Side, compare_pairs, reply_logps
 from tasks.gpt.weights import load_model, set_dropout
 from tasks.pair import PairParams, pair
 from tasks.prefer import PreferParams, PreferRuntime, prefer, refuse_other_precision
 from tasks.score import ScoreParams, ScoreRuntime, score
 from tasks.store.manifest import Manifest
 from tasks.train import TrainParams, TrainRuntime, train
-from tasks.tuning import split_of
+from tasks.tuning import read_split
 
 manifest = partial(Manifest, key="0" * 64, recipe={}, files={}, digest="0" * 64)
 TUNING: dict[str, Any] = {"epochs": 8, "batch_tokens": 512, "lr": 1e-3, "evals_per_epoch": 1, "dropout": 0.0}
@@ -147,7 +147,7 @@ def test_gradients_of_packed_replies_are_those_of_plain_sequences(
     loaded, table = load_model(model.path).eval(), preference_groups.replies().filter(sequence=0).collect()
     trained = table["trained"].to_numpy().astype(np.int64)
     weight = torch.linspace(-1, 1, len(trained))  # any function of the log-probabilities will do
-    batch = split_of(preference_groups, None).batch(np.array([0]), torch.device("cpu"))
+    batch = read_split(preference_groups, None).batch(np.array([0]), torch.device("cpu"))
     (reply_logps(loaded, batch, trained, chunk=7) * weight).sum().backward()  # type: ignore[no-untyped-call]
     together = {name: one.grad.to_dense() for name, one in loaded.named_parameters() if one.grad is not None}
     loaded.zero_grad()
@@ -160,7 +160,7 @@ def test_gradients_of_packed_replies_are_those_of_plain_sequences(
 
 def test_the_loss_is_that_of_the_paper() -> None:
     logps, reference = torch.tensor([-4.0, -9.0, -2.0]), torch.tensor([-5.0, -8.0, -2.5])
-    found = judge(logps, reference, torch.tensor([0, 0]), torch.tensor([1, 2]), beta=0.5)
+    found = compare_pairs(logps, reference, torch.tensor([0, 0]), torch.tensor([1, 2]), beta=0.5)
     margins = [0.5 * ((-4 + 5) - (-9 + 8)), 0.5 * ((-4 + 5) - (-2 + 2.5))]
     assert found.margin.tolist() == pytest.approx(margins)
     assert found.loss.tolist() == pytest.approx([np.log1p(np.exp(-margin)) for margin in margins])
@@ -183,7 +183,7 @@ def test_loss_and_gradients_are_those_of_trls_trainer(
     table = preference_groups.replies().filter(split="train").sort("sequence", "start")
     columns = table.select("sequence", "trained", "group", "rank").collect()
     replies = Replies(*(columns[name].to_numpy().astype(np.int64) for name in columns.columns))
-    sequences, rows = split_of(preference_groups, "train"), np.unique(replies.sequence)[:3]
+    sequences, rows = read_split(preference_groups, "train"), np.unique(replies.sequence)[:3]
     tuned = load_model(model.path)
     with torch.no_grad():
         for weight in tuned.parameters():  # away from the start, or the loss would be log 2 whatever is computed
@@ -192,7 +192,7 @@ def test_loss_and_gradients_are_those_of_trls_trainer(
     theirs = copy.deepcopy(tuned)
 
     side = Side(sequences, replies, reference_logprobs.logps()[: len(columns)])
-    loss = side.judge(tuned, rows, 0.3, torch.device("cpu")).loss.mean()
+    loss = side.compare(tuned, rows, 0.3, torch.device("cpu")).loss.mean()
     loss.backward()  # type: ignore[no-untyped-call]
 
     each = list(table.collect().iter_rows(named=True))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tasks.gpt.batches import Split
-from tasks.gpt.loop import fit
+from tasks.gpt.loop import train_model
 from tasks.gpt.weights import build_start, scratch_spec, set_dropout
 from tests.gpt.test_loop import BLOCK, MACHINE, SETTINGS, split
 from tests.waiting import run
@@ -137,7 +137,7 @@ def test_across_thread_counts_losses_agree_to_five_digits(tmp_path: Path) -> Non
         (tmp_path / str(threads)).mkdir()
         settings = replace(SETTINGS, lr=1e-3)
         machine = replace(MACHINE, micro_batch=8)
-        fit(model, train, split(0), settings=settings, machine=machine, workplace=tmp_path / str(threads))
+        train_model(model, train, split(0), settings=settings, machine=machine, workplace=tmp_path / str(threads))
         lines = (tmp_path / str(threads) / "log.jsonl").read_text().splitlines()
         losses[threads] = [json.loads(line)["loss"] for line in lines[1:]]
     torch.set_num_threads(before)

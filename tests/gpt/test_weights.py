@@ -17,11 +17,11 @@ from tasks.gpt.hf_folder import digests, find_folder
 from tasks.gpt.weights import (
     SPREAD,
     build_start,
-    export,
     folder_spec,
     grow,
     load_model,
     parameter_count,
+    save_hf_folder,
     scratch_spec,
     set_dropout,
 )
@@ -38,7 +38,7 @@ def spec(**changed: Any) -> dict[str, Any]:
 
 def exported(folder: Path, **changed: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    export(build_start(spec(**changed)), folder, stop=3, pad=0)
+    save_hf_folder(build_start(spec(**changed)), folder, stop=3, pad=0)
     return folder
 
 
@@ -117,7 +117,7 @@ def test_a_smaller_vocabulary_is_refused() -> None:
 
 def test_an_exported_model_comes_back_here_and_in_transformers(tmp_path: Path) -> None:
     model = build_start(spec())
-    export(model, tmp_path, stop=3, pad=0)
+    save_hf_folder(model, tmp_path, stop=3, pad=0)
     assert same(load_model(tmp_path), model)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert (theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id) == (3, 0)
