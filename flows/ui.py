@@ -14,7 +14,7 @@ from flows.views import adapters
 from tasks.artifacts import Dialogues, Model, Report
 from tasks.notices import told
 from tasks.progress import Bar, Listener
-from tasks.report.markdown import named
+from tasks.report.markdown import inline_name
 from tasks.step import Outcome
 from tasks.store.manifest import Notice
 
@@ -60,7 +60,7 @@ def card(outcome: Outcome) -> str:
     parts += notices(notice for notice in artifact.manifest.notices if notice.step == outcome.step)
     parts.append(_with_pictures(artifact) if isinstance(artifact, Report) else counts_table(artifact.counts))
     if isinstance(artifact, Model):
-        parts += [named(line) for line in [adapters(artifact)] if line]
+        parts += [inline_name(line) for line in [adapters(artifact)] if line]
         parts.append(_losses(artifact))
     if isinstance(artifact, Dialogues):
         parts.append(_funnel(artifact))
@@ -102,7 +102,7 @@ def counts_table(counts: Mapping[str, Any], name: str = "count") -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, int | float):
         return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-    return named(str(value))
+    return inline_name(str(value))
 
 
 def _with_pictures(report: Report) -> str:

@@ -373,7 +373,7 @@ def test_a_run_goes_on_as_it_chose_at_first_or_says_that_it_cannot(
     monkeypatch.setattr("tasks.gpt.run_plan.free_memory", lambda device: then)
     train.function(cut, tokens, PARAMS, every)
     told = (
-        "goes on otherwise than it began, so its last digits may differ: micro_batch 2 -> 1, "
+        "continues with other execution settings, so the last digits may differ: micro_batch 2 -> 1, "
         "activation_checkpointing False -> True"
     )
     assert (told in caplog.text) is (then < free)

@@ -1,7 +1,7 @@
-"""Stopping where nothing is lost: a wish to stop is granted at once inside work that can be thrown away, else later.
+"""Stopping where nothing is lost: a request to stop ends interruptible work at once, other work after its step.
 
-Whoever handles signals calls `ask`; the training loop opens `loose` around what may be cut off anywhere, since it
-changes neither weights nor counters, and looks at `check` where a step has ended.
+A signal handler calls `ask`; the training loop opens `interruptible` around what may be cut off anywhere, since it
+changes neither weights nor counters, and looks at `asked` where a step has ended.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ class Interrupted(BaseException):
 
 
 class Interrupt:
-    """A wish to stop, which nobody may have had yet."""
+    """A request to stop, if there was one."""
 
     def __init__(self) -> None:
-        self.asked = self._loose = False
+        self.asked = self._interruptible = False
 
     def ask(self) -> None:
-        """Wish to stop; may be called between any two operations of the work, as a signal handler is.
+        """Request a stop; may be called between any two operations of the work, as a signal handler is.
 
         Raises:
-            Interrupted: If the work under way can be thrown away.
+            Interrupted: If the current work is interruptible.
         """
         self.asked = True
-        if self._loose:
-            self._loose = False  # raised once: whoever catches it saves in peace
+        if self._interruptible:
+            self._interruptible = False  # raised once: whoever catches it saves in peace
             raise Interrupted
 
     def check(self) -> None:
@@ -37,11 +37,11 @@ class Interrupt:
             raise Interrupted
 
     @contextmanager
-    def loose(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """Let the block be cut off anywhere."""
         self.check()
-        self._loose = True
+        self._interruptible = True
         try:
             yield
         finally:
-            self._loose = False
+            self._interruptible = False

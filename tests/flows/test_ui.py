@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 from flows import ui
 from tasks.artifacts import Dialogues, Messages
 from tasks.report.funnel import WAYS
-from tasks.report.markdown import named, printable
+from tasks.report.markdown import inline_name, printable
 from tasks.step import Outcome
 from tasks.store.manifest import Manifest
 
@@ -53,7 +53,7 @@ def pieces(page: str) -> Iterator[tuple[str, str]]:
 def test_text_of_the_data_is_text_and_nothing_else_in_markdown(text: str) -> None:
     """Also where a page links addresses by itself, after it has read escapes and references: nowhere in code."""
     shown = " ".join(printable(text).split()).replace("|", "\\x7c")
-    assert [piece for piece in pieces(named(text)) if not piece[0].startswith(("paragraph", "inline"))] == [
+    assert [piece for piece in pieces(inline_name(text)) if not piece[0].startswith(("paragraph", "inline"))] == [
         ("code_inline", shown)
     ]
 
@@ -67,7 +67,7 @@ def test_no_count_of_a_card_makes_a_link_or_an_image(text: str) -> None:
 
 def test_control_and_direction_marks_are_spelled_out() -> None:
     assert printable("\x1b[31m\x9b\u202e") == "\\x1b[31m\\x9b\\u202e"
-    assert named("\x1b\u202e").isascii()
+    assert inline_name("\x1b\u202e").isascii()
 
 
 def test_the_page_of_a_run_draws_the_chain() -> None:

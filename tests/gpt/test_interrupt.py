@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.gpt import loop
+from tasks.gpt import run_state
 from tasks.gpt.forward import hidden_states
 from tasks.gpt.interrupt import Interrupt, Interrupted
 from tests.gpt.test_loop import MACHINE, STEPS, equal, run
@@ -33,7 +33,7 @@ def stopped(folder: Path, interrupt: AskedAt, ticks: bool, monkeypatch: pytest.M
         machine = replace(machine, clock=interrupt.count)
     else:
         passed: Callable[..., object] = lambda *given: (interrupt.count(), hidden_states(*given))[1]  # noqa: E731
-        monkeypatch.setattr(loop, "hidden_states", passed)
+        monkeypatch.setattr(run_state, "hidden_states", passed)
     try:
         run(folder, machine=machine)
     except Interrupted:
@@ -63,12 +63,12 @@ def test_work_that_changes_something_is_not_cut_off() -> None:
     interrupt.ask()
     with pytest.raises(Interrupted):
         interrupt.check()
-    with pytest.raises(Interrupted), interrupt.loose():
+    with pytest.raises(Interrupted), interrupt.interruptible():
         pytest.fail("asked before, it must not begin")
 
 
 def test_it_is_raised_once_so_that_saving_is_left_in_peace() -> None:
     interrupt = Interrupt()
-    with pytest.raises(Interrupted), interrupt.loose():
+    with pytest.raises(Interrupted), interrupt.interruptible():
         interrupt.ask()
     interrupt.ask()

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from tasks.errors import ParameterError, TrainingError
-from tasks.gpt import checkpoint, loop
+from tasks.gpt import checkpoint, loop, run_state
 from tasks.gpt.batches import Plan, Split
 from tasks.gpt.loop import train_model
 from tasks.gpt.loss import token_nats
@@ -206,7 +206,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_two_in_a_row_end_the_ru
         assert max((tmp_path / "full" / "checkpoints").glob("step-*")).name == "step-00000002"
         failing.clear()
     resumed, _, resumed_log = run(tmp_path / "full", machine=every)
-    told = "could not be saved: [Errno 28] No space left on device; training goes on"
+    told = "could not be saved: [Errno 28] No space left on device; training continues"
     assert caplog.text.count(told) == 2 - bool(ends)
     assert equal(resumed, whole)
     assert resumed_log == log
@@ -216,7 +216,7 @@ def lose(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a run forget what it did in its first four steps."""
     rows, rate, seed = Plan.rows, learning_rate, loop._seed
     if what == "optimizer":
-        monkeypatch.setattr(loop, "set_moments", lambda *_: None)
+        monkeypatch.setattr(run_state, "set_moments", lambda *_: None)
     elif what == "data":
         monkeypatch.setattr(Plan, "rows", lambda plan, step: rows(plan, step - 4))
     elif what == "schedule":
