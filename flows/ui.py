@@ -46,9 +46,9 @@ def publish_comparison(recipe: str, rows: Sequence[Sequence[str]]) -> None:
     """Leave the table that compares the arms of a sweep; its first row is the head."""
     from prefect.artifacts import create_markdown_artifact
 
-    lines = [f"| {' | '.join(map(named, row))} |" for row in rows]
+    lines = [f"| {' | '.join(map(inline_name, row))} |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
-    page = f"# Sweep of {named(recipe)}\n\nThe mean over the seeds, and the band.\n\n" + "\n".join(lines)
+    page = f"# Sweep of {inline_name(recipe)}\n\nThe mean over the seeds, and the band.\n\n" + "\n".join(lines)
     reports.send("the sweep's page", partial(create_markdown_artifact, page, key="treeline-sweep"))
 
 
@@ -56,7 +56,7 @@ def card(outcome: Outcome) -> str:
     """Render one step's card: what it made, its counts, and its picture where it has one."""
     artifact = outcome.artifact
     head = f"# {outcome.step}: `{artifact.id}` {'cached' if outcome.cached else 'made'}"
-    parts = [head, f"{named(outcome.why)}; {outcome.seconds:.1f} s; in {named(str(artifact.path))}"]
+    parts = [head, f"{inline_name(outcome.why)}; {outcome.seconds:.1f} s; in {inline_name(str(artifact.path))}"]
     parts += notices(notice for notice in artifact.manifest.notices if notice.step == outcome.step)
     parts.append(_with_pictures(artifact) if isinstance(artifact, Report) else counts_table(artifact.counts))
     if isinstance(artifact, Model):
@@ -72,11 +72,11 @@ def summary(recipe: str, outcomes: Sequence[Outcome]) -> str:
     arrows = " --> ".join(f'{one.step}["{one.artifact.id}"]' for one in outcomes)
     state = {True: "cached", False: "ran"}
     rows = [
-        f"| {one.step} | {state[one.cached]} | {one.seconds:.1f} | {named(one.why)} | `{one.artifact.id}` |"
+        f"| {one.step} | {state[one.cached]} | {one.seconds:.1f} | {inline_name(one.why)} | `{one.artifact.id}` |"
         for one in outcomes
     ]
     head = "| step | | seconds | why | artifact |\n|---|---|---:|---|---|"
-    page = f"# Treeline: {named(recipe)}\n\n```mermaid\ngraph LR\n{arrows}\n```\n\n{head}\n" + "\n".join(rows)
+    page = f"# Treeline: {inline_name(recipe)}\n\n```mermaid\ngraph LR\n{arrows}\n```\n\n{head}\n" + "\n".join(rows)
     return "\n\n".join([page, *notices(told(outcome.artifact.manifest for outcome in outcomes))])
 
 
@@ -93,8 +93,8 @@ def counts_table(counts: Mapping[str, Any], name: str = "count") -> str:
     plain = {key: value for key, value in counts.items() if value is not None and not isinstance(value, dict)}
     parts = []
     if plain:
-        rows = [f"| {named(key)} | {_cell(value)} |" for key, value in plain.items()]
-        parts.append("\n".join([f"| {named(name)} | |", "|---|---:|", *rows]))
+        rows = [f"| {inline_name(key)} | {_cell(value)} |" for key, value in plain.items()]
+        parts.append("\n".join([f"| {inline_name(name)} | |", "|---|---:|", *rows]))
     parts += [counts_table(value, key) for key, value in counts.items() if isinstance(value, dict) and value]
     return "\n\n".join(parts)
 
