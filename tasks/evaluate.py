@@ -104,32 +104,29 @@ def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, ru
     from tasks.report.page import render_page
 
     check_same_encoding(model, tokens)
-    start, tuned = model.json("start.json"), made_of(model)
-    trainings = {which: one.json("training.json") for which, one in tuned.items()}
-    split, exam = exam_of(model, tokens, params)
+    start, stages = model.json("start.json"), tuned_stages(model)
+    trainings = {name: stage.json("training.json") for name, stage in stages.items()}
+    split, exam = evaluation_set(model, tokens, params)
     refuse_long(exam, start["positions"])
     loads: dict[str, Callable[[], GPT2LMHeadModel]] = {
         "base": lambda: build_start(start, folder_of(start)),
-        **{which: partial(load_model, one.path) for which, one in tuned.items()},
+        **{name: partial(load_model, stage.path) for name, stage in stages.items()},
     }
     results: dict[str, ModelOutputs] = {}
     device = device_of(run.device)
-    less = "Set runtime.micro_batch and runtime.generation_batch to less"
-    with at_work(device, run.threads, start["width"]), shortage_named("a model in evaluation", device, less):
-        for which, load in loads.items():  # one after the other: the larger ones fill a GPU
-            kept = which in trainings and trainings[which].get("best_step") == 0  # the very weights of the model before
-            results[which] = (
-                [*results.values()][-1] if kept else evaluate_model(load().to(device), exam, params, run, which)
-            )
+    hint = "Set runtime.micro_batch and runtime.generation_batch to less"
+    with at_work(device, run.threads, start["width"]), shortage_named("during evaluation", device, hint):
+        for name, load in loads.items():  # one after the other: the larger ones fill a GPU
+            if trainings.get(name, {}).get("best_step") == 0:  # the very weights of the model before
+                results[name] = [*results.values()][-1]
+            else:
+                results[name] = evaluate_model(load().to(device), exam, params, run, name)
+    not_sampling = {"split", "fact_families", "sample_prompts"}
     report = {
         "split": split,
         "split_asked": params.split,
         **figures(results, exam),
-        "sampling": {
-            name: value
-            for name, value in params.keyed().items()
-            if name not in {"split", "fact_families", "sample_prompts"}
-        },
+        "sampling": {name: value for name, value in params.keyed().items() if name not in not_sampling},
         "start": start,
         "training": trainings["tuned"],
         "preference": trainings.get("preferred"),
@@ -139,32 +136,32 @@ def evaluate(out: Path, model: Model, tokens: Tokens, params: EvaluateParams, ru
     }
     write_json(out / "report.json", report)
     (out / "report.md").write_text(render_page(report), encoding="utf-8")
-    write_plots(out, report, tuned["tuned"].log())
+    write_plots(out, report, stages["tuned"].log())
     lines = (json.dumps(line) + "\n" for line in samples(results, exam))
     (out / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
     return report_counts(report)
 
 
-def made_of(model: Model) -> dict[str, Model]:
+def tuned_stages(model: Model) -> dict[str, Model]:
     """Return the models that tuning made, by their names in the report: this one, and the one that prefer was given.
 
     Raises:
         ParameterError: If the latter is no longer there.
     """
-    given = given_to_prefer(model)
-    if given is None:
+    before = given_to_prefer(model)
+    if before is None:
         return {"tuned": model}
-    hold(given)
-    return {"tuned": given, "preferred": model}
+    hold(before)
+    return {"tuned": before, "preferred": model}
 
 
 def refuse_long(exam: EvaluationSet, positions: int) -> None:
     """Raise an error for a question or prompt that leaves no room for a reply, before any work is done."""
-    asked = {
+    prompts = {
         "evaluate.fact_families": [question.text for question in exam.questions],
         "evaluate.sample_prompts": exam.panel,
     }
-    for setting, texts in asked.items():
+    for setting, texts in prompts.items():
         for text in texts:
             size = len(exam.dialect.prompt([("user", text)]))
             if size >= positions:
@@ -176,8 +173,8 @@ def refuse_long(exam: EvaluationSet, positions: int) -> None:
                 )
 
 
-def exam_of(model: Model, tokens: Tokens, params: EvaluateParams) -> tuple[str | None, EvaluationSet]:
-    """Return what all models are put to, and the name of its split."""
+def evaluation_set(model: Model, tokens: Tokens, params: EvaluateParams) -> tuple[str | None, EvaluationSet]:
+    """Return what all models are evaluated on, and the name of its split."""
     from tasks.report.figures import EvaluationSet
     from tasks.sample.facts import held_out_questions
     from tasks.text.templates import load_dialect
@@ -190,7 +187,7 @@ def exam_of(model: Model, tokens: Tokens, params: EvaluateParams) -> tuple[str |
     return name, EvaluationSet(dialect, split, utf8_bytes, questions, params.sample_prompts, seeds, ranked)
 
 
-def ranked_of(model: Model, asked: str) -> tuple[Split, Replies] | None:
+def ranked_of(model: Model, preferred: str) -> tuple[Split, Replies] | None:
     """Return the ranked replies that models are asked about: those of the split asked for, else of val, else none.
 
     Raises:
@@ -201,20 +198,17 @@ def ranked_of(model: Model, asked: str) -> tuple[Split, Replies] | None:
         return None
     preference_groups = of_training(PreferenceGroups, digest, model)
     hold(preference_groups)
-    for name in dict.fromkeys((asked, "val")):
+    for name in dict.fromkeys((preferred, "val")):
         if name in preference_groups.encoding().splits and len((replies := replies_of(preference_groups, name)).rank):
             return read_split(preference_groups, name), replies
     return None
 
 
-def measured_split(tokens: Tokens, asked: str) -> tuple[str | None, Split | None]:
+def measured_split(tokens: Tokens, preferred: str) -> tuple[str | None, Split | None]:
     """Return the split that the loss is measured on: the one asked for, else val, else none."""
-    from tasks.gpt.batches import Split
-
-    splits = tokens.encoding().splits
-    for name in dict.fromkeys((asked, "val")):
-        if name in splits:
-            split = Split(*(read(name) for read in (tokens.ids, tokens.mask, tokens.positions, tokens.ends)))
+    for name in dict.fromkeys((preferred, "val")):
+        if name in tokens.encoding().splits:
+            split = read_split(tokens, name)
             if len(split) and split.supervised():
                 return name, split
     return None, None
@@ -223,7 +217,7 @@ def measured_split(tokens: Tokens, asked: str) -> tuple[str | None, Split | None
 def evaluate_model(
     model: GPT2LMHeadModel, exam: EvaluationSet, params: EvaluateParams, run: EvaluateRuntime, label: str
 ) -> ModelOutputs:
-    """Put one model to the exam."""
+    """Measure the loss of one model, let it answer the questions and reply to the prompts."""
     from tasks.gpt.sampling import generate
     from tasks.report.figures import ModelOutputs
 
@@ -231,13 +225,13 @@ def evaluate_model(
     nats = total_nats(model, exam.split, run.rows_at_once, label) if exam.split else None
     dialect, many = exam.dialect, len(exam.seeds)
     how: dict[str, Any] = {"vocab": dialect.used, "batch": run.generation_batch}
-    asked = [dialect.prompt([("user", question.text)]) for question in exam.questions]
-    answers = generate(model, asked, dialect.stop, params.max_new_tokens, label=f"answers, {label}", **how)
+    questions = [dialect.prompt([("user", question.text)]) for question in exam.questions]
+    answers = generate(model, questions, dialect.stop, params.max_new_tokens, label=f"answers, {label}", **how)
     how |= params.model_dump(include={"temperature", "top_k", "top_p"})
     prompts = [dialect.prompt([("user", prompt)]) for prompt in exam.panel for _ in exam.seeds]
     seeds = [*exam.seeds] * len(exam.panel)
-    said = generate(model, prompts, dialect.stop, params.max_new_tokens, seeds=seeds, label=f"panel, {label}", **how)
-    replies = [said[first : first + many] for first in range(0, len(said), many)]
+    drawn = generate(model, prompts, dialect.stop, params.max_new_tokens, seeds=seeds, label=f"panel, {label}", **how)
+    replies = [drawn[first : first + many] for first in range(0, len(drawn), many)]
     return ModelOutputs(nats, answers, replies, ranked_logps(model, exam, run.rows_at_once, label))
 
 
@@ -268,8 +262,8 @@ def total_nats(model: GPT2LMHeadModel, split: Split, batch: int | None, label: s
     at_once = batch or max(1, AT_ONCE // split.sequence_length)
     total = torch.zeros((), dtype=torch.float64)
     batches = split.in_order(at_once, model.device)
-    for one in track(batches, f"loss, {label}", -(-len(split) // at_once), "batches"):
-        total += token_nats(model, *one).cpu().double().sum()  # not every device has float64
+    for rows in track(batches, f"loss, {label}", -(-len(split) // at_once), "batches"):
+        total += token_nats(model, *rows).cpu().double().sum()  # not every device has float64
     if not isfinite(total.item()):
         raise InputError(
             f"the loss of the {label} model is {total.item()}", "evaluate", "Train again", "evaluate.nonfinite"
@@ -287,7 +281,7 @@ def write_plots(out: Path, report: Mapping[str, Any], log: Sequence[Mapping[str,
     (out / "loss.svg").write_bytes(loss_svg(train, validation))
     regions = (report["facts"] or {}).get("by_region")
     if regions:
-        shares = {name: [found[which] for which in report["models"]] for name, found in regions.items()}
+        shares = {name: [rates[which] for which in report["models"]] for name, rates in regions.items()}
         (out / "facts.svg").write_bytes(facts_svg(shares, report["models"]))
     if report["curation"]:
         (out / "funnel.svg").write_bytes(funnel_svg(report["curation"]["counts"]))

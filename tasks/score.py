@@ -50,9 +50,9 @@ def score(
     with at_work(device, run.threads, loaded.config.n_embd):
         logps = None
         while logps is None:
-            told = f"{at_once} sequences of {split.sequence_length:,} tokens at once"
+            load = f"with {at_once} sequences of {split.sequence_length:,} tokens at once"
             try:
-                with shortage_named(told, device, "Set runtime.micro_batch to auto, or to less"):
+                with shortage_named(load, device, "Set runtime.micro_batch to auto, or to less"):
                     logps = all_logps(loaded, split, replies, at_once, device, half=params.precision == "bfloat16")
             except TrainingError:
                 if run.micro_batch != "auto" or at_once == 1:

@@ -78,10 +78,10 @@ def _by_mask(model: GPT2LMHeadModel, mask: Tensor | None) -> Attend:
 
 def _by_parts(model: GPT2LMHeadModel, ends: Tensor) -> Attend:
     """Attend some queries at once, to what one of them sees."""
-    made = parts(ends)
+    query_blocks = parts(ends)
 
     def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return mix(queries, keys, values, made, model.transformer.h[layer].attn.scaling)
+        return mix(queries, keys, values, query_blocks, model.transformer.h[layer].attn.scaling)
 
     return attend
 
@@ -121,12 +121,12 @@ def set_way(model: GPT2LMHeadModel, way: Way) -> None:
 
 
 def way_set(model: GPT2LMHeadModel) -> Way:
-    """Return how a model attends; by parts, where nobody said."""
+    """Return how a model attends; by parts unless set."""
     way: Way = getattr(model, WAY, "parts")
     return way
 
 
-def way_for(asked: Literal["auto", "sdpa", "flex"], device: torch.device, compiled: bool, dropout: float) -> Way:
+def way_for(choice: Literal["auto", "sdpa", "flex"], device: torch.device, compiled: bool, dropout: float) -> Way:
     """Return the way to attend: what was asked for or, for auto, the fastest that can be done.
 
     FlexAttention has no backward pass on a CPU, is slower than SDPA unless compiled, and cannot drop anything: under
@@ -137,19 +137,19 @@ def way_for(asked: Literal["auto", "sdpa", "flex"], device: torch.device, compil
         ParameterError: If it is asked for without compiling, or with dropout.
     """
     where = "runtime.attention = flex"
-    if asked == "flex" and device.type != "cuda":
+    if choice == "flex" and device.type != "cuda":
         what = f"FlexAttention trains on CUDA devices, and this one is {device.type}"
         raise ConfigurationError(what, where, "Set it to auto or sdpa", "config.attention")
-    if asked == "flex" and not compiled:
+    if choice == "flex" and not compiled:
         hint = "Set runtime.compile, or runtime.attention to auto or sdpa"
         raise ParameterError("FlexAttention pays only where it is compiled", where, hint, "param.attention")
-    if asked == "flex" and dropout:
+    if choice == "flex" and dropout:
         hint = "Set train.dropout to 0, or runtime.attention to auto or sdpa"
         raise ParameterError(
             f"FlexAttention has no dropout, and {dropout} is asked for", where, hint, "param.attention"
         )
-    if asked != "auto":
-        return asked
+    if choice != "auto":
+        return choice
     if device.type == "cpu" and not compiled:
         return "parts"
     possible = device.type == "cuda" and compiled
@@ -166,5 +166,5 @@ def _mask(ends: Tensor, lower: torch.dtype, lowered: bool) -> Tensor | None:
     """
     if ends.device.type == "cpu" and _plain(ends):
         return None
-    seen = visible(ends)
-    return torch.zeros_like(seen, dtype=lower if lowered else torch.float32).masked_fill_(~seen, -torch.inf)
+    rule = visible(ends)
+    return torch.zeros_like(rule, dtype=lower if lowered else torch.float32).masked_fill_(~rule, -torch.inf)

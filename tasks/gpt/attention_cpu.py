@@ -120,23 +120,23 @@ def _weights(queries: Tensor, keys: Tensor, part: QueryBlock, scale: float) -> T
     return torch.softmax(scores, -1, out=scores)
 
 
-def _like(given: Tensor) -> Tensor:
+def _like(tensor: Tensor) -> Tensor:
     """Return room for (B, H, T, K), laid out as (B, T, H, K), which is how a product wants it next."""
-    rows, heads, length, number = given.shape
-    return given.new_empty(rows, length, heads, number).transpose(1, 2)
+    rows, heads, length, number = tensor.shape
+    return tensor.new_empty(rows, length, heads, number).transpose(1, 2)
 
 
-def _of(given: Tensor, part: QueryBlock) -> Tensor:
+def _of(tensor: Tensor, part: QueryBlock) -> Tensor:
     """View the queries of a part: (H, Q, K)."""
-    return given[part.row, :, part.queries]
+    return tensor[part.row, :, part.queries]
 
 
-def _seen(given: Tensor, part: QueryBlock) -> Tensor:
+def _seen(tensor: Tensor, part: QueryBlock) -> Tensor:
     """Return the keys that a part sees: (H, S, K). Whole tokens are copied: heads of tokens take twice the time."""
     if isinstance(part.keys, slice):
-        return given[part.row, :, part.keys]
-    _, heads, _, number = given.shape
-    tokens = given[part.row].transpose(0, 1).flatten(1)  # (T, H K)
+        return tensor[part.row, :, part.keys]
+    _, heads, _, number = tensor.shape
+    tokens = tensor[part.row].transpose(0, 1).flatten(1)  # (T, H K)
     return tokens.index_select(0, part.keys).view(-1, heads, number).transpose(0, 1)
 
 

@@ -28,12 +28,12 @@ def block_mask(ends: Tensor) -> BlockMask:
     ends = torch.maximum(ends, at + 1).clamp_max(length)  # (B, T)
 
     # Torch calls the four of it batch, head, query and key.
-    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def is_visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & (q < ends[b, k])
 
     some, whole = _blocks(ends)  # (B, K, K)
     parts = (*_listed(some & ~whole), *_listed(whole))
-    return BlockMask.from_kv_blocks(*parts, BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(length, length))
+    return BlockMask.from_kv_blocks(*parts, BLOCK_SIZE=BLOCK, mask_mod=is_visible, seq_lengths=(length, length))
 
 
 def _blocks(ends: Tensor) -> tuple[Tensor, Tensor]:

@@ -117,7 +117,7 @@ def _tensor(rows: Array, dtype: type[np.generic], fill: int, device: torch.devic
     filled = rows.astype(dtype, order="C")  # a copy: memmaps are read-only, and torch has no arithmetic on uint16
     if len(filled) < fill:
         filled = np.pad(filled, ((0, fill - len(filled)), (0, 0)))  # ends of 0: tokens that see themselves alone
-    made = torch.from_numpy(filled)
+    tensor = torch.from_numpy(filled)
     if device.type == "cuda":
-        return made.pin_memory().to(device, non_blocking=True)
-    return made.to(device)
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -42,17 +42,17 @@ class Talk:
                 "param.prompt",
             )
         ids: list[int] = []
-        said = ""
+        printed = ""
         for token in stream(
             self.model, prompt, self.dialect.stop, room, self.temperature, seed=len(self.turns), vocab=self.dialect.used
         ):
             ids.append(token)
             now = self.dialect.decode(ids)
-            if not now.endswith(UNFINISHED) and now.startswith(said):
-                yield now[len(said) :]
-                said = now
+            if not now.endswith(UNFINISHED) and now.startswith(printed):
+                yield now[len(printed) :]
+                printed = now
         whole = self.dialect.decode(ids)
-        yield whole.removeprefix(said) if whole.startswith(said) else ""
+        yield whole.removeprefix(printed) if whole.startswith(printed) else ""
         self.turns.append(("assistant", whole))
 
     def _fitting(self) -> list[int]:

@@ -73,8 +73,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2, begin: Begin = lam
     draft.rename(place)
     _point_to(folder, place.name)
     _sync(folder)
-    kept = [path for path in _newest_first(folder) if path.name <= place.name][: max(1, keep)]
-    for old in set(_newest_first(folder)) - set(kept):
+    recent = [path for path in _newest_first(folder) if path.name <= place.name][: max(1, keep)]
+    for old in set(_newest_first(folder)) - set(recent):
         _remove(old)
     return place
 
@@ -82,7 +82,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2, begin: Begin = lam
 def _write(draft: Path, checkpoint: Checkpoint, begin: Begin) -> None:
     """Write all files of a checkpoint, the one that seals them last, and flush them to the disk."""
     for name, tensors in checkpoint.tensors.items():
-        file, whole = draft / f"{name}.safetensors", {key: one.detach().contiguous() for key, one in tensors.items()}
+        file = draft / f"{name}.safetensors"
+        whole = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
         begin()
         with disk_named(file):
             save_file(whole, file)
@@ -100,8 +101,8 @@ def disk_named(path: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(found[1]) if found else errno.EIO, str(error), str(path)) from error
+        match = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(match[1]) if match else errno.EIO, str(error), str(path)) from error
 
 
 def _remove(path: Path) -> None:
@@ -124,13 +125,13 @@ def latest(
     """
     for place in _newest_first(folder):
         try:
-            found = _read(place, begin)
+            candidate = _read(place, begin)
         except (*BROKEN, SafetensorError) as error:
             log.warning("train.checkpoint: %s is broken and passed over: %s", place, error)
             continue
         try:
-            understand(found.state)
-            return found
+            understand(candidate.state)
+            return candidate
         except (KeyError, TypeError) as error:
             log.warning("train.checkpoint: %s is of another version and passed over: %s", place, error)
     return None
@@ -157,8 +158,8 @@ def _note(place: Path) -> dict[str, Any]:
 def _read(place: Path, begin: Begin) -> Checkpoint:
     body = _note(place)
     for name, expected in body["files"].items():
-        if (found := _sha256(place / name, begin)) != expected:
-            raise ValueError(f"{name} has sha256 {found}, expected {expected}")
+        if (actual := _sha256(place / name, begin)) != expected:
+            raise ValueError(f"{name} has sha256 {actual}, expected {expected}")
     tensors = {}
     for name in body["files"]:
         begin()

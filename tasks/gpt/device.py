@@ -27,7 +27,7 @@ def device_of(name: str) -> torch.device:
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(device for device, found in there.items() if found))
+        return torch.device(next(device for device, available in there.items() if available))
     if not there[name]:
         raise ConfigurationError(f"no {name} device is there", "device", "Set it to auto or cpu", "config.device")
     return torch.device(name)
@@ -121,10 +121,11 @@ def free_memory(device: torch.device) -> int | None:
     """Return the bytes that a device has left; None where that cannot be asked."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    told = Path("/proc/meminfo")
-    if device.type != "cpu" or not told.is_file():
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.is_file():
         return None
-    kilobytes = next(line for line in told.read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable"))
+    lines = meminfo.read_text(encoding="ascii").splitlines()
+    kilobytes = next(line for line in lines if line.startswith("MemAvailable"))
     return min(int(kilobytes.split()[1]) * 1024, *_left_in_groups(), 1 << 62)
 
 
@@ -150,9 +151,9 @@ def _left_in_groups() -> Iterator[int]:
 def product_rate(device: torch.device, half: bool, clock: Callable[[], float], size: int = 1024) -> float:
     """Return the operations a second of a plain product of matrices, the best of some."""
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-        one, other, took = torch.randn(size, size, device=device), torch.randn(size, size, device=device), []
+        left, right, took = torch.randn(size, size, device=device), torch.randn(size, size, device=device), []
         for _ in range(6):
             began = clock()
-            (one @ other)[0, 0].item()  # waits for the device
+            (left @ right)[0, 0].item()  # waits for the device
             took.append(clock() - began)
     return 2 * size**3 / max(1e-9, min(took))

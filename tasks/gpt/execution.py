@@ -1,7 +1,7 @@
-"""The way a run is computed: what decides how its sums are rounded, never what they are sums of.
+"""Execution settings that affect floating-point rounding but not the result.
 
-It is settled when a run begins, and noted in its checkpoints. Who goes on from one keeps to it where the choice is
-ours, so that the run ends the same to the bit; where it cannot be kept, that is said.
+They are fixed when a run begins and stored in its checkpoints. A resumed run reuses those that were chosen
+automatically, so that it ends bit-identical; a warning lists those that cannot be reused.
 """
 
 from __future__ import annotations
@@ -46,6 +46,6 @@ def _name(device: torch.device) -> str:
 
 
 def changed_settings(first: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Say in what a run goes on otherwise than it began; empty where in nothing, or where that was not noted."""
+    """Return which settings differ from the original run, in words; empty if none do or none were stored."""
     changed = {name: was for name, was in first.items() if name in now and now[name] != was}
     return ", ".join(f"{name} {was} -> {now[name]}" for name, was in changed.items())

@@ -53,7 +53,7 @@ def hidden_states(
     for layer, block in enumerate(gpt.h):
         states = through(block, layer, states, attend)
         if states.requires_grad and not torch.compiler.is_compiling():
-            states.register_hook(_breathe)  # type: ignore[no-untyped-call]
+            states.register_hook(_signal_point)  # type: ignore[no-untyped-call]
     final: Tensor = gpt.ln_f(states)
     return final
 
@@ -94,5 +94,5 @@ def _fed(block: Any, states: Tensor) -> Tensor:
     return added
 
 
-def _breathe(gradient: Tensor) -> None:
-    """Do nothing, in Python: on the way back through a large model, this is where a signal is noticed."""
+def _signal_point(gradient: Tensor) -> None:
+    """No-op hook so that Python can handle signals during the backward pass."""

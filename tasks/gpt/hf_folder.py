@@ -102,8 +102,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{CONFIG} is not JSON: {error}", where, "Fetch it again", "model.config") from error
     if not isinstance(config, dict) or config.get("model_type") != "gpt2":
-        found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"{CONFIG}: expected model_type gpt2, found {found!r}", where, "Use a GPT-2", "model.type")
+        kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+        raise InputError(f"{CONFIG}: expected model_type gpt2, found {kind!r}", where, "Use a GPT-2", "model.type")
     if "auto_map" in config:
         what = f"{CONFIG} has auto_map, which asks to run code that came with the model"
         raise InputError(what, where, "Remove auto_map if this is a plain GPT-2; else use another", "model.unsafe")
@@ -124,7 +124,7 @@ def _compare(form: Form, folder: Path) -> None:
     """Raise `InputError` unless the weights have the shapes that the config says."""
     shapes, kinds = _stored(folder)
     faults = []
-    blocks = {int(found[1]) for name in shapes if (found := _BLOCK.match(name))}
+    blocks = {int(match[1]) for name in shapes if (match := _BLOCK.match(name))}
     if len(blocks) != form.n_layer:  # first: a config could name a million
         faults = [f"{len(blocks):,} blocks, where n_layer is {form.n_layer:,}"]
     else:
@@ -148,9 +148,9 @@ def _stored(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Return shape and number format of each weight, from the header of the file."""
     try:
         with safe_open(folder / WEIGHTS, framework="np") as file:
-            found = {name.removeprefix("transformer."): file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            kinds = {name: str(one.get_dtype()) for name, one in found.items()}
-            return {name: tuple(one.get_shape()) for name, one in found.items()}, kinds
+            slices = {name.removeprefix("transformer."): file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            kinds = {name: str(piece.get_dtype()) for name, piece in slices.items()}
+            return {name: tuple(piece.get_shape()) for name, piece in slices.items()}, kinds
     except (SafetensorError, OSError) as error:
         what = f"{WEIGHTS} cannot be read: {error}"
         raise InputError(what, str(folder), "Fetch it again", "model.weights") from error
@@ -183,8 +183,8 @@ def find_folder(wanted: Mapping[str, Any], roots: Iterable[Path]) -> Path | None
 
     A tuned model records the content that it started from, never a path, which may be gone or be somebody else's.
     """
-    found = ((root, path) for root in roots for path in sorted(root.rglob(WEIGHTS)))
-    for root, weights in found:
+    candidates = ((root, path) for root in roots for path in sorted(root.rglob(WEIGHTS)))
+    for root, weights in candidates:
         config = weights.with_name(CONFIG)
         # a link that leads out, or nowhere, is not looked at
         inside = all(file.is_file() and file.resolve().is_relative_to(root.resolve()) for file in (config, weights))

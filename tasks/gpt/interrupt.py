@@ -1,7 +1,7 @@
 """Stopping where nothing is lost: a request to stop ends interruptible work at once, other work after its step.
 
 A signal handler calls `ask`; the training loop opens `interruptible` around what may be cut off anywhere, since it
-changes neither weights nor counters, and looks at `asked` where a step has ended.
+changes neither weights nor counters, and looks at `requested` where a step has ended.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Interrupt:
     """A request to stop, if there was one."""
 
     def __init__(self) -> None:
-        self.asked = self._interruptible = False
+        self.requested = self._interruptible = False
 
     def ask(self) -> None:
         """Request a stop; may be called between any two operations of the work, as a signal handler is.
@@ -26,14 +26,14 @@ class Interrupt:
         Raises:
             Interrupted: If the current work is interruptible.
         """
-        self.asked = True
+        self.requested = True
         if self._interruptible:
             self._interruptible = False  # raised once: whoever catches it saves in peace
             raise Interrupted
 
     def check(self) -> None:
         """Raise `Interrupted` if somebody asked."""
-        if self.asked:
+        if self.requested:
             raise Interrupted
 
     @contextmanager

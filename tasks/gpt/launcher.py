@@ -147,7 +147,7 @@ class _Agent(LocalElasticAgent):
             values = {**dict.fromkeys(range(self.size)), 0: self.results[0]}
             return RunResult(WorkerState.SUCCEEDED, return_values=values)
         try:
-            if self.interrupt.asked:
+            if self.interrupt.requested:
                 self._stop(codes)
             elif any(codes) or None not in codes:
                 self._fail()

@@ -98,7 +98,7 @@ def _train(run: RunState) -> None:
             _log_step(run, evaluations)
             _save_if_due(run)
             shown.advance(note=f"loss {measured['loss']:.3f}")
-            if run.world.any(run.machine.interrupt.asked):  # on any rank: all of them stop at the same step
+            if run.world.any(run.machine.interrupt.requested):  # on any rank: all of them stop at the same step
                 raise Interrupted
 
 

@@ -31,7 +31,7 @@ ARCHIVE = "adapter.tar"
 
 
 def attach(model: GPT2LMHeadModel, rank: int, alpha: float, seed: int) -> PeftModel:
-    """Put adapters beside every product of the model's blocks; they alone are trained, and begin as nothing.
+    """Put adapters beside every product of the model's blocks; only they are trained, and they are initialised to zero.
 
     Args:
         model: Changed in place; it computes what it did.
@@ -88,8 +88,8 @@ def _config(adapted: PeftModel) -> bytes:
     """Return peft's own config file, its sets in order."""
     with tempfile.TemporaryDirectory() as folder:
         adapted.peft_config["default"].save_pretrained(folder)
-        found: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_bytes())
-    return json.dumps({**found, "target_modules": sorted(found["target_modules"])}, indent=1).encode()
+        config: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_bytes())
+    return json.dumps({**config, "target_modules": sorted(config["target_modules"])}, indent=1).encode()
 
 
 def merge(adapted: PeftModel) -> None:

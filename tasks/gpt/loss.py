@@ -92,8 +92,8 @@ def predictors(
     # 128 tokens at once, and would rather have it.
     last = -1 if ids.device.type == "cpu" else None
     rows, table = ends_of(model, ids[:, :last])
-    given = ids[:, :last], positions[:, :last], by_ends(model, ends[:, :last]), rows
-    states = trunk(model, *given)[:, : wanted.shape[1]]  # (B, T - 1, D)
+    inputs = ids[:, :last], positions[:, :last], by_ends(model, ends[:, :last]), rows
+    states = trunk(model, *inputs)[:, : wanted.shape[1]]  # (B, T - 1, D)
     return _picked(states, wanted), _picked(ids[:, 1:, None], wanted).squeeze(1), table
 
 
@@ -162,15 +162,15 @@ class _ChunkedNats(torch.autograd.Function):
                     to_weight.addmm_(slopes.T, rows, alpha=share)
                 elif to_weight is not None:
                     to_weight.add_(slopes.T @ rows, alpha=share)
-        ctx.found = to_hidden, to_weight
+        ctx.gradients = to_hidden, to_weight
         return total * share
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         """Hand over the gradients that were found on the way forward, scaled; they are there once."""
-        to_hidden, to_weight = ctx.found
-        del ctx.found
+        to_hidden, to_weight = ctx.gradients
+        del ctx.gradients
         if scale.device.type != "cpu" or scale.item() != 1.0:  # a GPU is faster than the question
             to_hidden.mul_(scale)
             if to_weight is not None:

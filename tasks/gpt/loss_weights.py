@@ -1,4 +1,4 @@
-"""Worth: what the replies of a split weigh in the loss, where they do not all weigh the same.
+"""Per-reply loss weights, for splits whose replies do not all weigh the same.
 
 A reply weighs `decay ** rank`; where the replies to one prompt share, these are scaled to sum to 1 for each prompt.
 So a prompt with five replies can count as one with a single reply, and better replies more than worse ones.
@@ -74,9 +74,9 @@ class LossWeights:
 
     def spread(self, rows: Ints, shape: tuple[int, ...]) -> Floats:
         """Return what each token of some sequences weighs, in a batch of at least so many: (B, T), elsewhere 0."""
-        made = np.zeros(shape, np.float32)
+        weights = np.zeros(shape, np.float32)
         low, high = np.searchsorted(self.sequence, [rows, rows + 1])
         for row, (first, last) in enumerate(zip(low.tolist(), high.tolist(), strict=True)):
             for message in range(first, last):
-                made[row, self.start[message] : self.stop[message]] = self.weight[message]
-        return made
+                weights[row, self.start[message] : self.stop[message]] = self.weight[message]
+        return weights

@@ -1,4 +1,4 @@
-"""What a training run needs, said before it starts: memory from its shape, time from how fast the device multiplies.
+"""Estimate memory and time before training: memory from the shape, time from how fast the device multiplies.
 
 Memory is counted, not tried: what stays for the whole run, and what each token leaves for the way back. It was held
 against the peak that the system reports on a CPU, at several shapes (tests/gpt/test_memory_model.py); on a GPU the
@@ -43,7 +43,7 @@ class ModelShape:
         brought: Numbers of the whole model, where it is still to be brought to the device, whole or in parts.
         holds: Whether memory that is freed is kept for what comes next.
         short: Whether attention knows a short way under dropout, too, as kernels of a GPU do.
-        seen: Tokens that a query is multiplied with, in the mean. 0: all of its sequence, and some are masked then.
+        attended_tokens: Mean number of keys that a query is multiplied with. 0: its whole sequence, partly masked.
     """
 
     layers: int
@@ -63,7 +63,7 @@ class ModelShape:
     brought: int = 0
     holds: bool = False
     short: bool = False
-    seen: int = 0
+    attended_tokens: int = 0
 
 
 def memory(shape: ModelShape, micro_batch: int) -> int:
@@ -84,17 +84,17 @@ def _sequence(shape: ModelShape) -> int:
     number = 2 if shape.half else 4
     # Of width D a token and layer: states before both norms, both norms' outputs, queries, keys and values, what
     # attention gives; of 4 D: before and after the activation. In half precision the states stay as they are.
-    kept = shape.width * (number * (2 + 3 + 1 + 4 + 4) + 4 * 2)
-    kept = int(kept * (PIECES if shape.holds and not shape.activation_checkpointing else 1))
+    stored = shape.width * (number * (2 + 3 + 1 + 4 + 4) + 4 * 2)
+    stored = int(stored * (PIECES if shape.holds and not shape.activation_checkpointing else 1))
     # Attention's weights, where there is no short way: the counts of T x T tables here and on the way back are fitted
     # to measurements, not derived.
     scores = shape.heads * shape.sequence_length * (shape.dropout and not shape.short)
-    kept += 2 * shape.width * shape.dropout + scores * (9 * number // 2 + 1)  # what was dropped, at two places
+    stored += 2 * shape.width * shape.dropout + scores * (9 * number // 2 + 1)  # what was dropped, at two places
     back = 10 * 4 * shape.width + 4 * number * scores  # through one block
     ends = 6 * 4 * shape.width  # embeddings, the last norm, the states that reach the head, and their gradients
     mask = 4 * shape.sequence_length
     layers = shape.layers - shape.frozen
-    held = layers * 4 * shape.width + kept if shape.activation_checkpointing else layers * kept
+    held = layers * 4 * shape.width + stored if shape.activation_checkpointing else layers * stored
     return shape.sequence_length * (held + back + ends + mask)
 
 
@@ -123,7 +123,7 @@ def flops(shape: ModelShape, supervised: float) -> float:
         shape: The model.
         supervised: Share of the tokens that reach the head, 0..1.
     """
-    block = 12 * shape.width**2 + 2 * shape.width * (shape.seen or shape.sequence_length)
+    block = 12 * shape.width**2 + 2 * shape.width * (shape.attended_tokens or shape.sequence_length)
     back = (4 + 2 * shape.activation_checkpointing) * (shape.layers - shape.frozen)
     head = (4 + 2 * shape.table) * supervised * shape.vocab * shape.width
     return (2 * shape.layers + back) * block + head
@@ -144,7 +144,7 @@ def seconds(shape: ModelShape, tokens: float, evaluated: float, supervised: floa
 
 
 def plan_summary(shape: ModelShape, micro_batch: int, free: int | None, took: float) -> str:
-    """Return the plan in words."""
+    """Return the plan as one line of text: memory, time and micro-batch."""
     room = "" if free is None else f" of {free / 1e9:.1f} GB free"
     minutes = f"{took / 60:.0f} minutes" if took >= 90 else f"{math.ceil(took)} s"
     blocks = ", blocks computed again on the way back" if shape.activation_checkpointing else ""

@@ -45,13 +45,13 @@ def grad_norm_squared(gradients: Sequence[Tensor]) -> Tensor:
     a rank has whole rows.
     """
     exact = torch.float32 if gradients[0].device.type == "mps" else torch.float64
-    rows = (torch.linalg.vector_norm(one.flatten(1), dim=1) if one.dim() > 1 else one for one in gradients)
+    rows = (torch.linalg.vector_norm(part.flatten(1), dim=1) if part.dim() > 1 else part for part in gradients)
     return torch.stack([row.to(exact).square().sum() for row in rows]).sum()
 
 
 @torch.no_grad()
 def clip_gradients(gradients: Sequence[Tensor], length: float, most: float) -> None:
-    """Scale gradients down, in place, where they are longer together than they may be."""
+    """Clip gradients by global norm, in place."""
     if length > most:
         for gradient in gradients:
             gradient.mul_(most / length)
@@ -61,7 +61,7 @@ def moments(optimizer: AdamW, model: nn.Module) -> dict[str, Tensor]:
     """Return the state as named tensors, `exp_avg/transformer.wte.weight`; empty before the first update."""
     names = _names(optimizer, model)
     state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
-    return {f"{moment}/{names[at]}": value for at, kept in state.items() for moment, value in kept.items()}
+    return {f"{moment}/{names[at]}": value for at, values in state.items() for moment, value in values.items()}
 
 
 def set_moments(optimizer: AdamW, model: nn.Module, saved: Mapping[str, Tensor]) -> None:

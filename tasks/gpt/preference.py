@@ -106,14 +106,14 @@ def all_logps(
     `half`: products in bfloat16; `label`: name of the progress bar.
     """
     model.eval()
-    found = [np.zeros(0, np.float32)]
+    parts = [np.zeros(0, np.float32)]
     for first in track(range(0, len(split), at_once), label, -(-len(split) // at_once), "batches"):
         rows = np.arange(first, min(first + at_once, len(split)))
         numbers = replies.of(rows)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
             logps = reply_logps(model, split.batch(rows, device), replies.trained[numbers])
-        found.append(logps.float().cpu().numpy())
-    return np.concatenate(found)
+        parts.append(logps.float().cpu().numpy())
+    return np.concatenate(parts)
 
 
 def _nats(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -228,10 +228,10 @@ class EachPair:
         names = ("val_nll", "accuracy", "margin", "chosen", "count")
         sums = torch.zeros(len(names), dtype=torch.float64)
         for rows, count in world.shard(np.arange(len(self.val)), at_once):
-            found = self.held.compare(model, rows, self.beta, device, trunk)
-            ones = torch.ones_like(found.loss)
-            right = (found.margin.sign() + ones) / 2  # a tie, as all pairs are at the start, is half right
-            parts = (found.loss, right, found.margin, found.chosen, ones)
+            comparison = self.held.compare(model, rows, self.beta, device, trunk)
+            ones = torch.ones_like(comparison.loss)
+            right = (comparison.margin.sign() + ones) / 2  # a tie, as all pairs are at the start, is half right
+            parts = (comparison.loss, right, comparison.margin, comparison.chosen, ones)
             sums += torch.stack([part.sum().cpu().double() for part in parts]) * count
         *totals, pairs = world.sum(sums).tolist()
         return {name: total / pairs for name, total in zip(names, totals, strict=False)} if pairs else None

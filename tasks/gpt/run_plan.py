@@ -36,7 +36,7 @@ def planned(
     splits: Sequence[Split],
     settings: Settings,
     device: torch.device,
-    asked: int | Literal["auto"] | None,
+    micro_batch: int | Literal["auto"] | None,
     clock: Callable[[], float],
     activation_checkpointing: bool | Literal["auto"] = False,
     world: ProcessGroup = SINGLE,
@@ -44,7 +44,7 @@ def planned(
 ) -> tuple[int, bool]:
     """Return the sequences to take at once, and whether to compute blocks again on the way back.
 
-    What the run needs is said, with a warning where that is not there.
+    Logs what the run needs, with a warning if that is not available.
 
     Args:
         model: With its dropout set.
@@ -52,7 +52,7 @@ def planned(
         settings: Of the run.
         device: Where it will run.
         clock: Seconds since whenever.
-        asked: So many; None: as many as hold 8,192 tokens; auto: of these, as many as fit.
+        micro_batch: So many; None: as many as hold 8,192 tokens; auto: of these, as many as fit.
         activation_checkpointing: auto: only where what is asked, or for auto a single sequence, does not fit without.
         world: Who shares the work; what one of them has memory for, all take.
         sharded: Whether each of them is to hold a part of the model.
@@ -63,7 +63,7 @@ def planned(
     if free is not None and device.type == "cpu":
         free //= world.local_size  # who all take from the same memory
     share = math.ceil(settings.sequences / world.size)  # more at once would be rows that count as nothing
-    size, shape = _fitted(shape, free or 1 << 62, share, asked, activation_checkpointing)
+    size, shape = _fitted(shape, free or 1 << 62, share, micro_batch, activation_checkpointing)
     took = _seconds(model, splits, settings, device, clock, shape, size) / world.size
     world.heartbeat()
     if world.is_main:
@@ -79,6 +79,7 @@ def _shape(
     """Return the model's shape, and how it is trained; with many parts, each rank is to hold one."""
     (train, val), config = splits, model.config
     there = next(model.parameters()).device.type == device.type
+    masked = config.attn_pdrop or way_set(model) == "sdpa"
     return memory_model.ModelShape(
         config.n_layer,
         config.n_head,
@@ -96,7 +97,7 @@ def _shape(
         brought=parameter_count(model) if parts > 1 or not there else 0,  # parts are of a copy
         holds=device.type == "cpu" and not any("lora_" in name for name in trainable_parameters(model)),
         short=device.type == "cuda",
-        seen=0 if config.attn_pdrop or way_set(model) == "sdpa" else 1 + round(float(train.positions.mean())),
+        attended_tokens=0 if masked else 1 + round(float(train.positions.mean())),
     )
 
 
@@ -130,7 +131,7 @@ def _fitted(
     shape: memory_model.ModelShape,
     free: int,
     sequences: int,
-    asked: int | Literal["auto"] | None,
+    micro_batch: int | Literal["auto"] | None,
     activation_checkpointing: bool | Literal["auto"],
 ) -> tuple[int, memory_model.ModelShape]:
     """Return the sequences to take at once, and the shape with what was decided on recomputing."""
@@ -139,8 +140,8 @@ def _fitted(
     def size_of(shape: memory_model.ModelShape) -> int:
         return (
             memory_model.largest_micro_batch(shape, free, sequences)
-            if asked == "auto"
-            else min(asked or most, sequences)
+            if micro_batch == "auto"
+            else min(micro_batch or most, sequences)
         )
 
     size = size_of(shape)
@@ -183,18 +184,18 @@ def _timed(
 def memory_named(machine: Machine, block: int) -> AbstractContextManager[None]:
     """Turn running out of memory in training into an error that names what to lower."""
     many = "the first" if machine.micro_batch is None else str(machine.micro_batch)
-    told = f"{many} sequences of {block:,} tokens at once"
+    load = f"with {many} sequences of {block:,} tokens at once"
     first = "Set runtime.micro_batch to auto, or to less; at 1, "
     hint = first + ("" if machine.activation_checkpointing else "set runtime.activation_checkpointing to true, ") + LESS
-    return shortage_named(told, machine.device, hint)
+    return shortage_named(load, machine.device, hint)
 
 
 @contextmanager
-def shortage_named(told: str, device: torch.device, hint: str) -> Iterator[None]:
+def shortage_named(load: str, device: torch.device, hint: str) -> Iterator[None]:
     """Turn running out of memory into an error that says with what, and what to do."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _SHORT.search(str(error)):
             raise
-        raise TrainingError(f"out of memory with {told}", str(device), hint, "train.memory") from error
+        raise TrainingError(f"out of memory {load}", str(device), hint, "train.memory") from error

@@ -83,14 +83,14 @@ def generate(
         raise ParameterError("sampling above temperature 0 needs one seed for each prompt", "seeds", "pass them")
     max_new = int(model.config.n_positions) if max_new is None else max_new
     _check(model, prompts, max_new)
-    said: list[list[int]] = [[] for _ in prompts]
+    replies: list[list[int]] = [[] for _ in prompts]
     with bar(label, len(prompts), "replies") as shown:
         for rows in _batches(prompts, batch):
             choose = taste.chooser([seeds[row] for row in rows] if seeds else [], max_new, model.device)
             for at, token in _decode(model, [prompts[row] for row in rows], stop, max_new, choose, vocab=vocab):
-                said[rows[at]].append(token)
+                replies[rows[at]].append(token)
             shown.advance(len(rows))
-    return [_reply(ids, stop) for ids in said]
+    return [_reply(ids, stop) for ids in replies]
 
 
 def stream(
@@ -163,8 +163,8 @@ class _Taste:
         """Return what chooses the tokens of a batch; each row's random numbers are made beforehand, from its seed."""
         if self.temperature == 0:
             return lambda logits, rows, step: logits.argmax(-1)
-        made = [torch.rand(max_new, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        draws = torch.stack(made).to(device)  # (B, max_new) float32 in [0, 1)
+        rows = [torch.rand(max_new, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        draws = torch.stack(rows).to(device)  # (B, max_new) float32 in [0, 1)
         return lambda logits, rows, step: self.drawn(logits, draws[rows, step])
 
     def drawn(self, logits: Tensor, draw: Tensor) -> Tensor:
@@ -173,8 +173,8 @@ class _Taste:
         Source of the cut by `top_p`: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration",
         arXiv:1904.09751.
         """
-        kept = min(self.top_k or logits.shape[-1], logits.shape[-1])
-        best, ids = (logits.float() / self.temperature).topk(kept, dim=-1)  # (B, K), sorted
+        count = min(self.top_k or logits.shape[-1], logits.shape[-1])
+        best, ids = (logits.float() / self.temperature).topk(count, dim=-1)  # (B, K), sorted
         p = best.softmax(-1)
         reached = p.cumsum(-1)  # (B, K)
         allowed = torch.ones_like(p, dtype=torch.bool) if self.top_p is None else reached - p < self.top_p
@@ -190,8 +190,8 @@ def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     longest = max(map(len, prompts))
     pads = [longest - len(prompt) for prompt in prompts]
     ids = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)])
-    seen = torch.tensor([[False] * pad + [True] * (longest - pad) for pad in pads])
-    return ids, seen
+    is_token = torch.tensor([[False] * pad + [True] * (longest - pad) for pad in pads])
+    return ids, is_token
 
 
 def _decode(
@@ -204,26 +204,26 @@ def _decode(
     vocab: int | None,
 ) -> Iterator[tuple[int, int]]:
     """Yield (row, token) until every row has said `stop`, loops, or has no room; a row that ended leaves the batch."""
-    ids, seen = (made.to(model.device) for made in _left_padded(prompts))  # (B, L)
+    ids, is_token = (tensor.to(model.device) for tensor in _left_padded(prompts))  # (B, L)
     rooms = [min(max_new, model.config.n_positions - len(prompt)) for prompt in prompts]
-    said: list[list[int]] = [[] for _ in prompts]
+    replies: list[list[int]] = [[] for _ in prompts]
     places = list(range(len(prompts)))  # of the rows that go on, B of them
     rows = torch.arange(len(prompts), device=model.device)  # (B,) the same
-    cache = Cache(model, seen, max(rooms))
+    cache = Cache(model, is_token, max(rooms))
     for step in range(max_new):
         tokens = choose(_next_logits(model, ids, cache, vocab), rows, step)  # (B,)
         going = []
         for at, (row, token) in enumerate(zip(places, tokens.tolist(), strict=True)):
             yield row, token
-            said[row].append(token)
-            if token != stop and step + 1 < rooms[row] and not looping(said[row]):
+            replies[row].append(token)
+            if token != stop and step + 1 < rooms[row] and not looping(replies[row]):
                 going.append(at)
         if not going:
             return
         if len(going) < len(places):
-            kept = torch.tensor(going, device=model.device)
-            rows, tokens, places = rows[kept], tokens[kept], [places[at] for at in going]
-            cache.keep(kept)
+            remaining = torch.tensor(going, device=model.device)
+            rows, tokens, places = rows[remaining], tokens[remaining], [places[at] for at in going]
+            cache.keep(remaining)
         ids = tokens[:, None]  # (B, 1)
 
 

@@ -1,4 +1,4 @@
-"""The table of words, which a GPT-2 reads at both ends: looked up on the way in, multiplied with on the way out.
+"""Tied token embedding: one gradient buffer for the input lookup and the output head.
 
 Autograd would add two gradients of the whole table, of which one is zeros but for some rows: 154 MB made, filled and
 added in each pass (V = 50,304, D = 768), and no less where that one is sparse. Here, rows are added to the other one.

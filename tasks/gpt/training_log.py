@@ -37,10 +37,10 @@ class Logbook:
         if not self.writes:
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
-        kept = "".join(f"{line}\n" for line in takewhile(lambda line: _step(line) <= step, lines))
+        remaining = "".join(f"{line}\n" for line in takewhile(lambda line: _step(line) <= step, lines))
         draft = self.path.with_name(f".{self.path.name}")
         with draft.open("w", encoding="utf-8") as opened:
-            opened.write(kept)
+            opened.write(remaining)
             opened.flush()
             os.fsync(opened.fileno())
         draft.replace(self.path)

@@ -1,4 +1,4 @@
-"""The report: figures of some models, the base first, from what each made of one and the same exam."""
+"""The figures of a report: of each model, the base first, from its outputs on one and the same evaluation set."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WRONG = 20  # wrong answers that a report shows
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """What all models are put to.
+    """What all models are evaluated on.
 
     Attributes:
         dialect: How texts become ids, and ids texts.
@@ -45,7 +45,7 @@ class EvaluationSet:
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """What one model made of the exam.
+    """What one model made of the evaluation set.
 
     Attributes:
         nats: Loss summed over the split's supervised tokens; None without a split.
@@ -60,7 +60,7 @@ class ModelOutputs:
     logps: Floats | None = None
 
     @property
-    def said(self) -> list[Reply]:
+    def all_replies(self) -> list[Reply]:
         """All answers and replies."""
         return [*self.answers, *(reply for group in self.replies for reply in group)]
 
@@ -89,7 +89,7 @@ def loss_figures(results: Results, exam: EvaluationSet) -> dict[str, Any]:
 
     def each(measure: Callable[[float], float], over: int) -> dict[str, float | None]:
         nats = {which: result.nats for which, result in results.items()}
-        values = {which: measure(found) if found is not None and over else None for which, found in nats.items()}
+        values = {which: measure(total) if total is not None and over else None for which, total in nats.items()}
         return {which: value if value is not None and isfinite(value) else None for which, value in values.items()}
 
     return {
@@ -106,7 +106,8 @@ def endings(results: Results) -> dict[str, dict[str, float | None]]:
     """Return the shares of all replies, to questions and to the panel, by how they ended; null without any."""
 
     def rate(result: ModelOutputs, end: End) -> float | None:
-        return fraction(sum(reply.end == end for reply in result.said), len(result.said)) if result.said else None
+        replies = result.all_replies
+        return fraction(sum(reply.end == end for reply in replies), len(replies)) if replies else None
 
     return {RATES[end]: {which: rate(result, end) for which, result in results.items()} for end in get_args(End)}
 
@@ -123,12 +124,12 @@ def preferences(results: Results, exam: EvaluationSet) -> dict[str, Any]:
     if not len(better):
         return {"pairs": 0, "accuracy": None, "margin": None, "chosen": None}
     logps = {which: result.logps.astype(np.float64) for which, result in results.items() if result.logps is not None}
-    margins = {which: found[better] - found[worse] for which, found in logps.items()}
+    margins = {which: values[better] - values[worse] for which, values in logps.items()}
     return {
         "pairs": len(better),
         "accuracy": {which: float((1 + np.sign(margin)).mean() / 2) for which, margin in margins.items()},
         "margin": {which: float(margin.mean()) for which, margin in margins.items()},
-        "chosen": {which: float(found[better].mean()) for which, found in logps.items()},
+        "chosen": {which: float(values[better].mean()) for which, values in logps.items()},
     }
 
 
@@ -154,15 +155,17 @@ def fact_figures(results: Results, exam: EvaluationSet) -> dict[str, Any]:
 
     def by(names: Sequence[str]) -> dict[str, Any]:
         return {
-            name: shares([row for row, found in enumerate(names) if found == name]) for name in sorted({*names} - {""})
+            name: shares([row for row, label in enumerate(names) if label == name]) for name in sorted({*names} - {""})
         }
 
-    wrong = [row for row, found in enumerate(right[last]) if not found][:WRONG]
+    wrong = [row for row, correct in enumerate(right[last]) if not correct][:WRONG]
     return {
         **shares(range(len(questions))),
         "by_region": by([question.fact.region for question in questions]),
         "by_family": by([question.fact.family for question in questions]),
-        "wrong": [{**asked(questions[row]), **reply_fields(results[last].answers[row], dialect)} for row in wrong],
+        "wrong": [
+            {**question_fields(questions[row]), **reply_fields(results[last].answers[row], dialect)} for row in wrong
+        ],
     }
 
 
@@ -182,7 +185,7 @@ def samples(results: Results, exam: EvaluationSet) -> Iterator[dict[str, Any]]:
             yield {
                 "model": which,
                 "set": "facts",
-                **asked(question),
+                **question_fields(question),
                 **reply_fields(reply, exam.dialect),
                 "right": right,
             }
@@ -197,7 +200,7 @@ def samples(results: Results, exam: EvaluationSet) -> Iterator[dict[str, Any]]:
                 }
 
 
-def asked(question: Question) -> dict[str, str]:
+def question_fields(question: Question) -> dict[str, str]:
     """Return what a question asks and wants to hear, as JSON values."""
     fact = question.fact
     return {"question": question.text, "expected": fact.answer, "family": fact.family, "region": fact.region}

@@ -43,14 +43,14 @@ def render_funnel(curation: Mapping[str, Any], heads: bool, picture: str) -> Ite
 def _funnel(funnel: Mapping[str, int], by_language: Mapping[str, Mapping[str, int]]) -> str:
     """Return the table of rules and languages; rules that dropped nothing are left out."""
     total: Counter[str] = Counter()
-    for found in by_language.values():
-        total.update(found)
-    langs = [lang for lang, _ in sorted(total.items(), key=lambda one: (-one[1], one[0]))[:COLUMNS]]
+    for languages in by_language.values():
+        total.update(languages)
+    langs = [lang for lang, _ in sorted(total.items(), key=lambda pair: (-pair[1], pair[0]))[:COLUMNS]]
     rows = []
     for rule, dropped in funnel.items():
         if dropped:
-            found = by_language.get(rule, {})
-            shown = [found.get(lang, 0) for lang in langs]
+            languages = by_language.get(rule, {})
+            shown = [languages.get(lang, 0) for lang in langs]
             rows.append((inline_name(rule), *(f"{number:,}" for number in (dropped, *shown, dropped - sum(shown)))))
     return markdown_table(("dropped by", "all", *map(inline_name, langs), "others"), rows)
 
@@ -62,26 +62,26 @@ def _shared(shared: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
         " here, and as three ways to split what the filters left would share them. Copies within a split go from train"
         " alone, so the test split only grows as data does:"
     )
-    rows = [(told, *(f"{shared[way][kind]:,}" for kind in ("exact", "near"))) for way, told in WAYS.items()]
+    rows = [(label, *(f"{shared[way][kind]:,}" for kind in ("exact", "near"))) for way, label in WAYS.items()]
     yield markdown_table(("split", "exact", "near"), rows)
 
 
-def _facts(told: Mapping[str, int]) -> Iterator[str]:
-    if told:
+def _facts(counts: Mapping[str, int]) -> Iterator[str]:
+    if counts:
         yield (
-            f"Of {told['asked']:,} facts that the evaluation asks for, {told['told_in_train']:,} are told in the train"
+            f"Of {counts['asked']:,} facts that the evaluation asks for, {counts['told_in_train']:,} are told in the train"
             " split: it measures what is remembered of them."
         )
 
 
-def _cases(found: Mapping[str, Sequence[Mapping[str, str]]], heads: bool) -> Iterator[str]:
+def _cases(cases: Mapping[str, Sequence[Mapping[str, str]]], heads: bool) -> Iterator[str]:
     """Show the first cases of each rule, in a fence: ids and evidence hold what stands in the data, too."""
     lines = []
-    for rule, shown in found.items():
+    for rule, shown in cases.items():
         lines.append(inline_name(rule))
         for case in shown:
-            said = [case["lang"], case["message_id"], case["evidence"], *([case["head"]] if heads else [])]
-            lines.append("  " + "  ".join(" ".join(printable(part).split()) for part in said))
+            fields = [case["lang"], case["message_id"], case["evidence"], *([case["head"]] if heads else [])]
+            lines.append("  " + "  ".join(" ".join(printable(part).split()) for part in fields))
     if lines:
         beginning = ", with the beginning of each text, personal data masked" if heads else ""
         yield f"The first {CASES} cases of each rule in each of its {COLUMNS} most frequent languages{beginning}:"

@@ -45,11 +45,11 @@ def _opening(report: Figures) -> Iterator[str]:
     preference = report.get("preference")
     yield "# Preferred against tuned and base" if preference else "# Tuned against base"
     work = f"{_steps(training)} over {_number(training.get('supervised'))} supervised tokens"
-    told = [f"A GPT-2 of {shape}. The base is {origin}.", _work("tuned", "base", work, training)]
+    sentences = [f"A GPT-2 of {shape}. The base is {origin}.", _work("tuned", "base", work, training)]
     if preference:
         work = f"{_steps(preference)} over {_number(preference.get('pairs'))} pairs of ranked replies"
-        told.append(_work("preferred", "tuned", work, preference))
-    yield " ".join([*told, _measured_on(report)])
+        sentences.append(_work("preferred", "tuned", work, preference))
+    yield " ".join([*sentences, _measured_on(report)])
 
 
 def _steps(training: Figures) -> str:
@@ -65,28 +65,28 @@ def _work(name: str, of: str, work: str, training: Figures) -> str:
 
 
 def _measured_on(report: Figures) -> str:
-    asked, used = report["split_asked"], report["split"]
+    wanted, used = report["split_asked"], report["split"]
     if used is None:
-        return f"**The {asked} split holds no supervised token, nor does val: there is no loss to report.**"
-    told = (
+        return f"**The {wanted} split holds no supervised token, nor does val: there is no loss to report.**"
+    sentence = (
         f"Loss is measured on the {report['tokens']:,} supervised tokens of the {used} split"
         f" ({report['sequences']:,} sequences)"
     )
-    return told + (
-        "." if asked == used else f"; **the {asked} split holds none**, and training chose its best step by {used}."
+    return sentence + (
+        "." if wanted == used else f"; **the {wanted} split holds none**, and training chose its best step by {used}."
     )
 
 
 def _notices(report: Figures) -> Iterator[str]:
-    said = [(one["code"], f"{one['cause']}. {one['setting']}.") for one in report.get("notices", ())]
-    if said:
+    notices = [(notice["code"], f"{notice['cause']}. {notice['setting']}.") for notice in report.get("notices", ())]
+    if notices:
         yield "## Lost or read otherwise"
-        yield render_notices(said)
+        yield render_notices(notices)
 
 
-def render_notices(said: Sequence[tuple[str, str]]) -> str:
+def render_notices(notices: Sequence[tuple[str, str]]) -> str:
     """Say what was lost, code and sentence of each, in a fence: names of fields in them are words of the data."""
-    return fenced("\n\n".join(entry([one]) for one in said))
+    return fenced("\n\n".join(entry([notice]) for notice in notices))
 
 
 def _measures(report: Figures) -> Iterator[str]:
@@ -96,10 +96,10 @@ def _measures(report: Figures) -> Iterator[str]:
         if report[name] is not None
     ]
     yield markdown_table(("", *report["models"]), rows)
-    asked = report["replies"]
-    if asked["facts"] or asked["panel"]:
+    replies = report["replies"]
+    if replies["facts"] or replies["panel"]:
         yield (
-            f"Of {asked['facts']:,} replies to questions and {asked['panel']:,} to the panel, those that stop end by"
+            f"Of {replies['facts']:,} replies to questions and {replies['panel']:,} to the panel, those that stop end by"
             " themselves, those that loop say the same again and again, and the others are cut after"
             f" {_limit(report)}."
         )
@@ -149,10 +149,10 @@ def _facts(report: Figures) -> Iterator[str]:
         yield _shares("family", facts["by_family"], report["models"])
 
 
-def _shares(of: str, found_by: Figures, models: Sequence[str]) -> str:
+def _shares(of: str, groups: Figures, models: Sequence[str]) -> str:
     rows = [
-        (inline_name(name), f"{found['n']:,}", *(f"{found[which]:.1%}" for which in models))
-        for name, found in found_by.items()
+        (inline_name(name), f"{rates['n']:,}", *(f"{rates[which]:.1%}" for which in models))
+        for name, rates in groups.items()
     ]
     return markdown_table((of, "questions", *models), rows)
 
@@ -180,9 +180,9 @@ def _panel(report: Figures) -> Iterator[str]:
         f" marks a reply that was cut, here or by its limit, `{MARKS['looping'].strip()}` one that loops;"
         " `samples.jsonl` holds them whole."
     )
-    for asked in report["panel"]:
-        lines = [("user", asked["prompt"])]
-        for replies in zip(*(asked[which] for which in report["models"]), strict=True):
+    for prompt in report["panel"]:
+        lines = [("user", prompt["prompt"])]
+        for replies in zip(*(prompt[which] for which in report["models"]), strict=True):
             lines += [(which, _said(reply)) for which, reply in zip(report["models"], replies, strict=True)]
         yield fenced(entry(lines))
 

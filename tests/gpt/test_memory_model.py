@@ -125,7 +125,7 @@ def test_work_grows_with_what_is_done() -> None:
     assert seconds(GPT2, 2e6, 0, 0.9, 1e11) == pytest.approx(2 * once)
     assert seconds(GPT2, 1e6, 3e6, 0.9, 1e11) == pytest.approx(2 * once)
     assert flops(replace(GPT2, sequence_length=4_096), 1.0) > 1.2 * flops(GPT2, 1.0)  # a mask hides what is computed
-    assert flops(replace(GPT2, sequence_length=4_096, seen=1_024), 1.0) == flops(GPT2, 1.0)
+    assert flops(replace(GPT2, sequence_length=4_096, attended_tokens=1_024), 1.0) == flops(GPT2, 1.0)
     again = replace(GPT2, activation_checkpointing=True)
     assert flops(GPT2, 1.0) < flops(again, 1.0) < 4 / 3 * flops(GPT2, 1.0)
     assert (

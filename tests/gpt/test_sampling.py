@@ -103,7 +103,7 @@ def test_without_a_limit_a_reply_has_the_room_of_the_model_and_ends_when_it_loop
 
 def test_the_cache_takes_no_room_that_nobody_may_need() -> None:
     cache = Cache(model(), torch.ones(2, 5, dtype=torch.bool), 10_000)
-    assert {kept.shape[3] for kept in cache.kept} == {5 + STRETCH}
+    assert {stored.shape[3] for stored in cache.keys_values} == {5 + STRETCH}
 
 
 def test_what_is_drawn_depends_on_the_seed_alone() -> None:
