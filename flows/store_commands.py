@@ -168,9 +168,9 @@ def lock(asked: argparse.Namespace) -> int:
 def chat(asked: argparse.Namespace) -> int:
     """Talk to a tuned model: one answer, or a conversation until an empty line."""
     model = seen(Model, asked.model, "--model")
-    from tasks.gpt.chat_session import Talk
+    from tasks.gpt.chat_session import ChatSession
 
-    talk = Talk(model.path, asked.temperature)
+    talk = ChatSession(model.path, asked.temperature)
     if asked.prompt is not None:
         _answer(talk.answer(asked.prompt))
         return 0

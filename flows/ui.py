@@ -130,15 +130,15 @@ def _funnel(dialogues: Dialogues) -> str:
 
 def _losses(model: Model) -> str:
     """Return the loss curve, and the validation losses as a table."""
-    from tasks.report.plots import loss_svg
+    from tasks.report.plots import loss_svg, loss_unit
 
+    log, unit = model.log(), loss_unit(model.log())
     train, validation = (
-        [(entry["step"], entry[name]) for entry in model.log() if entry.get(name) is not None]
-        for name in ("loss", "val_nll")
+        [(entry["step"], entry[name]) for entry in log if entry.get(name) is not None] for name in ("loss", "val_nll")
     )
     rows = [f"| {step:,} | {nats:.4f} |" for step, nats in validation]
-    table = "\n".join(["| step | validation, nats per token |", "|---:|---:|", *rows]) if rows else ""
-    return f"![training and validation loss]({_inline(loss_svg(train, validation))})\n\n{table}"
+    table = "\n".join([f"| step | validation, {unit} |", "|---:|---:|", *rows]) if rows else ""
+    return f"![training and validation loss]({_inline(loss_svg(train, validation, unit))})\n\n{table}"
 
 
 class _Reported:

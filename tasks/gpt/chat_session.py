@@ -10,11 +10,11 @@ from tasks.gpt.sampling import stream
 from tasks.gpt.weights import load_model
 from tasks.text.templates import load_dialect
 
-LONGEST = 256  # tokens of a reply
+REPLY_ROOM = 64  # tokens that the prompt leaves at least, once there are older exchanges to leave out
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a character decodes to while some of its bytes are still to come
 
 
-class Talk:
+class ChatSession:
     """A conversation with the model in a Hugging Face folder.
 
     Args:
@@ -29,10 +29,13 @@ class Talk:
         self.turns: list[tuple[str, str]] = []
 
     def answer(self, text: str) -> Iterator[str]:
-        """Yield the reply to a user's text piece by piece, as it is made; both become part of the conversation."""
+        """Yield the reply to a user's text as it is generated; both become part of the conversation.
+
+        It ends where the model ends it, or with the model's last position.
+        """
         self.turns.append(("user", text))
         prompt = self._fitting()
-        room = min(LONGEST, self.model.config.n_positions - len(prompt))
+        room = self.model.config.n_positions - len(prompt)
         if room < 1:
             del self.turns[-1]
             raise ParameterError(
@@ -57,7 +60,7 @@ class Talk:
 
     def _fitting(self) -> list[int]:
         """Return the prompt of the turns, the oldest exchanges left out where there would be no room to reply."""
-        room = max(1, self.model.config.n_positions - LONGEST // 4)
+        room = max(1, self.model.config.n_positions - REPLY_ROOM)
         prompt = self.dialect.prompt(self.turns)
         while len(prompt) > room and len(self.turns) > 1:
             del self.turns[:2]

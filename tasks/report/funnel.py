@@ -66,11 +66,11 @@ def _shared(shared: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     yield markdown_table(("split", "exact", "near"), rows)
 
 
-def _facts(counts: Mapping[str, int]) -> Iterator[str]:
-    if counts:
+def _facts(facts: Mapping[str, int]) -> Iterator[str]:
+    if facts:
         yield (
-            f"Of {counts['asked']:,} facts that the evaluation asks for, {counts['told_in_train']:,} are told in the train"
-            " split: it measures what is remembered of them."
+            f"Of {facts['asked']:,} facts that the evaluation asks for, {facts['told_in_train']:,} are told in the"
+            " train split: it measures what is remembered of them."
         )
 
 

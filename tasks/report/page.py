@@ -99,8 +99,8 @@ def _measures(report: Figures) -> Iterator[str]:
     replies = report["replies"]
     if replies["facts"] or replies["panel"]:
         yield (
-            f"Of {replies['facts']:,} replies to questions and {replies['panel']:,} to the panel, those that stop end by"
-            " themselves, those that loop say the same again and again, and the others are cut after"
+            f"Of {replies['facts']:,} replies to questions and {replies['panel']:,} to the panel, those that stop end"
+            " by themselves, those that loop say the same again and again, and the others are cut after"
             f" {_limit(report)}."
         )
     if report["pairs"]:

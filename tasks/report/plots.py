@@ -16,17 +16,23 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-Point = tuple[float, float]  # step, nats per token
+Point = tuple[float, float]  # step, loss
 GREY, LIGHT, BLUE, GREEN = "#8c959f", "#a8c7ea", "#1f5fa8", "#2f8f5b"  # base; the noisy curve; tuned; preferred
 MOST_POINTS = 400  # of a curve: more than a screen's pixels show nothing but make the file large
 
 
-def loss_svg(train: Sequence[Point], validation: Sequence[Point]) -> bytes:
-    """Draw the training loss and the validation NLL over optimizer steps.
+def loss_unit(log: Sequence[Mapping[str, Any]]) -> str:
+    """Return what the losses of a training log are measured in: that of preference pairs has an accuracy beside it."""
+    return "nats per pair" if any("accuracy" in entry for entry in log) else "nats per token"
+
+
+def loss_svg(train: Sequence[Point], validation: Sequence[Point], unit: str = "nats per token") -> bytes:
+    """Draw the training and the validation loss over optimizer steps.
 
     Args:
-        train: (step, nats per token), in order of steps; a long log is drawn as means of equal stretches.
-        validation: (step, nats per token), in order of steps.
+        train: (step, loss), in order of steps; a long log is drawn as means of equal stretches.
+        validation: (step, loss), in order of steps.
+        unit: What the losses are measured in, as `loss_unit` returns it.
     """
     with _canvas(7.0, 3.4) as (axes, drawn):
         if train:
@@ -35,7 +41,7 @@ def loss_svg(train: Sequence[Point], validation: Sequence[Point]) -> bytes:
             points = list(zip(*thinned(validation), strict=True))
             axes.plot(*points, color=BLUE, linewidth=1.6, marker="o", markersize=3, label="validation")
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel("nats per token")
+        axes.set_ylabel(unit)
         if train or validation:
             axes.legend(frameon=False)
         else:

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import pytest
 
-from tasks.report.plots import facts_svg, funnel_svg, loss_svg, thinned
+from tasks.report.plots import facts_svg, funnel_svg, loss_svg, loss_unit, thinned
 
 TRAIN = [(float(step), 8 / (1 + step / 50)) for step in range(1, 5_001)]
 VALIDATION = [(float(step), 8 / (1 + step / 45)) for step in range(0, 5_001, 250)]
@@ -70,3 +70,10 @@ def test_the_funnel_has_a_bar_for_each_rule_that_dropped_something() -> None:
     assert funnel_svg({"read": {"messages": 0}, "funnel": {}, "messages": 0}) == funnel_svg(
         {"read": {"messages": 0}, "funnel": {"spam": 0}, "messages": 0}
     )
+
+
+def test_the_loss_of_preference_pairs_is_named_in_their_unit() -> None:
+    pairs = [{"step": 0, "loss": None, "val_nll": 0.7, "accuracy": 0.5}]
+    assert loss_unit(pairs) == "nats per pair"
+    assert loss_unit([{"step": 0, "val_nll": 3.0}]) == "nats per token"
+    assert b"nats per pair" in loss_svg([], [(0, 0.7)], loss_unit(pairs))
