@@ -28,7 +28,7 @@ End = Literal["stopped", "looping", "cut"]  # by itself, for it had got stuck (s
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model said: token ids without the stop token, and how it ended."""
+    """What a model replied: token ids without the stop token, and how it ended."""
 
     ids: tuple[int, ...]
     end: End
@@ -78,7 +78,7 @@ def generate(
     Raises:
         ParameterError: If a prompt is empty or leaves no room, or a setting is out of its range.
     """
-    taste = _Taste(temperature, top_k, top_p)
+    config = SamplingConfig(temperature, top_k, top_p)
     if temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
         raise ParameterError("sampling above temperature 0 needs one seed for each prompt", "seeds", "pass them")
     max_new = int(model.config.n_positions) if max_new is None else max_new
@@ -86,7 +86,7 @@ def generate(
     replies: list[list[int]] = [[] for _ in prompts]
     with bar(label, len(prompts), "replies") as shown:
         for rows in _batches(prompts, batch):
-            choose = taste.chooser([seeds[row] for row in rows] if seeds else [], max_new, model.device)
+            choose = config.chooser([seeds[row] for row in rows] if seeds else [], max_new, model.device)
             for at, token in _decode(model, [prompts[row] for row in rows], stop, max_new, choose, vocab=vocab):
                 replies[rows[at]].append(token)
             shown.advance(len(rows))
@@ -110,9 +110,9 @@ def stream(
     Raises:
         ParameterError: As `generate` does.
     """
-    taste = _Taste(temperature, top_k, top_p)
+    config = SamplingConfig(temperature, top_k, top_p)
     _check(model, [prompt], max_new)
-    choose = taste.chooser([seed], max_new, model.device)
+    choose = config.chooser([seed], max_new, model.device)
     for _, token in _decode(model, [prompt], stop, max_new, choose, vocab=vocab):
         if token != stop:
             yield token
@@ -144,7 +144,7 @@ def _batches(prompts: Sequence[Sequence[int]], batch: int) -> Iterator[list[int]
 
 
 @dataclass(frozen=True)
-class _Taste:
+class SamplingConfig:
     """How a token is chosen from logits; see `generate`."""
 
     temperature: float
@@ -203,7 +203,7 @@ def _decode(
     *,
     vocab: int | None,
 ) -> Iterator[tuple[int, int]]:
-    """Yield (row, token) until every row has said `stop`, loops, or has no room; a row that ended leaves the batch."""
+    """Yield (row, token) until every row reached `stop`, loops, or has no room; a row that ended leaves the batch."""
     ids, is_token = (tensor.to(model.device) for tensor in _left_padded(prompts))  # (B, L)
     rooms = [min(max_new, model.config.n_positions - len(prompt)) for prompt in prompts]
     replies: list[list[int]] = [[] for _ in prompts]

@@ -93,7 +93,7 @@ def _measures(report: Figures) -> Iterator[str]:
     rows = [
         (label, *(_written(report[name][which], form) for which in report["models"]))
         for name, label, form in MEASURES
-        if report[name] is not None
+        if report.get(name) is not None
     ]
     yield markdown_table(("", *report["models"]), rows)
     replies = report["replies"]
