@@ -101,7 +101,7 @@ class EncodeRuntime(TextsRuntime):
     """How fast texts become ids, never which."""
 
 
-@step("encode", version=4, makes=Tokens, notices=of_encode)
+@step("encode", version=5, makes=Tokens, notices=of_encode)
 def encode(out: Path, dialogues: Dialogues, params: EncodeParams, run: EncodeRuntime) -> Counts:
     """Write the memmaps, their index, the tokenizer and the encoding; nothing is published that the gate refuses.
 
