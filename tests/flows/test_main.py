@@ -202,7 +202,7 @@ def test_after_verify_found_a_bit_flipped_below_the_file_system_the_plan_is_a_mi
 
 def test_one_bad_artifact_stops_no_command_and_is_named(shell: Shell, tmp_path: Path) -> None:
     root = shell.folder / "artifacts"
-    bad, link = root / "messages" / ("a" * 12), root / "preference_groups"
+    bad, link = root / "messages" / ("a" * 12), root / "groups"
     bad.mkdir()
     (bad / "manifest.json").write_bytes(b"[" * 200_000)
     link.symlink_to(tmp_path)
@@ -211,10 +211,10 @@ def test_one_bad_artifact_stops_no_command_and_is_named(shell: Shell, tmp_path: 
             shell(*asked)
         for said in (shell("ls").stderr, shell("gc", "--dry-run").stderr):
             assert "passed over: messages/aaaaaaaaaaaa: manifest cannot be read" in said
-            assert "passed over: preference groups: is a link" in said
+            assert "passed over: groups: is a link" in said
         found = shell.json("verify", code=65)
         assert isinstance(found, dict)
-        assert [entry["id"] for entry in found["corrupt"]] == ["messages/aaaaaaaaaaaa", "preference_groups"]
+        assert [entry["id"] for entry in found["corrupt"]] == ["messages/aaaaaaaaaaaa", "groups"]
     finally:
         shutil.rmtree(bad)
         link.unlink()
@@ -256,7 +256,7 @@ def test_chat_answers(shell: Shell) -> None:
     ("arguments", "code", "says"),
     [
         (("run", "nothing"), 2, r"error\[param.recipe\]: there is no recipe 'nothing'"),
-        (("plan", TINY, "--set", "encode.blok=1"), 2, r"error\[param.recipe\]: .*did you mean block"),
+        (("plan", TINY, "--set", "encode.layuot=1"), 2, r"error\[param.recipe\]: .*did you mean layout"),
         (("run", TINY, "--until", "bake"), 2, r"error\[param.step\]"),
         (("run", TINY, "--until", "encode", "--force", "train"), 2, r"error\[param.step\]: --force train"),
         (("run", TINY, "--set", "name=../../x"), 2, r"error\[param.recipe\]: name: "),

@@ -157,7 +157,7 @@ def test_what_a_schedule_made_in_the_ui_leaves_out_or_empty_is_taken_from_the_re
         {
             "train": {"seed": 7, "target_tokens": None, "lr": 0.5},
             "curate": {"top_k": None},
-            "runtime": {"train": {"threads": None}},
+            "runtime": {"threads": None},
         }
     )
     assert recipe.completed(partial, whole) == recipe.changed(whole, ["train.seed=7", "train.lr=0.5"], whole.name)

@@ -37,7 +37,7 @@ decay, rank = float(sys.argv[10]) or None, int(sys.argv[11])
 model = build_start(scratch_spec(layers=layers, heads=heads, width=width, positions=block, vocab_size=vocab, seed=0))
 set_dropout(model, dropout)
 if rank:
-    lora.attach(model, rank, 16.0, dropout, seed=0)
+    lora.attach(model, rank, 16.0, seed=0)
 freeze(model, frozen)
 ids = np.random.default_rng(0).integers(0, vocab, (4 * size, block))
 one = np.ones_like(ids)
