@@ -50,14 +50,8 @@ if TYPE_CHECKING:
     from tasks.text_chunks import ChunkFunction
 
 ROWS = 16_384  # of a row group: some 10 MB of text, so memory stays flat and readers can skip
-STRUCTURE = (
-    "message_tree_id",
-    "message_id",
-    "parent_id",
-    "sibling",
-    "rank",
-    "label_quality",
-)  # which copy stays: by the last two
+# Columns that are needed whatever the rules; rank and label_quality choose which duplicate stays.
+STRUCTURE = ("message_tree_id", "message_id", "parent_id", "sibling", "rank", "label_quality")
 SCORES = {"labels": [f"label_{name}" for name in LABELS], "detoxify": [f"detoxify_{name}" for name in DETOXIFY]}
 
 

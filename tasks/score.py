@@ -46,7 +46,7 @@ def score(
     split, replies = read_split(preference_groups, None), replies_of(preference_groups, None)
     device = device_of(run.device)
     loaded = load_model(model.path).to(device)
-    at_once = run.micro_batch if isinstance(run.micro_batch, int) else max(1, AT_ONCE // split.sequence_length)
+    at_once = run.rows_at_once or max(1, AT_ONCE // split.sequence_length)
     with at_work(device, run.threads, loaded.config.n_embd):
         logps = None
         while logps is None:

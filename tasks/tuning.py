@@ -229,9 +229,8 @@ def as_begun(run: TuningRuntime, first: Mapping[str, Any], size: int) -> TuningR
         kept["threads"] = first["threads"]
     if run.sharding == "auto" and first.get("num_processes") == size:
         kept["sharding"] = first["sharding"]
-    if run.activation_checkpointing == "auto" and first.get(
-        "activation_checkpointing"
-    ):  # without, unless memory has become short
+    checkpointed = first.get("activation_checkpointing")
+    if run.activation_checkpointing == "auto" and checkpointed:  # without, unless memory has become short
         kept["activation_checkpointing"] = True
     if run.attention == "auto" and first.get("attention") == "sdpa":  # another way, unless it can no longer be gone
         kept["attention"] = "sdpa"

@@ -41,7 +41,7 @@ def test_a_runtime_setting_stands_once_for_all_steps() -> None:
     assert runtime.of(TrainRuntime).device == runtime.of(EvaluateRuntime).device == "cpu"
     assert runtime.of(EncodeRuntime).workers == 3
     with pytest.raises(ParameterError, match=r"did you mean runtime\.device"):
-        recipe.load("quickstart", ["train" + ".device=cpu"])
+        recipe.load("quickstart", ["train.device=cpu"])
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_settings_of_a_step_that_does_not_run_are_refused(setting: str) -> None:
     assert recipe.load("quickstart", [setting, "preferences=true"]).preferences
 
 
-def test_refer_takes_the_settings_that_it_heeds_and_no_others() -> None:
+def test_score_takes_the_settings_that_it_heeds_and_no_others() -> None:
     assert set(ScoreRuntime.model_fields) == {"device", "micro_batch", "threads"}
 
 
