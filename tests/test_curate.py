@@ -684,4 +684,7 @@ def test_a_label_limit_changes_only_what_it_names() -> None:
 def test_every_setting_is_described_for_the_form() -> None:
     fields = CurateParams.model_json_schema()["properties"]
     assert all(field.get("description") for field in fields.values())
+    assert fields["rules"]["items"]["enum"] == list(RULES)
+    limits = fields["label_limits"]["properties"]
+    assert {name: limit["default"] for name, limit in limits.items()} == CurateParams().label_limits
     assert CurateParams().keyed()["rules"] == list(RULES)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
 
 Split = Literal["train", "val", "test"]
 PROTECTION: tuple[Split, ...] = ("test", "val", "train")  # a copy in two of them is kept in the one that stands first
@@ -75,6 +75,19 @@ RULES: Mapping[str, FilterRule] = {
     "contaminated": FilterRule(("contamination_ngram", "prompt_files"), reads_text=True),
 }
 LABEL_LIMITS = {name: rule.label.default for name, rule in RULES.items() if rule.label}
+# The choices that a form offers, and that the server checks, for what is validated by RULES here.
+RuleName = Annotated[str, WithJsonSchema({"type": "string", "enum": [*RULES]})]
+LabelLimits = Annotated[
+    dict[str, Share],
+    WithJsonSchema({
+        "type": "object",
+        "properties": {
+            name: {"type": "number", "minimum": 0, "maximum": 1, "default": limit, "title": name}
+            for name, limit in LABEL_LIMITS.items()
+        },
+        "additionalProperties": False,
+    }),
+]  # fmt: skip
 # What else drops messages, beside the rules, and what decides on it. Personal data may be masked without the rule.
 _DECIDED_BY = {
     "personal": "pii", "fact": "drop_facts", "thread": "whole_threads", "leak": "drop_cross_split_duplicates",
@@ -95,9 +108,9 @@ class FilterSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    rules: tuple[str, ...] = tuple(RULES)
+    rules: tuple[RuleName, ...] = tuple(RULES)
     """Rules that judge each message. Their order is fixed; the first that fires names the reason. Empty: no filter."""
-    label_limits: dict[str, Share] = LABEL_LIMITS
+    label_limits: LabelLimits = LABEL_LIMITS
     """Limits of the rules on annotators' labels and on Detoxify's toxicity, 0 to 1, by rule; what is not named keeps
     its default. spam, lang_mismatch and toxicity drop what is above the limit, quality what is below, the others what
     reaches it."""
